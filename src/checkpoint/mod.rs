@@ -1,0 +1,139 @@
+//! Checkpoints: a catalogue of named tensors over a file, a sharded directory or a cached Hub snapshot.
+//!
+//! - [`Checkpoint::open`] reads headers only; every check that headers allow is made there.
+//! - Entries are sorted by tensor name (byte order of UTF-8), so that catalogues can be joined like sorted lists.
+//! - [`layout`] is the other direction: from names, types and shapes to shards, header bytes and offsets.
+//!
+//! Knows nothing of merging.
+
+mod header;
+mod index;
+mod json;
+pub mod layout;
+mod resolve;
+#[cfg(test)]
+mod testing;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::dtype::Dtype;
+use crate::error::Result;
+use crate::storage::{InputFile, Storage};
+use resolve::Source;
+
+/// One tensor of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorEntry {
+    /// Name as stored.
+    pub name: Box<str>,
+    /// Element type as stored.
+    pub dtype: Dtype,
+    /// Shape, outermost dimension first; empty for a scalar.
+    pub shape: Box<[u64]>,
+    /// Which file of [`Checkpoint::files`] holds it.
+    pub file: u32,
+    /// Where its first byte is, from the start of that file.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub bytes: u64,
+}
+
+impl TensorEntry {
+    /// Number of elements (product of the shape; 1 for a scalar).
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().product()
+    }
+}
+
+/// One open file of a checkpoint.
+pub struct CheckpointFile {
+    /// The open file.
+    pub file: Box<dyn InputFile>,
+    /// Length of its safetensors header, length prefix included, in bytes.
+    pub header_bytes: u64,
+    /// BLAKE3 of those bytes: part of the input's identity.
+    pub header_hash: [u8; 32],
+}
+
+/// An opened checkpoint: files kept open, tensors catalogued, no tensor data read.
+pub struct Checkpoint {
+    /// What the user wrote.
+    pub spec: String,
+    /// The directory (or the directory of the file) it was found in.
+    pub dir: PathBuf,
+    /// Hub id and commit when it came from the local Hub cache.
+    pub hub: Option<HubRef>,
+    /// The files, sorted by name.
+    pub files: Vec<CheckpointFile>,
+    /// The tensors, sorted by name.
+    pub tensors: Vec<TensorEntry>,
+    /// Peculiarities worth a warning (duplicate-free: each says one thing once).
+    pub warnings: Vec<String>,
+}
+
+/// A snapshot in the local Hugging Face cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HubRef {
+    /// `org/name`.
+    pub id: String,
+    /// Commit hash of the snapshot.
+    pub commit: String,
+}
+
+impl Checkpoint {
+    /// Opens what `spec` names: a directory, a `.safetensors` file, an index file, or a Hub id in the local cache.
+    pub fn open(spec: &str, storage: &Arc<dyn Storage>) -> Result<Self> {
+        let found = resolve::resolve(spec, &**storage, &|name| std::env::var_os(name))?;
+        let catalogue = match &found.source {
+            Source::File(path) => Catalogue::of_file(path, &**storage)?,
+            Source::Index(path) => index::open(path, &**storage)?,
+        };
+        let mut warnings = found.warnings;
+        warnings.extend(catalogue.warnings);
+        Ok(Self {
+            spec: spec.to_owned(),
+            dir: found.dir,
+            hub: found.hub,
+            files: catalogue.files,
+            tensors: catalogue.tensors,
+            warnings,
+        })
+    }
+
+    /// The tensor called `name`.
+    pub fn get(&self, name: &str) -> Option<&TensorEntry> {
+        self.tensors.binary_search_by(|t| (*t.name).cmp(name)).ok().map(|i| &self.tensors[i])
+    }
+
+    /// The path of the file that holds `tensor`.
+    pub fn path_of(&self, tensor: &TensorEntry) -> &Path {
+        self.files[tensor.file as usize].file.path()
+    }
+}
+
+/// Files, tensors and warnings of a checkpoint while it is opened.
+#[derive(Default)]
+struct Catalogue {
+    files: Vec<CheckpointFile>,
+    tensors: Vec<TensorEntry>,
+    warnings: Vec<String>,
+}
+
+impl Catalogue {
+    /// A checkpoint that is one file.
+    fn of_file(path: &Path, storage: &dyn Storage) -> Result<Self> {
+        let file = storage.open(path)?;
+        let header = header::read(&*file, 0)?;
+        let files = vec![CheckpointFile { file, header_bytes: header.bytes, header_hash: header.hash }];
+        Ok(Self { files, tensors: header.tensors, warnings: Vec::new() })
+    }
+}
+
+/// The directory that holds the file at `path`.
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if dir != Path::new("") => dir,
+        _ => Path::new("."),
+    }
+}

@@ -1,0 +1,299 @@
+//! From what the user wrote to the file that is opened first: a safetensors file or an index.
+//!
+//! - What exists on disk wins over a Hub id of the same spelling.
+//! - In a directory an index wins over single files; where it is not clear which file is meant, nothing is guessed.
+//! - A Hub id is looked up in the local cache (`models--org--name/{refs,snapshots}`), never on the network.
+//! - A refusal says what was looked for and what to do: most people who get here have an incomplete download.
+//!
+//! Reads directory listings and refs only; knows nothing of headers and tensors.
+
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use super::index::{is_plain_component, shard_number};
+use super::{HubRef, directory_of};
+use crate::error::{Error, Result, printable};
+use crate::storage::Storage;
+
+/// The usual names: of the index, and of a model in one file.
+const INDEX: &str = "model.safetensors.index.json";
+const SINGLE: &str = "model.safetensors";
+/// Longest accepted ref file of the Hub cache: a commit hash and a newline, with room to spare.
+const MAX_REF_BYTES: u64 = 256;
+const CONVERT: &str = "convert it to safetensors first, e.g. with transformers: from_pretrained, then save_pretrained";
+
+/// A value of the environment; replaced by tests.
+pub(super) type Env<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+
+/// What to open.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Found {
+    /// The directory it is in.
+    pub(super) dir: PathBuf,
+    pub(super) source: Source,
+    pub(super) hub: Option<HubRef>,
+    pub(super) warnings: Vec<String>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// One safetensors file.
+    File(PathBuf),
+    /// An index file.
+    Index(PathBuf),
+}
+
+/// Finds what `spec` names.
+pub(super) fn resolve(spec: &str, storage: &dyn Storage, env: Env<'_>) -> Result<Found> {
+    let path = Path::new(spec);
+    if storage.is_dir(path) {
+        return in_directory(path, storage);
+    }
+    // Not `is_file`: that a pipe or a device is no input is better said when it is opened.
+    if storage.identity(path).map_err(Error::as_input)?.is_some() {
+        return named_file(path);
+    }
+    match HubId::parse(spec) {
+        Some(id) => in_cache(&id, path, storage, env),
+        None => Err(Error::input("no such file or directory").at(path).help("check the path")),
+    }
+}
+
+fn named_file(path: &Path) -> Result<Found> {
+    let name = path.file_name().map(|n| n.to_string_lossy()).unwrap_or_default();
+    let mut warnings = Vec::new();
+    let source = if name.ends_with(".index.json") {
+        Source::Index(path.to_path_buf())
+    } else if name.ends_with(".safetensors") {
+        if let Some((number, count)) = shard_number(&name).filter(|&(_, count)| count > 1) {
+            warnings.push(format!("{} is shard {number} of {count}: only its tensors are used", printable(&name)));
+        }
+        Source::File(path.to_path_buf())
+    } else {
+        let error = match other_format(&name) {
+            Some((what, help)) => Error::input(format!("{what}, not safetensors")).help(help),
+            None => Error::input("not a .safetensors or .index.json file")
+                .help("give a checkpoint directory or such a file"),
+        };
+        return Err(error.at(path));
+    };
+    Ok(Found { dir: directory_of(path).to_path_buf(), source, hub: None, warnings })
+}
+
+/// What a file of another format is, and what to do with it.
+fn other_format(name: &str) -> Option<(&'static str, &'static str)> {
+    let (_, extension) = name.rsplit_once('.')?;
+    match extension {
+        "bin" | "pt" | "pth" | "ckpt" => Some(("a PyTorch checkpoint", CONVERT)),
+        "gguf" => Some(("a GGUF file", "give the original safetensors checkpoint: GGUF is made from it")),
+        "h5" | "msgpack" | "onnx" => Some(("a checkpoint of another framework", CONVERT)),
+        _ => None,
+    }
+}
+
+fn in_directory(dir: &Path, storage: &dyn Storage) -> Result<Found> {
+    // Hidden files are left by editors, file managers and interrupted downloads.
+    let names: Vec<String> = storage
+        .list(dir)
+        .map_err(Error::as_input)?
+        .into_iter()
+        .filter_map(|name| name.into_string().ok())
+        .filter(|name| !name.starts_with('.'))
+        .collect();
+    let source = choose(&names).map_err(|e| e.at(dir))?;
+    let source = match source {
+        Choice::File(name) => Source::File(dir.join(name)),
+        Choice::Index(name) => Source::Index(dir.join(name)),
+    };
+    Ok(Found { dir: dir.to_path_buf(), source, hub: None, warnings: Vec::new() })
+}
+
+enum Choice<'a> {
+    File(&'a str),
+    Index(&'a str),
+}
+
+/// The file to open among the `names` of a directory.
+fn choose(names: &[String]) -> Result<Choice<'_>> {
+    let ending = |suffix: &str| names.iter().map(|n| &**n).filter(|n| n.ends_with(suffix)).collect::<Vec<_>>();
+    let indexes = ending(".safetensors.index.json");
+    match indexes[..] {
+        _ if indexes.contains(&INDEX) => return Ok(Choice::Index(INDEX)),
+        [only] => return Ok(Choice::Index(only)),
+        [] => {}
+        _ => {
+            return Err(Error::input(format!("{} index files: {}", indexes.len(), listed(&indexes)))
+                .help("name the one that is meant"));
+        }
+    }
+    let files = ending(".safetensors");
+    let adapter = names.iter().any(|n| n == "adapter_config.json");
+    match files[..] {
+        _ if files.contains(&SINGLE) => Ok(Choice::File(SINGLE)),
+        [] if adapter => Err(adapter_error()),
+        ["adapter_model.safetensors"] => Err(adapter_error()),
+        [] => Err(nothing_to_open(names)),
+        [only] => match shard_number(only).filter(|&(_, count)| count > 1) {
+            Some((_, count)) => Err(incomplete(&files, count)),
+            None => Ok(Choice::File(only)),
+        },
+        _ => match files.iter().find_map(|name| shard_number(name)) {
+            Some((_, count)) => Err(incomplete(&files, count)),
+            None => Err(Error::input(format!("{} safetensors files and no index: {}", files.len(), listed(&files)))
+                .help("name the one that is meant")),
+        },
+    }
+}
+
+fn adapter_error() -> Error {
+    Error::input("a PEFT adapter, which is not supported as an input here")
+        .help("merge it into its base model first (peft: merge_and_unload, then save_pretrained)")
+}
+
+fn incomplete(files: &[&str], count: u64) -> Error {
+    let (found, names) = (files.len(), listed(files));
+    Error::input(format!("{found} of {count} shards and no index ({INDEX}): {names}")).help("complete the download")
+}
+
+fn nothing_to_open(names: &[String]) -> Error {
+    let Some((name, (what, help))) = names.iter().find_map(|name| Some((name, other_format(name)?))) else {
+        return Error::input("no safetensors file or index in this directory")
+            .help("check the path, or complete the download");
+    };
+    Error::input(format!("no safetensors file, but {}: {what}", printable(name))).help(help)
+}
+
+/// The first few names, for a message.
+fn listed(names: &[&str]) -> String {
+    const SHOWN: usize = 4;
+    let mut text = names.iter().take(SHOWN).map(|name| printable(name)).collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN {
+        text.push_str(", ...");
+    }
+    text
+}
+
+/// `org/name[@revision]`.
+#[derive(Debug, PartialEq, Eq)]
+struct HubId<'a> {
+    id: &'a str,
+    revision: Option<&'a str>,
+}
+
+impl<'a> HubId<'a> {
+    fn parse(spec: &'a str) -> Option<Self> {
+        let (id, revision) = match spec.split_once('@') {
+            Some((id, revision)) => (id, Some(revision)),
+            None => (spec, None),
+        };
+        let (org, name) = id.split_once('/')?;
+        let plain = |part: &str| {
+            part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        };
+        let file = [".safetensors", ".json"].iter().any(|ending| name.ends_with(ending));
+        // A revision is a branch (which may have slashes), a tag or a commit.
+        let revision_is_path = revision.is_none_or(|r| r.split('/').all(is_plain_component));
+        (plain(org) && plain(name) && !file && revision_is_path).then_some(Self { id, revision })
+    }
+}
+
+/// The directory of the Hub's cache, as huggingface_hub determines it.
+fn cache_dir(env: Env<'_>) -> Option<PathBuf> {
+    let home = || env("HOME").or_else(|| env("USERPROFILE")).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let variable = |name: &str| {
+        let path = env(name).filter(|v| !v.is_empty()).map(PathBuf::from)?;
+        match path.strip_prefix("~") {
+            Ok(rest) => home().map(|home| home.join(rest)),
+            Err(_) => Some(path),
+        }
+    };
+    variable("HF_HUB_CACHE")
+        .or_else(|| variable("HUGGINGFACE_HUB_CACHE"))
+        .or_else(|| variable("HF_HOME").map(|p| p.join("hub")))
+        .or_else(|| variable("XDG_CACHE_HOME").map(|p| p.join("huggingface").join("hub")))
+        .or_else(|| home().map(|p| p.join(".cache").join("huggingface").join("hub")))
+}
+
+fn in_cache(id: &HubId<'_>, path: &Path, storage: &dyn Storage, env: Env<'_>) -> Result<Found> {
+    let HubId { id: name, revision } = id;
+    let download = match revision {
+        Some(revision) => format!("download it with `hf download {name} --revision {revision}`, or check the path"),
+        None => format!(
+            "download it with `hf download {name}` (older: `huggingface-cli download {name}`), or check the path"
+        ),
+    };
+    let Some(cache) = cache_dir(env) else {
+        return Err(Error::input("no such file or directory, and no home directory to look for a Hub cache")
+            .at(path)
+            .help(download));
+    };
+    let repository = cache.join(format!("models--{}", name.replace('/', "--")));
+    if !storage.is_dir(&repository) {
+        let cache = printable(&cache.to_string_lossy());
+        return Err(Error::input(format!("no such file or directory, and not in the Hub cache {cache}"))
+            .at(path)
+            .help(download));
+    }
+    let commit =
+        find_commit(&repository, *revision, storage).map_err(|e| e.as_input().at(&repository).help(&*download))?;
+    let mut found = in_directory(&repository.join("snapshots").join(&commit), storage)?;
+    found.hub = Some(HubRef { id: (*name).to_owned(), commit });
+    Ok(found)
+}
+
+/// The commit that `revision` means among the snapshots of a cached repository.
+fn find_commit(repository: &Path, revision: Option<&str>, storage: &dyn Storage) -> Result<String> {
+    let snapshots = repository.join("snapshots");
+    let commits: Vec<String> = match storage.is_dir(&snapshots) {
+        true => storage.list(&snapshots)?.into_iter().filter_map(|name| name.into_string().ok()).collect(),
+        false => Vec::new(),
+    };
+    let name = revision.unwrap_or("main");
+    if let Some(commit) = read_ref(&repository.join("refs").join(name), storage)? {
+        return match commits.contains(&commit) {
+            true => Ok(commit),
+            false => Err(Error::input(format!(
+                "revision {name} is commit {}, which is not in the cache",
+                printable(&commit)
+            ))),
+        };
+    }
+    match (revision, &commits[..]) {
+        (_, []) => Err(Error::input("no snapshot in the cache")),
+        (None, [only]) => Ok(only.clone()),
+        (None, _) => {
+            Err(Error::input(format!("{} snapshots, and none is called main: {}", commits.len(), commits.join(", ")))
+                .help("name one, as in org/name@commit"))
+        }
+        (Some(revision), _) => by_prefix(revision, &commits),
+    }
+}
+
+fn by_prefix(revision: &str, commits: &[String]) -> Result<String> {
+    let is_hash = revision.chars().all(|c| c.is_ascii_hexdigit());
+    let mut matches = commits.iter().filter(|commit| *commit == revision || is_hash && commit.starts_with(revision));
+    match (matches.next(), matches.next()) {
+        (Some(commit), None) => Ok(commit.clone()),
+        (Some(first), Some(second)) => {
+            Err(Error::input(format!("revision {revision} is ambiguous: {first}, {second}")).help("give more digits"))
+        }
+        (None, _) => Err(Error::input(format!("revision {} is not in the cache", printable(revision)))),
+    }
+}
+
+/// The commit that a ref file names, if there is such a file.
+fn read_ref(path: &Path, storage: &dyn Storage) -> Result<Option<String>> {
+    if !storage.is_file(path) {
+        return Ok(None);
+    }
+    let content = storage.read_small(path, MAX_REF_BYTES)?;
+    let commit = String::from_utf8_lossy(&content).trim().to_owned();
+    match is_plain_component(&commit) {
+        true => Ok(Some(commit)),
+        false => Err(Error::input(format!("\"{}\" is not a commit", printable(&commit))).at(path)),
+    }
+}

@@ -1,0 +1,420 @@
+//! What can be asked: every command, option and default, with the help that teaches them.
+//!
+//! Names of methods and words of method parameters are taken from the registry of methods, so that help, validation
+//! and shell completions cannot disagree with it.
+
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
+use tiesmith::{
+    Float, IoMode, METHODS, Missing, ModelInput, NonFinite, Overflow, ParamKind, Scope, ThresholdKind, TrimTies,
+};
+
+use super::parse;
+use super::progress::Mode;
+
+/// Merge fine-tuned models that do not fit in memory
+///
+/// Checkpoints are streamed through a fixed amount of memory, whatever their size. Output bytes depend on the recipe
+/// and the inputs alone: not on threads, memory or chunking.
+#[derive(Debug, Parser)]
+#[command(name = "tiesmith", version, subcommand_required = true, args_override_self = true, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+A checkpoint (CKPT) is a directory of .safetensors files with or without an index, one .safetensors file, an \
+.index.json file, or a Hub id (org/name[@revision]) that is in the local Hugging Face cache.
+
+Examples:
+  tiesmith plan  --base llama --model chat --model code
+  tiesmith merge --base llama --model chat --model code --out merged
+  tiesmith diff merged elsewhere/merged";
+
+const MERGE_EXAMPLES: &str = "\
+Examples:
+  The paper's recipe: keep 20% of each task vector, elect signs, average what agrees
+    tiesmith merge --base llama --model chat --model code --out merged
+  Favour one model, keep more of another
+    tiesmith merge --base llama --model chat,weight=2 --model code,density=40% --out merged
+  As mergekit trims: one threshold per tensor
+    tiesmith merge --base llama --model chat --model code --scope tensor --out merged
+  Average three fine-tunes, no base needed
+    tiesmith merge --method linear --model a --model b --model c --out soup
+  Merge the attention only, in 1 GiB of memory
+    tiesmith merge --base llama --model chat --model code --include '*attn*' --memory 1GiB --out m";
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Merge models into a new checkpoint
+    #[command(after_help = MERGE_EXAMPLES)]
+    Merge(Box<MergeArgs>),
+    /// Show what a merge will read, hold in memory and write, and check its inputs; nothing is written
+    ///
+    /// Takes the arguments of 'merge'. Only headers are read.
+    #[command(after_help = "Example:\n  tiesmith plan --base llama --model chat --model code --memory 1GiB")]
+    Plan(Box<MergeArgs>),
+    /// Show what is in a checkpoint
+    #[command(after_help = "Examples:\n  tiesmith inspect llama\n  tiesmith inspect merged --stats")]
+    Inspect(InspectArgs),
+    /// Compare two checkpoints tensor by tensor; exit code 1 if they differ
+    #[command(after_help = "Examples:\n  tiesmith diff a b\n  tiesmith diff a b --max-ulp 1")]
+    Diff(DiffArgs),
+    /// List the merge methods, their parameters, defaults and formulas
+    Methods(MethodsArgs),
+    /// Print a completion script for a shell
+    #[command(after_help = "Example:\n  tiesmith completions bash > /etc/bash_completion.d/tiesmith")]
+    Completions(CompletionsArgs),
+    /// Print the manual pages
+    #[command(after_help = "Examples:\n  tiesmith man | man -l -\n  tiesmith man --out man/man1")]
+    Man(ManArgs),
+}
+
+/// Inputs and options of `merge` and `plan`.
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    // Recipe files come later: until then a positional argument gets an explanation instead of "unexpected".
+    #[arg(hide = true, value_name = "RECIPE")]
+    pub positional: Vec<String>,
+
+    #[command(flatten)]
+    pub inputs: InputArgs,
+    #[command(flatten)]
+    pub method: MethodArgs,
+    #[command(flatten)]
+    pub trim: TrimArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Inputs")]
+pub struct InputArgs {
+    /// The checkpoint that the models were fine-tuned from
+    ///
+    /// Task vectors are differences to it, and its names, types, side files and tensors left out of the merge make up
+    /// the output.
+    #[arg(long, value_name = "CKPT")]
+    pub base: Option<String>,
+
+    /// A model to merge; give it once per model, in the order in which sums are to run
+    ///
+    /// Parameters of this model alone follow the path: weight (a number, default 1) and density (see --density), as in
+    /// 'chat,weight=0.5,density=30%'. Only ',name=value' at the end is split off: paths may contain commas.
+    #[arg(long = "model", value_name = "CKPT[,weight=W][,density=D]", value_parser = parse::model)]
+    pub models: Vec<ModelInput>,
+
+    /// Merge only tensors whose name matches; repeatable [default: all]
+    ///
+    /// '*' matches any text, dots included. The other tensors are copied from the base.
+    #[arg(long, value_name = "GLOB")]
+    pub include: Vec<String>,
+
+    /// Copy tensors whose name matches from the base instead of merging them; repeatable, wins over --include
+    #[arg(long, value_name = "GLOB")]
+    pub exclude: Vec<String>,
+
+    /// What to do with a tensor that some model lacks or has in another shape
+    #[arg(long, value_name = "RULE", default_value = "error", value_parser = choice(&[
+        ("error", "stop, naming the tensor and the models", Missing::Error),
+        ("base", "keep the base's tensor", Missing::Base),
+        ("skip", "merge the models that have it", Missing::Skip),
+    ]))]
+    pub missing: Missing,
+
+    /// What a NaN or an infinity in an input does
+    #[arg(long, value_name = "RULE", default_value = "error", value_parser = choice(&[
+        ("error", "stop, naming the model, the tensor and the index", NonFinite::Error),
+        ("copy-base", "the element keeps the base's value", NonFinite::CopyBase),
+        ("propagate", "the element of the output becomes NaN or infinite too", NonFinite::Propagate),
+    ]))]
+    pub non_finite: NonFinite,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Method")]
+pub struct MethodArgs {
+    /// How models are merged; 'tiesmith methods' explains each
+    #[arg(long, value_name = "NAME", default_value = "ties", value_parser = methods())]
+    pub method: String,
+
+    /// Scale of the merged task vector [default: 1]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, value_parser = parse::number)]
+    pub lambda: Option<f64>,
+
+    /// How the sign of each parameter is elected: by summed mass (the paper), by count, or not at all [default: mass]
+    #[arg(long, value_name = "RULE", value_parser = words("elect"))]
+    pub elect: Option<String>,
+
+    /// What becomes of the values that agree with the elected sign: their mean (the paper), their sum, or the largest
+    /// [default: mean]
+    #[arg(long, value_name = "RULE", value_parser = words("combine"))]
+    pub combine: Option<String>,
+
+    /// The sign where an election cancels exactly: none, so zero (the paper's formula), positive (mergekit), or the
+    /// majority's (the paper's code) [default: zero]
+    #[arg(long, value_name = "RULE", value_parser = words("zero_sum"))]
+    pub zero_sum: Option<String>,
+
+    /// Take the elected signs from this checkpoint's task vector instead (oracle signs)
+    ///
+    /// For example a multitask model: the upper bound in section 7.2 of the TIES paper.
+    #[arg(long, value_name = "CKPT")]
+    pub sign_from: Option<String>,
+
+    /// Seed of every random draw; equal seeds give equal bytes
+    #[arg(long, value_name = "N", default_value = "0", value_parser = parse::whole)]
+    pub seed: u64,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Trim")]
+pub struct TrimArgs {
+    /// Fraction of each task vector to keep, largest magnitudes first: 0.2 or 20% [default: 0.2]
+    ///
+    /// 0.2 is the paper's choice where there is no validation data. A model can have its own: '--model CKPT,density=D'.
+    #[arg(long, value_name = "FRACTION", allow_negative_numbers = true, value_parser = parse::fraction)]
+    pub density: Option<f64>,
+
+    /// Where one threshold applies
+    #[arg(long, value_name = "SCOPE", default_value = "model", value_parser = choice(&[
+        ("model", "one per task vector over the whole model (the paper)", Scope::Model),
+        ("tensor", "one per tensor (mergekit); inputs are read only once", Scope::Tensor),
+    ]))]
+    pub scope: Scope,
+
+    /// How the threshold is found
+    #[arg(long, value_name = "KIND", default_value = "exact", value_parser = choice(&[
+        ("exact", "the true k-th largest magnitude", ThresholdKind::Exact),
+        ("sketch", "an approximation with a certified interval, in less memory", ThresholdKind::Sketch),
+    ]))]
+    pub threshold: ThresholdKind,
+
+    /// What becomes of magnitudes equal to the threshold
+    #[arg(long, value_name = "RULE", default_value = "keep", value_parser = choice(&[
+        ("keep", "all are kept (the paper's code)", TrimTies::Keep),
+        ("lowest", "those at the lowest positions fill up the count exactly", TrimTies::Lowest),
+        ("sample", "an evenly spread seeded sample meets the count on average", TrimTies::Sample),
+    ]))]
+    pub trim_ties: TrimTies,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Output")]
+pub struct OutputArgs {
+    /// Directory of the merged checkpoint; the same command again in the same directory resumes
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+
+    /// Element type of the output [default: as the base stores it]
+    ///
+    /// Arithmetic is in float32 or better whatever the types.
+    #[arg(long, value_name = "TYPE", value_parser = dtypes())]
+    pub dtype: Option<Float>,
+
+    /// What a result too large for the output type does
+    #[arg(long, value_name = "RULE", default_value = "error", value_parser = choice(&[
+        ("error", "stop, naming the tensor", Overflow::Error),
+        ("clamp", "becomes the largest finite value", Overflow::Clamp),
+    ]))]
+    pub overflow: Overflow,
+
+    /// Largest output file, in tensor bytes, such as 5GB or 500MB
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse::size)]
+    pub max_shard_size: u64,
+
+    /// Replace a finished output
+    #[arg(long)]
+    pub force: bool,
+
+    /// Throw an unfinished run's work away instead of resuming it
+    #[arg(long)]
+    pub restart: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Run (changes no output byte)")]
+pub struct RunArgs {
+    /// Upper bound of peak resident memory, such as 2GiB or 500MB; 'tiesmith plan' shows the sum
+    #[arg(long, value_name = "SIZE", default_value = "2GiB", value_parser = parse::size)]
+    pub memory: u64,
+
+    /// Worker threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = parse::threads)]
+    pub threads: Option<usize>,
+
+    /// How inputs are read; results are identical
+    #[arg(long, value_name = "MODE", default_value = "auto", value_parser = choice(&[
+        ("auto", "whatever is safest and fastest here", IoMode::Auto),
+        ("mmap", "map windows of the files", IoMode::Mmap),
+        ("read", "read into buffers; for network file systems", IoMode::Read),
+    ]))]
+    pub io: IoMode,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
+}
+
+/// How progress and the result are shown.
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// Progress on stderr
+    #[arg(long, value_name = "FORM", default_value = "auto", value_parser = choice(&[
+        ("auto", "a bar on a terminal, plain lines elsewhere", Mode::Auto),
+        ("bar", "a bar with rate and time left", Mode::Bar),
+        ("plain", "a line per stage, then one every 10 seconds", Mode::Plain),
+        ("json", "one JSON object per line", Mode::Json),
+        ("none", "nothing but warnings and errors", Mode::None),
+    ]))]
+    pub progress: Mode,
+
+    /// Print the result as one JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// The checkpoint
+    #[arg(value_name = "CKPT")]
+    pub checkpoint: String,
+
+    /// List every tensor
+    #[arg(long)]
+    pub tensors: bool,
+
+    /// Read every float tensor: least, greatest, mean, deviation, zeros, NaN and infinities of each
+    #[arg(long)]
+    pub stats: bool,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct DiffArgs {
+    /// The first checkpoint
+    #[arg(value_name = "A")]
+    pub a: String,
+
+    /// The second checkpoint
+    #[arg(value_name = "B")]
+    pub b: String,
+
+    /// Accept values whose absolute difference is at most X [default: bits must be equal]
+    ///
+    /// NaN equals NaN. With this or --max-ulp, float tensors of different types are compared by value.
+    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = parse::tolerance)]
+    pub atol: Option<f64>,
+
+    /// Accept values at most N units in the last place apart, in the stored type
+    #[arg(long, value_name = "N", value_parser = parse::whole)]
+    pub max_ulp: Option<u64>,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct MethodsArgs {
+    /// Print the list as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// The shell
+    #[arg(value_name = "SHELL")]
+    pub shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// Print the page of this command only
+    #[arg(value_name = "COMMAND")]
+    pub command: Option<String>,
+
+    /// Write every page as a file of its own into this directory instead of printing
+    #[arg(long, value_name = "DIR", conflicts_with = "command")]
+    pub out: Option<PathBuf>,
+}
+
+/// A word per value: (word, help, value).
+fn choice<T: Copy + Send + Sync + 'static>(
+    values: &'static [(&'static str, &'static str, T)],
+) -> impl TypedValueParser<Value = T> {
+    PossibleValuesParser::new(values.iter().map(|(word, help, _)| PossibleValue::new(*word).help(*help)))
+        .map(|word| values.iter().find(|(known, ..)| *known == word).expect("clap checked the word").2)
+}
+
+/// The types that can be asked for, with the names that other tools use for them.
+fn dtypes() -> impl TypedValueParser<Value = Float> {
+    static TYPES: [(Float, &[&str]); 3] =
+        [(Float::F32, &["fp32", "f32"]), (Float::BF16, &["bf16"]), (Float::F16, &["fp16", "f16"])];
+    let words = TYPES.iter().map(|(float, aliases)| PossibleValue::new(float.torch_name()).aliases(*aliases));
+    PossibleValuesParser::new(words).map(|word| {
+        let named =
+            |(float, aliases): &&(Float, &[&str])| float.torch_name() == word || aliases.contains(&word.as_str());
+        TYPES.iter().find(named).expect("clap checked the word").0
+    })
+}
+
+fn methods() -> PossibleValuesParser {
+    METHODS.iter().map(|method| PossibleValue::new(method.name()).help(method.summary())).into()
+}
+
+/// The words of a method parameter.
+fn words(param: &str) -> PossibleValuesParser {
+    let mut words: Vec<&str> = Vec::new();
+    for spec in METHODS.iter().flat_map(|method| method.params()).filter(|spec| spec.name == param) {
+        if let ParamKind::Choice(choices) = spec.kind {
+            words.extend(choices);
+        }
+    }
+    words.dedup();
+    PossibleValuesParser::new(words)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_named_in_help_are_those_of_the_methods() {
+        let command = Cli::command();
+        let merge = command.find_subcommand("merge").unwrap();
+        let ties = METHODS.iter().find(|method| method.name() == "ties").unwrap();
+        for spec in ties.params().iter().filter(|spec| spec.name != "weight") {
+            let argument = merge.get_arguments().find(|a| a.get_id() == spec.name).expect(spec.name);
+            let help = argument.get_help().unwrap().to_string();
+            let default = match spec.kind {
+                ParamKind::Number { default, .. } => default.to_string(),
+                ParamKind::Choice(words) => words[0].to_string(),
+            };
+            assert!(help.contains(&format!("[default: {default}]")), "{}: {help}", spec.name);
+        }
+    }
+
+    #[test]
+    fn types_have_aliases() {
+        for (word, float) in
+            [("bfloat16", Float::BF16), ("bf16", Float::BF16), ("f16", Float::F16), ("fp32", Float::F32)]
+        {
+            let cli = Cli::try_parse_from(["tiesmith", "merge", "--dtype", word]).unwrap();
+            let Command::Merge(args) = cli.command else { panic!() };
+            assert_eq!(args.output.dtype, Some(float));
+        }
+    }
+}

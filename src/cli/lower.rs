@@ -1,0 +1,127 @@
+//! From arguments to the library's terms: a recipe (what), a run (how) and an output (where).
+
+use std::path::PathBuf;
+
+use tiesmith::{Error, OutputOptions, Recipe, Result, Run, Value};
+
+use super::args::MergeArgs;
+
+/// The recipe that `args` describe.
+pub fn recipe(args: &MergeArgs, verb: &str) -> Result<Recipe> {
+    refuse_positional(&args.positional)?;
+    let example = match verb {
+        "merge" => "tiesmith merge --base BASE --model A --model B --out DIR",
+        _ => "tiesmith plan --base BASE --model A --model B",
+    };
+    if args.inputs.models.is_empty() {
+        return Err(Error::usage("nothing to merge: no --model is given")
+            .help(format!("name the base and the fine-tuned models, as in '{example}'")));
+    }
+    let mut recipe = Recipe {
+        method: args.method.method.clone(),
+        base: args.inputs.base.clone(),
+        models: args.inputs.models.clone(),
+        scope: args.trim.scope,
+        threshold: args.trim.threshold,
+        trim_ties: args.trim.trim_ties,
+        sign_from: args.method.sign_from.clone(),
+        seed: args.method.seed,
+        dtype: args.output.dtype,
+        include: args.inputs.include.clone(),
+        exclude: args.inputs.exclude.clone(),
+        missing: args.inputs.missing,
+        non_finite: args.inputs.non_finite,
+        overflow: args.output.overflow,
+        max_shard_bytes: args.output.max_shard_size,
+        ..Recipe::default()
+    };
+    let word = |word: &Option<String>| word.clone().map(Value::Word);
+    let given = [
+        ("lambda", args.method.lambda.map(Value::Number)),
+        ("density", args.trim.density.map(Value::Number)),
+        ("elect", word(&args.method.elect)),
+        ("combine", word(&args.method.combine)),
+        ("zero_sum", word(&args.method.zero_sum)),
+    ];
+    for (name, value) in given {
+        recipe.params.extend(value.map(|value| (name.to_string(), value)));
+    }
+    Ok(recipe)
+}
+
+/// How the work is to be done.
+pub fn run(args: &MergeArgs) -> Run {
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    Run { memory_bytes: args.run.memory, threads: args.run.threads.unwrap_or_else(cores) }
+}
+
+/// Where the result goes.
+pub fn output(args: &MergeArgs) -> Result<OutputOptions> {
+    let dir: PathBuf = args.output.out.clone().ok_or_else(|| {
+        Error::usage("no output directory is given").help("add '--out DIR', or use 'tiesmith plan' to write nothing")
+    })?;
+    Ok(OutputOptions { dir, force: args.output.force, restart: args.output.restart })
+}
+
+fn refuse_positional(positional: &[String]) -> Result<()> {
+    let Some(first) = positional.first() else {
+        return Ok(());
+    };
+    let recipe = first.ends_with(".yml") || first.ends_with(".yaml");
+    let what = if recipe { "recipe files are not supported in this version" } else { "unexpected argument" };
+    Err(Error::usage(format!("{what}: '{first}'")).help("name the inputs with --base CKPT and --model CKPT"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::args::{Cli, Command};
+    use clap::Parser;
+    use tiesmith::{Float, Missing, Scope};
+
+    fn args(line: &str) -> Box<MergeArgs> {
+        let argv = ["tiesmith", "merge"].into_iter().chain(line.split_whitespace());
+        match Cli::try_parse_from(argv).unwrap().command {
+            Command::Merge(args) => args,
+            _ => unreachable!(),
+        }
+    }
+
+    #[test]
+    fn defaults_are_the_default_recipe() {
+        let lowered = recipe(&args("--base b --model m"), "merge").unwrap();
+        let mut expected = Recipe { base: Some("b".into()), ..Recipe::default() };
+        expected.models = vec![tiesmith::ModelInput { source: "m".into(), ..Default::default() }];
+        assert_eq!(lowered, expected);
+        assert_eq!(run(&args("--model m")).memory_bytes, 2 << 30);
+    }
+
+    #[test]
+    fn options_reach_the_recipe() {
+        let args = args(
+            "--base b --model m,weight=2 --model n --density 30% --lambda -0.5 --elect count --zero-sum majority \
+             --scope tensor --missing skip --dtype bf16 --max-shard-size 1GB --threads 3 --out o --force",
+        );
+        let lowered = recipe(&args, "merge").unwrap();
+        assert_eq!(lowered.params["density"], Value::Number(0.3));
+        assert_eq!(lowered.params["lambda"], Value::Number(-0.5));
+        assert_eq!(lowered.params["elect"], Value::Word("count".into()));
+        assert_eq!(lowered.params["zero_sum"], Value::Word("majority".into()));
+        assert!(!lowered.params.contains_key("combine"));
+        assert_eq!((lowered.scope, lowered.missing), (Scope::Tensor, Missing::Skip));
+        assert_eq!((lowered.dtype, lowered.max_shard_bytes), (Some(Float::BF16), 1_000_000_000));
+        assert_eq!(lowered.models[0].params["weight"], Value::Number(2.0));
+        assert_eq!(run(&args).threads, 3);
+        let output = output(&args).unwrap();
+        assert!(output.force && !output.restart);
+    }
+
+    #[test]
+    fn what_is_missing_or_unsupported_is_said() {
+        let message = |line: &str| recipe(&args(line), "merge").unwrap_err().to_string();
+        assert!(message("").contains("no --model is given; name the base"), "{}", message(""));
+        assert!(message("recipe.yml").starts_with("recipe files are not supported in this version"));
+        assert!(message("ckpt --model m").contains("unexpected argument: 'ckpt'"));
+        assert!(output(&args("--model m")).unwrap_err().to_string().contains("--out DIR"));
+    }
+}

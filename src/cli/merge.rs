@@ -1,0 +1,130 @@
+//! `tiesmith merge`: plan, schedule, merge, and a summary of what was done.
+
+use std::fmt::Write;
+
+use tiesmith::{Observer, Plan, Report, Result, Schedule, printable};
+
+use super::args::MergeArgs;
+use super::progress::Progress;
+use super::{disk, human, lower, print, print_json};
+
+/// Runs the command.
+pub fn run(args: &MergeArgs) -> Result<u8> {
+    let recipe = lower::recipe(args, "merge")?;
+    let output = lower::output(args)?;
+    let storage = disk(args.run.io);
+    let progress = Progress::new(args.run.report.progress);
+    let plan = Plan::new(&recipe, &storage)?;
+    // Elsewhere they come with the result: a failed run's one line of error stands alone.
+    for warning in plan.warnings.iter().filter(|_| progress.is_watched()) {
+        progress.warn(warning);
+    }
+    let schedule = Schedule::new(&plan, lower::run(args))?;
+    let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
+    for warning in &report.warnings {
+        progress.warn(warning);
+    }
+    drop(progress);
+    if args.run.report.json {
+        return print_json(&report);
+    }
+    let models: Vec<&str> = recipe.models.iter().map(|model| model.source.as_str()).collect();
+    let mut text = summary(&report);
+    if plan.trim.is_some() {
+        text.push_str(&kept(&report, &models));
+    }
+    if plan.method.needs_base() {
+        let share = human::percent(report.sign_conflict_fraction);
+        line(&mut text, "sign conflicts", &format!("{share} of the merged parameters"));
+    }
+    print(&text)
+}
+
+fn line(text: &mut String, label: &str, value: &str) {
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "{label:<15} {value}");
+}
+
+/// What was done, for people.
+fn summary(report: &Report) -> String {
+    let mut text = String::new();
+    let mut line = |label, value: String| line(&mut text, label, &value);
+    line("merged into", printable(&report.out));
+    let tensors = human::plural(report.tensors, "tensor");
+    line("contents", format!("{tensors}, {} parameters", human::count(report.elements)));
+    let shards = human::plural(report.shards, "shard");
+    line("written", format!("{} in {shards}", human::bytes(report.bytes_written)));
+    line("read", human::bytes(report.bytes_read));
+    if report.resumed {
+        line("resumed", format!("{} taken over", human::plural(report.chunks_reused, "chunk")));
+    }
+    let rate = human::rate(report.bytes_read + report.bytes_written, report.wall_seconds);
+    line("time", format!("{}, {rate} read and written", human::duration(report.wall_seconds)));
+    if let Some(bytes) = report.peak_memory_bytes {
+        line("peak memory", human::bytes(bytes));
+    }
+    text
+}
+
+/// What the trim kept of each model.
+fn kept(report: &Report, models: &[&str]) -> String {
+    let mut text = String::new();
+    for (index, (&kept, model)) in report.kept_fraction.iter().zip(models).enumerate() {
+        let interval = report.kept_interval.as_ref().and_then(|all| all.get(index));
+        let certified =
+            interval.map(|&[low, high]| format!(" (certainly {} to {})", human::percent(low), human::percent(high)));
+        let label = if index == 0 { "kept" } else { "" };
+        let certified = certified.unwrap_or_default();
+        line(&mut text, label, &format!("{} of {}{certified}", human::percent(kept), printable(model)));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        Report {
+            out: "merged".into(),
+            tensors: 291,
+            elements: 6_738_415_616,
+            shards: 3,
+            bytes_read: 81_000_000_000,
+            bytes_written: 13_476_839_424,
+            wall_seconds: 95.0,
+            peak_memory_bytes: Some(1_930_000_000),
+            resumed: true,
+            chunks_reused: 1,
+            kept_fraction: vec![0.2, 0.2003],
+            kept_interval: None,
+            sign_conflict_fraction: 0.0312,
+            warnings: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_summary_says_what_was_done() {
+        let expected = "\
+merged into     merged
+contents        291 tensors, 6.74 billion parameters
+written         13.5 GB in 3 shards
+read            81 GB
+resumed         1 chunk taken over
+time            1 min 35 s, 994 MB/s read and written
+peak memory     1.93 GB
+kept            20 % of chat
+                20 % of code
+";
+        let report = report();
+        assert_eq!(summary(&report) + &kept(&report, &["chat", "code"]), expected);
+    }
+
+    #[test]
+    fn sketched_thresholds_show_their_interval() {
+        let report = Report { kept_interval: Some(vec![[0.199, 0.201], [0.2, 0.2]]), ..report() };
+        let text = kept(&report, &["chat", "co\nde"]);
+        assert!(text.contains("20 % of chat (certainly 19.9 % to 20.1 %)"), "{text}");
+        assert!(text.contains("co\\u{a}de"), "{text}");
+    }
+}

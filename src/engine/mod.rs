@@ -1,0 +1,239 @@
+//! The engine: the only place that holds a plan and tensor bytes at once.
+//!
+//! - [`merge`]: takes the output directory, runs the passes, publishes shards and side files.
+//! - [`diff()`] and [`inspect()`] stream checkpoints without a plan.
+
+mod cut;
+mod diff;
+mod elements;
+mod inspect;
+mod output;
+mod passes;
+mod pool;
+mod select;
+mod shard_hash;
+mod side_files;
+mod worker;
+
+pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};
+pub use inspect::{DtypeTotal, InspectReport, TensorStats, ValueStats, inspect};
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use output::OutputDir;
+use passes::Passes;
+use select::UnitThresholds;
+use worker::Tally;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::method::Inputs;
+use crate::plan::{Plan, Schedule};
+use crate::plan::{ThresholdKind, TrimTies};
+use crate::storage::Storage;
+
+/// Receives progress from worker threads. Every method must be quick and must not fail.
+pub trait Observer: Sync {
+    /// A stage begins that will handle `bytes` bytes of input (and output, for a writing stage).
+    fn stage(&self, name: &str, bytes: u64) {
+        let _ = (name, bytes);
+    }
+    /// So many more bytes of the stage are done.
+    fn advance(&self, bytes: u64) {
+        let _ = bytes;
+    }
+    /// Something the user should know, said once.
+    fn warn(&self, message: &str) {
+        let _ = message;
+    }
+}
+
+/// Where and how the output is put.
+#[derive(Debug, Clone)]
+pub struct OutputOptions {
+    /// Output directory.
+    pub dir: PathBuf,
+    /// Replace a finished output.
+    pub force: bool,
+    /// Throw unfinished work away.
+    pub restart: bool,
+}
+
+/// What a merge did: printed with `--json`, kept in the manifest.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Output directory.
+    pub out: String,
+    /// Tensors written.
+    pub tensors: u64,
+    /// Elements written.
+    pub elements: u64,
+    /// Shards written.
+    pub shards: u64,
+    /// Tensor bytes read from inputs, over all passes.
+    pub bytes_read: u64,
+    /// Bytes of shards written.
+    pub bytes_written: u64,
+    /// Duration.
+    pub wall_seconds: f64,
+    /// Peak resident memory of the process, where the system tells.
+    pub peak_memory_bytes: Option<u64>,
+    /// Whether work of an earlier run was taken over.
+    pub resumed: bool,
+    /// Chunks taken over.
+    pub chunks_reused: u64,
+    /// Per model: survivors of the trim that are not zero, as a fraction of the merged elements.
+    pub kept_fraction: Vec<f64>,
+    /// Per model: certified interval of that fraction, where thresholds come from a sketch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kept_interval: Option<Vec<[f64; 2]>>,
+    /// Fraction of merged elements whose survivors disagree in sign.
+    pub sign_conflict_fraction: f64,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}
+
+/// Name and version of the program, as recorded in outputs.
+const PROGRAM: &str = concat!("tiesmith ", env!("CARGO_PKG_VERSION"));
+
+/// Runs `plan` as cut by `schedule` and publishes the result in `output.dir`.
+pub fn merge(
+    plan: &Plan,
+    schedule: &Schedule,
+    output: &OutputOptions,
+    storage: &Arc<dyn Storage>,
+    observer: &dyn Observer,
+) -> Result<Report> {
+    let begin = Instant::now();
+    let dir = OutputDir::open(plan, output, storage)?;
+    match run(plan, schedule, &dir, observer, begin) {
+        Ok((report, side_files)) => {
+            dir.publish(plan, &side_files)?;
+            Ok(report)
+        }
+        Err(error) => {
+            // An input that cannot be used leaves nothing to resume.
+            if error.kind() != ErrorKind::Failed {
+                dir.abandon();
+            }
+            Err(error)
+        }
+    }
+}
+
+/// A report, and the small files (name, content) that go with the shards.
+type Finished = (Report, Vec<(String, Vec<u8>)>);
+
+fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observer, begin: Instant) -> Result<Finished> {
+    let mut tally = Tally::default();
+    let mut thresholds = Vec::new();
+    let mut warnings = plan.warnings.clone();
+    let shards = output::write_shards(plan, dir, |writer| {
+        let mut passes = Passes::new(plan, schedule, observer, writer);
+        passes.run()?;
+        tally = passes.tally();
+        thresholds = std::mem::take(&mut passes.thresholds);
+        warnings.append(&mut passes.warnings);
+        Ok(())
+    })?;
+    check_inputs_unchanged(plan)?;
+    let mut report = report(plan, dir, &tally, &thresholds, warnings);
+    report.wall_seconds = begin.elapsed().as_secs_f64();
+    let side_files = side_files::all(plan, schedule, &shards, &thresholds, &report, &*dir.storage)?;
+    Ok((report, side_files))
+}
+
+/// A file that changed while it was read gives a mixture that nobody asked for.
+fn check_inputs_unchanged(plan: &Plan) -> Result<()> {
+    for file in plan.checkpoints.iter().flat_map(|c| &c.files) {
+        let (before, now) = (file.file.identity(), file.file.identity_now()?);
+        if (before.bytes, before.mtime_ns) != (now.bytes, now.mtime_ns) {
+            return Err(Error::failed("the file changed while it was read")
+                .at(file.file.path())
+                .help("do not change inputs during a merge; run it again"));
+        }
+    }
+    Ok(())
+}
+
+fn report(
+    plan: &Plan,
+    dir: &OutputDir,
+    tally: &Tally,
+    thresholds: &[UnitThresholds],
+    mut warnings: Vec<String>,
+) -> Report {
+    let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
+    let trims = plan.merger.needs().inputs == Inputs::TrimmedTaskVectors;
+    let kept_fraction: Vec<f64> = (0..plan.models())
+        .map(|model| if trims { share(tally.kept[model], plan.merged_elements(model)) } else { 1.0 })
+        .collect();
+    if let Some(trim) = &plan.trim {
+        warnings.extend(tie_warnings(&trim.density, &kept_fraction, plan));
+    }
+    Report {
+        out: dir.dir.display().to_string(),
+        tensors: plan.tensors.len() as u64,
+        elements: plan.tensors.iter().map(|t| t.elements).sum(),
+        shards: plan.layout.shards.len() as u64,
+        bytes_read: tally.bytes_read,
+        bytes_written: plan.layout.shards.iter().map(|s| s.bytes).sum(),
+        wall_seconds: 0.0,
+        peak_memory_bytes: peak_memory_bytes(),
+        resumed: false,
+        chunks_reused: 0,
+        kept_interval: kept_interval(plan, thresholds, &kept_fraction),
+        kept_fraction,
+        sign_conflict_fraction: share(tally.conflicts, tally.merged),
+        warnings,
+    }
+}
+
+/// A kept fraction far above the density asked for comes from ties at the threshold; that is worth knowing.
+fn tie_warnings(density: &[f64], kept: &[f64], plan: &Plan) -> Vec<String> {
+    let excessive = |(_, (density, kept)): &(usize, (&f64, &f64))| **kept > **density * 1.1 && **density > 0.0;
+    let pairs = density.iter().zip(kept).enumerate();
+    pairs
+        .filter(|_| plan.trim.as_ref().is_some_and(|t| t.ties == TrimTies::Keep))
+        .filter(excessive)
+        .map(|(model, (density, kept))| {
+            format!(
+                "model {}: {:.1} % of the task vector is kept where {:.1} % were asked for, because many entries are \
+                 equal to the threshold; --trim-ties sample keeps an even share of them",
+                model + 1,
+                kept * 100.0,
+                density * 100.0
+            )
+        })
+        .collect()
+}
+
+/// Certified interval of each model's kept fraction, where thresholds come from a sketch.
+fn kept_interval(plan: &Plan, thresholds: &[UnitThresholds], kept: &[f64]) -> Option<Vec<[f64; 2]>> {
+    plan.trim.as_ref().filter(|t| t.threshold == ThresholdKind::Sketch)?;
+    let interval = |model: usize| {
+        let (mut above, mut reached, mut elements) = (0, 0, 0);
+        for (threshold, n) in thresholds.iter().filter_map(|unit| unit.models[model]) {
+            above += threshold.above;
+            reached += threshold.above + threshold.tied;
+            elements += n;
+        }
+        // Units that kept all or nothing have no threshold: their share is known exactly.
+        if elements < plan.merged_elements(model) || elements == 0 {
+            return [kept[model]; 2];
+        }
+        [above as f64 / elements as f64, reached as f64 / elements as f64]
+    };
+    Some((0..plan.models()).map(interval).collect())
+}
+
+/// Peak resident memory of this process, mapped pages included, where the system tells.
+fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kibibytes * 1024)
+}

@@ -1,0 +1,440 @@
+//! The passes over the data: probe, sketch, vote and merge, unit by unit.
+//!
+//! - A unit's chunks are either held in memory between the passes (*resident*) or loaded anew for each pass.
+//! - Sketches are integers and add up in any order; everything that depends on position goes through a [`TieChain`].
+
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::Observer;
+use super::cut::{Cut, TieChain, TieCounts};
+use super::output::ShardWriter;
+use super::pool;
+use super::select::{Goal, UnitThresholds, cuts, goals, solo_thresholds, tensor_cuts};
+use super::worker::{Slot, Tally, Worker, locate};
+use crate::error::{Result, printable};
+use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS};
+use crate::plan::{Action, Chunk, Plan, Schedule, Trim, Unit, UnitKind};
+use crate::plan::{Scope, ThresholdKind};
+use crate::sketch::{Bracket, MagnitudeSketch, Probe, Selector};
+
+/// Everything that a run shares.
+pub(super) struct Passes<'a> {
+    plan: &'a Plan,
+    schedule: &'a Schedule,
+    observer: &'a dyn Observer,
+    writer: &'a ShardWriter<'a>,
+    workers: Vec<Worker>,
+    /// Per unit, once its thresholds are known.
+    pub thresholds: Vec<UnitThresholds>,
+    /// Said once the work is done.
+    pub warnings: Vec<String>,
+}
+
+/// A chunk to work on, with its slot if it is held in memory.
+struct Item<'s> {
+    chunk: Chunk,
+    slot: Option<&'s mut Slot>,
+}
+
+/// Slots of a resident unit, one per chunk.
+struct Resident {
+    slots: Vec<Slot>,
+    loaded: bool,
+}
+
+impl<'a> Passes<'a> {
+    pub(super) fn new(
+        plan: &'a Plan,
+        schedule: &'a Schedule,
+        observer: &'a dyn Observer,
+        writer: &'a ShardWriter<'a>,
+    ) -> Self {
+        let workers = (0..schedule.threads).map(|_| Worker::new(plan, schedule)).collect();
+        Self { plan, schedule, observer, writer, workers, thresholds: Vec::new(), warnings: Vec::new() }
+    }
+
+    /// Does everything: units first (what can be wrong with the data shows before anything is written), then tensors
+    /// that need no thresholds.
+    pub(super) fn run(&mut self) -> Result<()> {
+        if !self.announces_passes() {
+            self.observer.stage("merge", self.schedule.passes.iter().map(|p| p.bytes_read).sum());
+        }
+        let mut solo = Vec::new();
+        for unit in &self.schedule.units {
+            if unit.kind == UnitKind::Solo {
+                solo.push(unit);
+            } else {
+                self.shared_unit(unit)?;
+            }
+        }
+        self.solo_units(&solo)?;
+        self.direct()
+    }
+
+    /// What all workers counted.
+    pub(super) fn tally(&self) -> Tally {
+        let mut sum = Tally { kept: vec![0; self.plan.models()], ..Tally::default() };
+        for worker in &self.workers {
+            sum.merged += worker.tally.merged;
+            sum.conflicts += worker.tally.conflicts;
+            sum.bytes_read += worker.tally.bytes_read;
+            for (total, kept) in sum.kept.iter_mut().zip(&worker.tally.kept) {
+                *total += kept;
+            }
+        }
+        sum
+    }
+
+    /// Whether passes follow each other over the whole model, so that each is worth a stage of its own. Otherwise there
+    /// is one stage that counts everything read.
+    fn announces_passes(&self) -> bool {
+        matches!(&self.schedule.units[..], [unit] if unit.kind == UnitKind::Streamed)
+    }
+
+    fn announce(&self, stage: &str, bytes: u64) {
+        if self.announces_passes() {
+            self.observer.stage(stage, bytes);
+        }
+    }
+
+    fn pass_bytes(&self, name: &str) -> u64 {
+        self.schedule.passes.iter().filter(|p| p.name == name).map(|p| p.bytes_read).sum()
+    }
+
+    /// A unit that all workers share.
+    fn shared_unit(&mut self, unit: &Unit) -> Result<()> {
+        let mut resident = self.hold(unit);
+        let cuts = self.shared_cuts(unit, &mut resident)?;
+        let majority = self.majority(unit, &mut resident, &cuts)?;
+        self.announce("merge", self.pass_bytes("merge"));
+        self.merge_unit(unit, &mut resident, &cuts, majority)?;
+        self.give_back(resident);
+        Ok(())
+    }
+
+    /// Slots for all chunks of a resident unit: its own in model scope; in tensor scope the workers', which are large
+    /// enough.
+    fn hold(&mut self, unit: &Unit) -> Option<Resident> {
+        if unit.kind != UnitKind::Resident {
+            return None;
+        }
+        let slots = match self.plan.scope {
+            Scope::Model => Schedule::chunks(self.plan, &unit.tensors, unit.chunk_elements)
+                .map(|chunk| Slot::for_chunk(self.plan, chunk))
+                .collect(),
+            Scope::Tensor => self.workers.iter_mut().map(|w| std::mem::take(&mut w.slot)).collect(),
+        };
+        Some(Resident { slots, loaded: false })
+    }
+
+    fn give_back(&mut self, resident: Option<Resident>) {
+        if let (Some(resident), Scope::Tensor) = (resident, self.plan.scope) {
+            for (worker, slot) in self.workers.iter_mut().zip(resident.slots) {
+                worker.slot = slot;
+            }
+        }
+    }
+
+    /// Runs `work` on every chunk of `unit`, loaded.
+    fn each_chunk(
+        &mut self,
+        unit: &Unit,
+        resident: &mut Option<Resident>,
+        oracle: bool,
+        work: impl Fn(&mut Worker, usize, Chunk, &Slot) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let plan = self.plan;
+        let chunks = Schedule::chunks(plan, &unit.tensors, unit.chunk_elements);
+        let loaded = resident.as_ref().is_some_and(|r| r.loaded);
+        let held = resident.is_some();
+        let mut slots = resident.as_mut().map(|r| r.slots.iter_mut());
+        let items = chunks.map(move |chunk| Item { chunk, slot: slots.as_mut().and_then(Iterator::next) });
+        let observer = self.observer;
+        let ahead = |item: &Item<'_>| {
+            if !loaded {
+                prefetch(plan, item.chunk, oracle);
+            }
+        };
+        let lookahead = lookahead(plan, unit.chunk_elements);
+        pool::run(&mut self.workers, items, lookahead, ahead, |worker, ordinal, item| {
+            let mut own = std::mem::take(&mut worker.slot);
+            let slot = item.slot.unwrap_or(&mut own);
+            let mut result = Ok(());
+            if !loaded {
+                // A unit held in memory is loaded with all that later passes need.
+                result = slot.load(plan, item.chunk, plan.pieces(item.chunk.tensor, oracle || held)).map(|bytes| {
+                    worker.tally.bytes_read += bytes;
+                    observer.advance(bytes);
+                });
+            }
+            let result = result.and_then(|()| work(worker, ordinal, item.chunk, slot));
+            worker.slot = own;
+            result
+        })?;
+        if let Some(resident) = resident {
+            resident.loaded = true;
+        }
+        Ok(())
+    }
+
+    /// Finds every model's cut for a shared unit by sketching it.
+    fn shared_cuts(&mut self, unit: &Unit, resident: &mut Option<Resident>) -> Result<Vec<Cut>> {
+        let plan = self.plan;
+        let goals = goals(plan, unit);
+        let mut selectors: Vec<Option<Selector>> = vec![None; goals.len()];
+        if let Some(trim) = plan.trim.as_ref().filter(|_| goals.iter().any(|goal| matches!(goal, Goal::Keep { .. }))) {
+            selectors = self.selectors(unit, trim, &goals)?;
+        }
+        let mut round = 0;
+        loop {
+            let brackets: Vec<_> = selectors.iter().map(|s| s.as_ref().and_then(Selector::bracket)).collect();
+            if brackets.iter().all(Option::is_none) {
+                break;
+            }
+            self.announce(if round == 0 { "sketch" } else { "sketch again" }, self.pass_bytes("sketch"));
+            let sketches = self.sketch_all(unit, resident, &brackets)?;
+            for (selector, sketch) in selectors.iter_mut().zip(&sketches) {
+                if let Some(selector) = selector.as_mut().filter(|s| s.bracket().is_some()) {
+                    selector.observe(sketch);
+                }
+            }
+            round += 1;
+        }
+        let found: Vec<_> = selectors.iter().map(|s| s.as_ref().and_then(Selector::threshold)).collect();
+        self.thresholds.push(UnitThresholds::new(unit, &goals, &found));
+        Ok(cuts(plan, &goals, &found))
+    }
+
+    /// Where each model's search for its threshold starts: at a probe's bracket where looking again would mean reading
+    /// again, else at the coarse sketch.
+    fn selectors(&mut self, unit: &Unit, trim: &Trim, goals: &[Goal]) -> Result<Vec<Option<Selector>>> {
+        let bins = self.schedule.sketch_bins;
+        let probes = match trim.threshold {
+            ThresholdKind::Exact if unit.kind == UnitKind::Streamed => Some(self.probe(unit)?),
+            _ => None,
+        };
+        let start = |(model, goal): (usize, &Goal)| {
+            let Goal::Keep { keep, elements } = *goal else { return None };
+            Some(match (trim.threshold, &probes) {
+                (ThresholdKind::Sketch, _) => Selector::coarse(keep),
+                (_, Some(probes)) => {
+                    Selector::exact(keep, probes[model].bracket(keep as f64 / elements as f64, bins), bins)
+                }
+                _ => Selector::exact(keep, Bracket::COARSE, bins),
+            })
+        };
+        Ok(goals.iter().enumerate().map(start).collect())
+    }
+
+    /// One look at all of the unit with the given brackets: the sum of the workers' sketches.
+    fn sketch_all(
+        &mut self,
+        unit: &Unit,
+        resident: &mut Option<Resident>,
+        brackets: &[Option<Bracket>],
+    ) -> Result<Vec<MagnitudeSketch>> {
+        let plan = self.plan;
+        self.workers.iter_mut().for_each(|worker| worker.set_brackets(brackets));
+        self.each_chunk(unit, resident, false, |worker, _, chunk, slot| worker.sketch(plan, chunk, slot, brackets))?;
+        let (first, rest) = self.workers.split_first_mut().expect("at least one worker");
+        for worker in rest {
+            for (sum, sketch) in first.sketches.iter_mut().zip(&worker.sketches) {
+                sum.merge(sketch);
+            }
+        }
+        Ok(first.sketches.clone())
+    }
+
+    /// Samples a streamed unit: one probe per model.
+    fn probe(&mut self, unit: &Unit) -> Result<Vec<Probe>> {
+        let plan = self.plan;
+        self.announce("probe", self.pass_bytes("probe"));
+        let brackets = vec![Some(Bracket::COARSE); plan.models()];
+        let probes = Mutex::new(vec![Probe::default(); plan.models()]);
+        let observer = self.observer;
+        pool::run(
+            &mut self.workers,
+            0..PROBE_GROUPS,
+            0,
+            |_| (),
+            |worker, _, group| {
+                worker.set_brackets(&brackets);
+                let mut slot = std::mem::take(&mut worker.slot);
+                let result =
+                    Schedule::probe_blocks(plan, unit).skip(group).step_by(PROBE_GROUPS).try_for_each(|block| {
+                        let bytes = slot.load(plan, block, plan.pieces(block.tensor, false))?;
+                        worker.tally.bytes_read += bytes;
+                        observer.advance(bytes);
+                        worker.sketch(plan, block, &slot, &brackets)
+                    });
+                worker.slot = slot;
+                result?;
+                let mut probes = probes.lock().unwrap_or_else(PoisonError::into_inner);
+                for (probe, sketch) in probes.iter_mut().zip(&worker.sketches) {
+                    probe.add_group(sketch);
+                }
+                Ok(())
+            },
+        )?;
+        Ok(probes.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Sign of the sum of all elected signs of the unit, where the method asks for it.
+    fn majority(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut]) -> Result<f32> {
+        if !self.plan.merger.needs().majority_sign {
+            return Ok(0.0);
+        }
+        let plan = self.plan;
+        self.announce("vote", self.pass_bytes("vote"));
+        let sum = AtomicI64::new(0);
+        let chain = TieChain::new(plan.models());
+        self.each_chunk(unit, resident, true, |worker, ordinal, chunk, slot| {
+            let cuts = tensor_cuts(plan, chunk, cuts);
+            let mut seen = ties_before(plan, worker, &chain, ordinal, chunk, slot, &cuts)?;
+            sum.fetch_add(worker.vote(plan, chunk, slot, &cuts, &mut seen)?, Ordering::Relaxed);
+            Ok(())
+        })?;
+        Ok(sum.into_inner().signum() as f32)
+    }
+
+    fn merge_unit(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut], majority: f32) -> Result<()> {
+        let (plan, writer) = (self.plan, self.writer);
+        let chain = TieChain::new(plan.models());
+        self.each_chunk(unit, resident, true, |worker, ordinal, chunk, slot| {
+            let result = (|| {
+                let cuts = tensor_cuts(plan, chunk, cuts);
+                let mut seen = ties_before(plan, worker, &chain, ordinal, chunk, slot, &cuts)?;
+                let mut sink = |offset, bytes: &[u8]| writer.write(chunk.tensor, offset, bytes);
+                worker.merge(plan, chunk, slot, &cuts, &mut seen, majority, &mut sink)
+            })();
+            if result.is_err() {
+                chain.abort();
+            }
+            result
+        })
+    }
+
+    /// Units that one worker does alone, each read once.
+    fn solo_units(&mut self, units: &[&Unit]) -> Result<()> {
+        let (plan, writer, observer) = (self.plan, self.writer, self.observer);
+        let items = units.iter().filter(|unit| unit.elements > 0);
+        let ahead = |unit: &&&Unit| prefetch(plan, whole(unit), true);
+        let records = Mutex::new(Vec::new());
+        let bins = self.schedule.sketch_bins;
+        pool::run(&mut self.workers, items, 1, ahead, |worker, _, unit| {
+            let (chunk, goals) = (whole(unit), goals(plan, unit));
+            let mut slot = std::mem::take(&mut worker.slot);
+            let mut alone = || {
+                let bytes = slot.load(plan, chunk, plan.pieces(chunk.tensor, true))?;
+                worker.tally.bytes_read += bytes;
+                observer.advance(bytes);
+                let found = solo_thresholds(plan, worker, chunk, &slot, &goals, bins)?;
+                records.lock().unwrap_or_else(PoisonError::into_inner).push(UnitThresholds::new(unit, &goals, &found));
+                let cuts = tensor_cuts(plan, chunk, &cuts(plan, &goals, &found));
+                let mut majority = 0.0;
+                if plan.merger.needs().majority_sign {
+                    let mut seen = vec![0; plan.models()];
+                    majority = worker.vote(plan, chunk, &slot, &cuts, &mut seen)?.signum() as f32;
+                }
+                let mut seen = vec![0; plan.models()];
+                let mut sink = |offset, bytes: &[u8]| writer.write(chunk.tensor, offset, bytes);
+                worker.merge(plan, chunk, &slot, &cuts, &mut seen, majority, &mut sink)
+            };
+            let result = alone();
+            worker.slot = slot;
+            result
+        })?;
+        let mut records = records.into_inner().unwrap_or_else(PoisonError::into_inner);
+        records.sort_unstable_by_key(|record| record.tensor);
+        self.thresholds.append(&mut records);
+        Ok(())
+    }
+
+    /// Copies, and merges that need no thresholds.
+    fn direct(&mut self) -> Result<()> {
+        let (plan, writer, observer) = (self.plan, self.writer, self.observer);
+        let chunks = Schedule::chunks(plan, &self.schedule.direct, self.schedule.chunk_elements);
+        let no_cuts = vec![Cut::NonZero; plan.models()];
+        let differing = Mutex::new(std::collections::BTreeSet::new());
+        let lookahead = lookahead(plan, self.schedule.chunk_elements);
+        pool::run(
+            &mut self.workers,
+            chunks,
+            lookahead,
+            |&chunk| prefetch(plan, chunk, true),
+            |worker, _, chunk| {
+                let mut slot = std::mem::take(&mut worker.slot);
+                let mut work = || {
+                    let bytes = slot.load(plan, chunk, plan.pieces(chunk.tensor, true))?;
+                    worker.tally.bytes_read += bytes;
+                    observer.advance(bytes);
+                    let mut sink = |offset, bytes: &[u8]| writer.write(chunk.tensor, offset, bytes);
+                    match &plan.tensors[chunk.tensor as usize].action {
+                        Action::Copy { source, compared } if plan.is_raw_copy(chunk.tensor) => {
+                            if !worker.copy(&slot, *source, compared, &mut sink, chunk.start)? {
+                                differing.lock().unwrap_or_else(PoisonError::into_inner).insert(chunk.tensor);
+                            }
+                            Ok(())
+                        }
+                        Action::Copy { source, .. } => worker.convert(plan, chunk, &slot, *source, &mut sink),
+                        Action::Merge { .. } => {
+                            let mut seen = vec![0; plan.models()];
+                            worker.merge(plan, chunk, &slot, &no_cuts, &mut seen, 0.0, &mut sink)
+                        }
+                    }
+                };
+                let result = work();
+                worker.slot = slot;
+                result
+            },
+        )?;
+        let differing = differing.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&first) = differing.first() {
+            let name = printable(&plan.tensors[first as usize].name);
+            let count = differing.len();
+            let text =
+                format!("{count} tensors that are copied from base differ between the models (first: \"{name}\")");
+            self.warnings.push(text);
+        }
+        Ok(())
+    }
+}
+
+/// The whole of a unit that is one tensor.
+fn whole(unit: &Unit) -> Chunk {
+    Chunk { tensor: unit.tensors[0], start: 0, count: unit.elements }
+}
+
+/// Ties before the chunk, per model, where a cut goes by position.
+fn ties_before(
+    plan: &Plan,
+    worker: &mut Worker,
+    chain: &TieChain,
+    ordinal: usize,
+    chunk: Chunk,
+    slot: &Slot,
+    cuts: &[Cut],
+) -> Result<TieCounts> {
+    if !cuts.iter().any(|cut| matches!(cut, Cut::Lowest { .. })) {
+        return Ok(vec![0; plan.models()]);
+    }
+    let own = worker.count_ties(plan, chunk, slot, cuts);
+    if own.is_err() {
+        chain.abort();
+    }
+    chain.pass(ordinal, &own?)
+}
+
+fn prefetch(plan: &Plan, chunk: Chunk, oracle: bool) {
+    for piece in plan.pieces(chunk.tensor, oracle) {
+        let (file, offset, bytes) = locate(plan, chunk, piece);
+        file.prefetch(offset, bytes);
+    }
+}
+
+/// How many chunks to announce ahead: about [`PREFETCH_BYTES`] of input.
+fn lookahead(plan: &Plan, chunk_elements: u64) -> usize {
+    let chunk_bytes = chunk_elements.max(MIN_CHUNK_ELEMENTS) * plan.checkpoints.len() as u64 * 2;
+    (PREFETCH_BYTES / chunk_bytes).clamp(1, 64) as usize
+}

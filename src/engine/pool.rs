@@ -1,0 +1,121 @@
+//! A loop over items on several threads: items are handed out in order, each worker keeps its own buffers.
+//!
+//! - The channel is bounded, so handing out waits for the workers and nothing piles up.
+//! - If items fail, the error of the first failing item (in order) is returned: the same one for any thread count.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::error::{Error, Result};
+
+/// Runs `work` on every item, one thread per worker. `ahead` is told of each item `lookahead` items before it is handed
+/// out, so that reads can be announced.
+pub(super) fn run<T: Send, W: Send>(
+    workers: &mut [W],
+    items: impl Iterator<Item = T>,
+    lookahead: usize,
+    mut ahead: impl FnMut(&T),
+    work: impl Fn(&mut W, usize, T) -> Result<()> + Sync,
+) -> Result<()> {
+    let first_failed = AtomicUsize::new(usize::MAX);
+    let (sender, receiver) = crossbeam_channel::bounded::<(usize, T)>(workers.len());
+    let consume = |worker: &mut W, receiver: crossbeam_channel::Receiver<(usize, T)>| {
+        let mut failure: Option<(usize, Error)> = None;
+        for (ordinal, item) in receiver {
+            // Earlier items still run after a failure: one of them may be the first to fail.
+            if ordinal > first_failed.load(Ordering::Relaxed) {
+                continue;
+            }
+            if let Err(error) = work(worker, ordinal, item) {
+                first_failed.fetch_min(ordinal, Ordering::Relaxed);
+                if failure.as_ref().is_none_or(|(first, _)| ordinal < *first) {
+                    failure = Some((ordinal, error));
+                }
+            }
+        }
+        failure
+    };
+    let consume = &consume;
+    std::thread::scope(|scope| {
+        let handles: Vec<_> = workers
+            .iter_mut()
+            .map(|worker| {
+                let receiver = receiver.clone();
+                scope.spawn(move || consume(worker, receiver))
+            })
+            .collect();
+        drop(receiver);
+        let mut queue = VecDeque::with_capacity(lookahead + 1);
+        let mut items = items.enumerate();
+        loop {
+            while queue.len() <= lookahead {
+                let Some(item) = items.next() else { break };
+                ahead(&item.1);
+                queue.push_back(item);
+            }
+            let Some(item) = queue.pop_front() else { break };
+            // Sending fails only if every worker has panicked, which joining reports.
+            if first_failed.load(Ordering::Relaxed) != usize::MAX || sender.send(item).is_err() {
+                break;
+            }
+        }
+        drop(sender);
+        let mut failures = Vec::new();
+        for handle in handles {
+            match handle.join() {
+                Ok(failure) => failures.extend(failure),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        failures.into_iter().min_by_key(|(ordinal, _)| *ordinal).map_or(Ok(()), |(_, error)| Err(error))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_item_is_done_once_and_announced_before() {
+        for threads in [1, 2, 7] {
+            let mut sums = vec![0u64; threads];
+            let mut announced = 0u64;
+            run(
+                &mut sums,
+                1..=1000u64,
+                5,
+                |x| announced += x,
+                |sum, _, x| {
+                    *sum += x;
+                    Ok(())
+                },
+            )
+            .unwrap();
+            assert_eq!((sums.iter().sum::<u64>(), announced), (500_500, 500_500));
+        }
+    }
+
+    #[test]
+    fn the_first_failing_item_is_reported_whatever_the_thread_count() {
+        for threads in [1, 2, 7] {
+            for _ in 0..20 {
+                let error = run(
+                    &mut vec![(); threads],
+                    0..500usize,
+                    3,
+                    |_| (),
+                    |(), _, x| {
+                        if x % 100 == 42 { Err(Error::failed(format!("item {x}"))) } else { Ok(()) }
+                    },
+                )
+                .unwrap_err();
+                assert_eq!(error.to_string(), "item 42");
+            }
+        }
+    }
+
+    #[test]
+    fn no_items_is_fine() {
+        run(&mut [()], std::iter::empty::<()>(), 3, |()| (), |(), _, ()| Ok(())).unwrap();
+    }
+}

@@ -1,0 +1,110 @@
+//! From densities to cuts: what has to be selected in a unit, and what survives once it is known.
+
+use super::cut::Cut;
+use super::worker::{Slot, Worker};
+use crate::error::Result;
+use crate::limits::SMALL_UNIT_ELEMENTS;
+use crate::plan::{Action, Chunk, Plan, Unit};
+use crate::plan::{Scope, ThresholdKind};
+use crate::sketch::{Bracket, Selector, Threshold, select_in_place};
+
+/// What is wanted of one model in one unit.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Goal {
+    /// The `keep` largest of `elements` entries: needs a threshold.
+    Keep { keep: u64, elements: u64 },
+    /// Decided without looking at the data.
+    Settled(Cut),
+}
+
+/// Thresholds found for one unit, for the record.
+#[derive(Debug, Clone)]
+pub(super) struct UnitThresholds {
+    /// First tensor of the unit.
+    pub tensor: u32,
+    /// Per model: the threshold and the number of elements it was found among; `None` where nothing was cut or kept.
+    pub models: Vec<Option<(Threshold, u64)>>,
+}
+
+impl UnitThresholds {
+    pub(super) fn new(unit: &Unit, goals: &[Goal], found: &[Option<Threshold>]) -> Self {
+        let one = |(goal, found): (&Goal, &Option<Threshold>)| match goal {
+            Goal::Keep { elements, .. } => found.map(|threshold| (threshold, *elements)),
+            Goal::Settled(_) => None,
+        };
+        Self { tensor: unit.tensors[0], models: goals.iter().zip(found).map(one).collect() }
+    }
+}
+
+/// The goal of each model.
+pub(super) fn goals(plan: &Plan, unit: &Unit) -> Vec<Goal> {
+    let Some(trim) = &plan.trim else { return vec![Goal::Settled(Cut::NonZero); plan.models()] };
+    let tensor_scope = plan.scope == Scope::Tensor;
+    let goal = |model| {
+        let elements = elements(plan, unit, model);
+        match trim.keep(model, elements, tensor_scope) {
+            keep if keep >= elements => Goal::Settled(Cut::NonZero),
+            0 => Goal::Settled(Cut::Nothing),
+            keep => Goal::Keep { keep, elements },
+        }
+    };
+    (0..plan.models()).map(goal).collect()
+}
+
+/// Elements of the unit that `model` has.
+fn elements(plan: &Plan, unit: &Unit, model: usize) -> u64 {
+    let has = |t: &&u32| match &plan.tensors[**t as usize].action {
+        Action::Merge { models, .. } => models.iter().any(|&(m, _)| m as usize == model),
+        Action::Copy { .. } => false,
+    };
+    unit.tensors.iter().filter(has).map(|&t| plan.length(t)).sum()
+}
+
+/// Thresholds of a unit that one worker holds.
+pub(super) fn solo_thresholds(
+    plan: &Plan,
+    worker: &mut Worker,
+    chunk: Chunk,
+    slot: &Slot,
+    goals: &[Goal],
+    bins: usize,
+) -> Result<Vec<Option<Threshold>>> {
+    let Action::Merge { models, .. } = &plan.tensors[chunk.tensor as usize].action else { return Ok(Vec::new()) };
+    let coarse = plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Sketch);
+    let mut found = vec![None; goals.len()];
+    for &(model, piece) in models {
+        let Goal::Keep { keep, .. } = goals[model as usize] else { continue };
+        if chunk.count <= SMALL_UNIT_ELEMENTS && !coarse {
+            let keys = worker.keys(plan, chunk, slot, (model as usize, piece))?;
+            found[model as usize] = Some(select_in_place(keys, keep));
+            continue;
+        }
+        let mut selector = if coarse { Selector::coarse(keep) } else { Selector::exact(keep, Bracket::COARSE, bins) };
+        while let Some(bracket) = selector.bracket() {
+            let mut brackets = vec![None; goals.len()];
+            brackets[model as usize] = Some(bracket);
+            worker.set_brackets(&brackets);
+            worker.sketch(plan, chunk, slot, &brackets)?;
+            selector.observe(&worker.sketches[model as usize]);
+        }
+        found[model as usize] = selector.threshold();
+    }
+    Ok(found)
+}
+
+/// What survives of each model, from what was found.
+pub(super) fn cuts(plan: &Plan, goals: &[Goal], found: &[Option<Threshold>]) -> Vec<Cut> {
+    let rule = plan.trim.as_ref().map(|t| t.ties).unwrap_or_default();
+    let cut = |(goal, found): (&Goal, &Option<Threshold>)| match (goal, found) {
+        (Goal::Keep { keep, .. }, Some(threshold)) => Cut::new(*threshold, *keep, rule),
+        (Goal::Settled(cut), _) => *cut,
+        (Goal::Keep { .. }, None) => unreachable!("the search ends with a threshold"),
+    };
+    goals.iter().zip(found).map(cut).collect()
+}
+
+/// The cuts, with draws keyed to the chunk's tensor.
+pub(super) fn tensor_cuts(plan: &Plan, chunk: Chunk, cuts: &[Cut]) -> Vec<Cut> {
+    let name = &plan.tensors[chunk.tensor as usize].name;
+    cuts.iter().enumerate().map(|(model, cut)| cut.for_tensor(plan.seed, model, name)).collect()
+}

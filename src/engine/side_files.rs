@@ -1,0 +1,213 @@
+//! The files beside the weights: configuration, tokenizer, licence, model card, manifest.
+//!
+//! They are copied from the template (base, or the first model), with the data type in `config.json` brought in line.
+//! Nothing here is needed to merge; a template without such files is fine.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::output::{MANIFEST, SealedShard};
+use super::select::UnitThresholds;
+use super::{PROGRAM, Report};
+use crate::error::{Error, Result, printable};
+use crate::limits::MAX_SIDE_FILE_BYTES;
+use crate::plan::{Plan, PlanSummary, Schedule};
+use crate::storage::Storage;
+
+/// Version of the manifest's format.
+const MANIFEST_VERSION: u32 = 1;
+
+/// Files that are copied from the template where it has them: what transformers and the Hub's tools look for.
+const COPIED: &[&str] = &[
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "NOTICE.txt",
+    "USE_POLICY.md",
+];
+
+/// Everything but weights and index: (name, content), the manifest last.
+pub(super) fn all(
+    plan: &Plan,
+    schedule: &Schedule,
+    shards: &[SealedShard],
+    thresholds: &[UnitThresholds],
+    report: &Report,
+    storage: &dyn Storage,
+) -> Result<Vec<(String, Vec<u8>)>> {
+    let mut files = copied(plan, storage)?;
+    files.push(("README.md".into(), model_card(plan, report).into_bytes()));
+    let manifest = manifest(plan, schedule, shards, thresholds, report);
+    let text = serde_json::to_string_pretty(&manifest).map_err(|e| Error::failed(format!("{MANIFEST}: {e}")))?;
+    files.push((MANIFEST.into(), (text + "\n").into_bytes()));
+    Ok(files)
+}
+
+fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Vec<u8>)>> {
+    let dir = &plan.template().dir;
+    let mut files = Vec::new();
+    for &name in COPIED {
+        let path = dir.join(name);
+        if storage.is_file(&path) {
+            let mut content = storage.read_small(&path, MAX_SIDE_FILE_BYTES)?;
+            if name == "config.json" {
+                content = with_dtype(&path, content, plan)?;
+            }
+            files.push((name.to_string(), content));
+        }
+    }
+    Ok(files)
+}
+
+/// `config.json` with its data type as it is in the output; other content and its order stay.
+fn with_dtype(path: &Path, content: Vec<u8>, plan: &Plan) -> Result<Vec<u8>> {
+    let Some(float) = plan.float else { return Ok(content) };
+    let mut config: Value = serde_json::from_slice(&content)
+        .map_err(|e| Error::input(format!("not valid JSON: {e}")).at(path).help("repair it, or move it away"))?;
+    let Some(object) = config.as_object_mut() else { return Ok(content) };
+    // Newer writers say `dtype`, older ones `torch_dtype`; readers accept both.
+    let keys: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(|key| object.contains_key(*key)).collect();
+    if keys.iter().all(|key| object[*key] == float.torch_name()) {
+        return Ok(content);
+    }
+    for key in keys {
+        object.insert(key.to_string(), float.torch_name().into());
+    }
+    let text = serde_json::to_string_pretty(&config).map_err(|e| Error::failed(e.to_string()).at(path))?;
+    Ok((text + "\n").into_bytes())
+}
+
+/// The model card, as the Hub shows it.
+fn model_card(plan: &Plan, report: &Report) -> String {
+    let mut card = String::from("---\n");
+    let summary = PlanSummary::inputs(plan);
+    let hub_ids: Vec<&str> =
+        plan.checkpoints.iter().filter_map(|c| c.hub.as_ref()).map(|hub| hub.id.as_str()).collect();
+    if !hub_ids.is_empty() {
+        card.push_str("base_model:\n");
+        for id in &hub_ids {
+            card.push_str(&format!("- {id}\n"));
+        }
+    } else if let Some(base) = &plan.recipe.base {
+        card.push_str(&format!("base_model: {}\n", json!(base_name(base))));
+    }
+    card.push_str("library_name: transformers\ntags:\n- merge\n- tiesmith\n---\n\n# Merged model\n\n");
+    card.push_str(&format!(
+        "A merge of {} models by `{}`, made with {PROGRAM}.\n\n{}\n({})\n\n",
+        plan.models(),
+        plan.method.name(),
+        plan.method.formula(),
+        plan.method.reference()
+    ));
+    card.push_str("| role | checkpoint | parameters | kept |\n|---|---|---|---|\n");
+    let mut kept = report.kept_fraction.iter();
+    for input in summary {
+        let params: Vec<String> = input.params.iter().map(|(name, value)| format!("{name} {value}")).collect();
+        let kept = if input.role == "model" { kept.next() } else { None };
+        let kept = kept.map_or(String::new(), |k| format!("{:.2} %", k * 100.0));
+        let source = printable(&base_name(&input.source)).replace('|', "\\|");
+        card.push_str(&format!("| {} | `{source}` | {} | {kept} |\n", input.role, params.join(", ")));
+    }
+    card.push_str(&format!("\nSign conflicts: {:.2} % of the parameters.\n", report.sign_conflict_fraction * 100.0));
+    card.push_str("\n## Recipe\n\n```json\n");
+    card.push_str(&serde_json::to_string_pretty(&recipe_without_paths(plan)).unwrap_or_default());
+    card.push_str("\n```\n\nHashes of inputs and outputs are in `tiesmith.json`.\n");
+    card
+}
+
+/// A local path's last component: a card is published, the paths of the machine it was made on are not.
+fn base_name(source: &str) -> String {
+    let path = Path::new(source);
+    let local = path.is_absolute() || source.starts_with('.') || path.components().count() > 2;
+    match path.file_name() {
+        Some(name) if local => name.to_string_lossy().into_owned(),
+        _ => source.to_string(),
+    }
+}
+
+fn recipe_without_paths(plan: &Plan) -> impl serde::Serialize {
+    let mut recipe = plan.recipe.clone();
+    recipe.base = recipe.base.map(|s| base_name(&s));
+    recipe.sign_from = recipe.sign_from.map(|s| base_name(&s));
+    recipe.models.iter_mut().for_each(|m| m.source = base_name(&m.source));
+    recipe
+}
+
+/// Everything needed to check the output and to make it again.
+fn manifest(
+    plan: &Plan,
+    schedule: &Schedule,
+    shards: &[SealedShard],
+    thresholds: &[UnitThresholds],
+    report: &Report,
+) -> Value {
+    let inputs: Vec<Value> = PlanSummary::inputs(plan)
+        .zip(&plan.checkpoints)
+        .map(|(summary, checkpoint)| {
+            let files = checkpoint.files.iter().map(|file| {
+                let identity = file.file.identity();
+                json!({
+                    "name": file.file.path().file_name().map(|n| n.to_string_lossy()),
+                    "bytes": identity.bytes,
+                    "mtime_ns": identity.mtime_ns.to_string(),
+                    "header_blake3": blake3::Hash::from_bytes(file.header_hash).to_hex().as_str(),
+                })
+            });
+            json!({ "checkpoint": summary, "files": files.collect::<Vec<_>>() })
+        })
+        .collect();
+    let shards: Vec<Value> = plan
+        .layout
+        .shards
+        .iter()
+        .zip(shards)
+        .map(|(planned, sealed)| json!({ "name": planned.name, "bytes": sealed.bytes, "blake3": sealed.hash }))
+        .collect();
+    json!({
+        "format_version": MANIFEST_VERSION,
+        "program": PROGRAM,
+        "fingerprint": plan.fingerprint,
+        "recipe": plan.recipe,
+        "settings": plan.settings,
+        "inputs": inputs,
+        "thresholds": thresholds.iter().map(|unit| unit_thresholds(plan, unit)).collect::<Vec<_>>(),
+        "shards": shards,
+        "run": { "threads": schedule.threads, "memory_limit_bytes": schedule.memory_limit },
+        "report": report,
+    })
+}
+
+fn unit_thresholds(plan: &Plan, unit: &UnitThresholds) -> Value {
+    let models = unit.models.iter().map(|found| {
+        found.map(|(threshold, elements)| {
+            json!({
+                "magnitude": f32::from_bits(threshold.ties.low),
+                "above": threshold.above,
+                "tied": threshold.tied,
+                "elements": elements,
+            })
+        })
+    });
+    let scope = match plan.scope {
+        crate::plan::Scope::Model => Value::Null,
+        crate::plan::Scope::Tensor => (*plan.tensors[unit.tensor as usize].name).into(),
+    };
+    json!({ "tensor": scope, "models": models.collect::<Vec<_>>() })
+}

@@ -1,0 +1,155 @@
+//! The bodies, compiled once per instruction set, and the choice between them at run time.
+//!
+//! - [`Isa`] can only be made by asking the CPU, so holding one is the proof that its instructions exist.
+//! - The list of kernels stands here once; the macro makes every variant and one dispatch per kernel from it.
+//! - The target features leave out fused multiply-add: nothing could contract a product and a sum by accident.
+//! - On aarch64 the baseline is NEON already, so there is one variant.
+//!
+//! The only unsafe code of the kernels is the call into a variant. It does not know what the kernels compute.
+#![allow(unsafe_code)]
+
+use super::{Ties, body};
+use crate::dtype::Float;
+
+/// An instruction set that this CPU has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Isa(Level);
+
+/// Narrowest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Level {
+    Baseline,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Isa {
+    /// The widest instruction set of this CPU.
+    pub fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if Self::has_avx512() {
+                return Self(Level::Avx512);
+            }
+            if Self::has_avx2() {
+                return Self(Level::Avx2);
+            }
+        }
+        Self::baseline()
+    }
+
+    /// What every CPU of the architecture has: SSE2 on x86-64, NEON on aarch64.
+    pub const fn baseline() -> Self {
+        Self(Level::Baseline)
+    }
+
+    /// Every instruction set of this CPU that the kernels know, narrowest first.
+    pub fn available() -> Vec<Self> {
+        let sets = [
+            Some(Self::baseline()),
+            #[cfg(target_arch = "x86_64")]
+            Self::has_avx2().then_some(Self(Level::Avx2)),
+            #[cfg(target_arch = "x86_64")]
+            Self::has_avx512().then_some(Self(Level::Avx512)),
+        ];
+        sets.into_iter().flatten().collect()
+    }
+
+    /// A short name for reports: `baseline`, `avx2`, `avx512`.
+    pub const fn name(self) -> &'static str {
+        match self.0 {
+            Level::Baseline => "baseline",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => "avx512",
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn has_avx2() -> bool {
+        is_x86_feature_detected!("avx2")
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn has_avx512() -> bool {
+        Self::has_avx2()
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512cd")
+    }
+}
+
+macro_rules! kernels {
+    ($(fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
+        #[cfg(target_arch = "x86_64")]
+        mod avx2 {
+            use super::{Float, Ties, body};
+            $(
+                #[target_feature(enable = "avx2")]
+                pub(super) fn $name($($arg: $type),*) $(-> $result)? {
+                    body::$name($($arg),*)
+                }
+            )*
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        mod avx512 {
+            use super::{Float, Ties, body};
+            $(
+                #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512cd")]
+                pub(super) fn $name($($arg: $type),*) $(-> $result)? {
+                    body::$name($($arg),*)
+                }
+            )*
+        }
+
+        $(
+            #[inline]
+            pub(super) fn $name(isa: Isa, $($arg: $type),*) $(-> $result)? {
+                match isa.0 {
+                    Level::Baseline => body::$name($($arg),*),
+                    // SAFETY: only `Isa::detect` and `Isa::available` make this level, and only after `has_avx2`
+                    // found the one feature that the variant enables. The variant is safe otherwise.
+                    #[cfg(target_arch = "x86_64")]
+                    Level::Avx2 => unsafe { avx2::$name($($arg),*) },
+                    // SAFETY: as above; `has_avx512` tests each of the features that the variant enables.
+                    #[cfg(target_arch = "x86_64")]
+                    Level::Avx512 => unsafe { avx512::$name($($arg),*) },
+                }
+            }
+        )*
+    };
+}
+
+kernels! {
+    fn load(float: Float, bytes: &[u8], out: &mut [f32]);
+    fn task_vector(float: Float, bytes: &[u8], base: &[f32], out: &mut [f32]);
+    fn task_vector_f64(float: Float, bytes: &[u8], base_float: Float, base_bytes: &[u8], out: &mut [f32]);
+    fn store(float: Float, values: &[f32], out: &mut [u8], clamp: bool) -> bool;
+    fn store_sum_f64(base_float: Float, base_bytes: &[u8], values: &[f32], out: &mut [u8]);
+    fn all_finite(values: &[f32]) -> bool;
+    fn zero_non_finite(values: &mut [f32]);
+    fn trim(tau: &mut [f32], min_key: u32) -> u64;
+    fn trim_sample(tau: &mut [f32], ties: Ties, draw_key: u64, first_index: u64, accept: u64) -> u64;
+    fn trim_lowest(tau: &mut [f32], ties: Ties, quota: u64) -> (u64, u64);
+    fn count_ties(tau: &[f32], ties: Ties) -> u64;
+    fn histogram(tau: &[f32], low: u32, shift: u32, bins: &mut [u64]) -> u64;
+    fn elect_mass(taus: &[&[f32]], weights: &[f32], gamma: &mut [f32]);
+    fn elect_count(taus: &[&[f32]], gamma: &mut [f32]);
+    fn sign_of(values: &[f32], gamma: &mut [f32]);
+    fn fill_zero_sign(gamma: &mut [f32], sign: f32);
+    fn sum_signs(gamma: &[f32]) -> i64;
+    fn conflicts(taus: &[&[f32]]) -> u64;
+    fn combine_mean(taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]);
+    fn combine_sum(taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]);
+    fn combine_max(taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]);
+    fn scale(values: &mut [f32], factor: f32);
+    fn divide(values: &mut [f32], divisor: f32);
+    fn add(values: &mut [f32], other: &[f32]);
+    fn add_scaled(acc: &mut [f32], factor: f32, values: &[f32]);
+}

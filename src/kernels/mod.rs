@@ -1,0 +1,275 @@
+//! Element-wise arithmetic on tiles: slices in, slices out.
+//!
+//! | file | what |
+//! |---|---|
+//! | this one | the entry points: lengths are checked here, then one dispatch on [`Isa`] per call |
+//! | `body.rs` | each algorithm once, safe and branch-free |
+//! | `isa.rs` | the bodies compiled per instruction set, and the only unsafe code |
+//! | `convert.rs` | stored floats to and from f32 |
+//! | `naive.rs` | tests only: the equations in f64, one element at a time |
+//!
+//! What holds for every kernel:
+//!
+//! - **Deterministic.** The result is the same, bit for bit, on every [`Isa`] and however a tensor is cut into tiles.
+//!   Sums over models run in slice order; products and sums round separately; only integers are summed over elements.
+//!   The one exception is which NaN an operation on NaN or infinities yields: [`store`] makes them all one.
+//! - **Stored bytes** are little-endian and may be unaligned; there are `elements * float.width()` of them.
+//! - A **key** is the bits of an f32 without the sign: an integer that is monotone in magnitude.
+//! - **NaN and infinities** are ordinary data: their keys are above every finite one, so they survive a trim; an infinity
+//!   has a sign like any value; NaN has none, so it is never elected, but takes part where there is no election.
+//! - Slices that disagree in length are a mistake of the caller and panic; no value of an element ever does.
+//!
+//! Notation: θ0 base, θ_t model t, τ_t = θ_t − θ0 its task vector, γ the elected sign, w_t the weight of model t
+//! (TIES-merging, arXiv 2306.01708). The kernels allocate nothing and know nothing of tensors, files or threads.
+
+mod body;
+mod convert;
+mod isa;
+#[cfg(test)]
+mod naive;
+#[cfg(test)]
+mod tests;
+
+pub use convert::key;
+pub use isa::Isa;
+
+use crate::dtype::Float;
+
+/// The keys that tie at a trim threshold, both ends included; `low > high` is no key at all.
+///
+/// With an exact threshold both are its key; with an approximate one they bound it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ties {
+    /// The smallest key that ties.
+    pub low: u32,
+    /// The largest key that ties; everything above survives.
+    pub high: u32,
+}
+
+impl Ties {
+    /// All ones for a key in the range.
+    #[inline(always)]
+    fn mask(self, key: u32) -> u32 {
+        convert::mask(key >= self.low) & convert::mask(key <= self.high)
+    }
+}
+
+/// The finaliser of splitmix64: a bijection in which every input bit changes half of the output bits.
+#[inline(always)]
+const fn mix(mut state: u64) -> u64 {
+    state = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    state = (state ^ (state >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    state ^ (state >> 31)
+}
+
+/// Where the state of a splitmix64 generator stands at its `index`-th output.
+#[inline(always)]
+const fn step(index: u64) -> u64 {
+    index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// The `index`-th output of the random stream named by `draw_key`: uniform over all of u64.
+///
+/// A counter-based generator: splitmix64 (Steele, Lea, Flood 2014) seeded with the mixed key and read at any index
+/// without the ones before. Mixing the key first keeps the streams of keys that differ by multiples of the generator's
+/// increment from being shifted copies of each other. Part of the output format: it must never change.
+#[inline(always)]
+pub const fn draw(draw_key: u64, index: u64) -> u64 {
+    mix(mix(draw_key).wrapping_add(step(index)))
+}
+
+/// Asserts that there are `elements` stored values of type `float`.
+#[track_caller]
+fn assert_stored(float: Float, bytes: &[u8], elements: usize) {
+    assert_eq!(bytes.len(), elements * float.width(), "bytes of {elements} elements of {float:?}");
+}
+
+/// Asserts that every model has `elements` entries.
+#[track_caller]
+fn assert_columns(taus: &[&[f32]], elements: usize) {
+    assert!(taus.iter().all(|tau| tau.len() == elements), "task vectors of {elements} elements");
+}
+
+/// Asserts what the weighted kernels need.
+#[track_caller]
+fn assert_weighted(taus: &[&[f32]], weights: &[f32], elements: usize) {
+    assert_columns(taus, elements);
+    assert_eq!(taus.len(), weights.len(), "one weight per task vector");
+}
+
+// ---- Stored values ------------------------------------------------------------------------------------------------
+
+/// Widens stored values to f32: exact, but for f64, which rounds to nearest even.
+pub fn load(isa: Isa, float: Float, bytes: &[u8], out: &mut [f32]) {
+    assert_stored(float, bytes, out.len());
+    isa::load(isa, float, bytes, out);
+}
+
+/// τ = θ − θ0 with θ stored as `float` and θ0 = `base` in f32.
+pub fn task_vector(isa: Isa, float: Float, bytes: &[u8], base: &[f32], out: &mut [f32]) {
+    assert_stored(float, bytes, out.len());
+    assert_eq!(base.len(), out.len());
+    isa::task_vector(isa, float, bytes, base, out);
+}
+
+/// τ = θ − θ0 subtracted in f64 and rounded once to f32, for checkpoints with f64 tensors.
+pub fn task_vector_f64(isa: Isa, float: Float, bytes: &[u8], base_float: Float, base_bytes: &[u8], out: &mut [f32]) {
+    assert_stored(float, bytes, out.len());
+    assert_stored(base_float, base_bytes, out.len());
+    isa::task_vector_f64(isa, float, bytes, base_float, base_bytes, out);
+}
+
+/// Rounds to nearest even and stores, little-endian. True if a finite value was too large for the type.
+///
+/// Such a value becomes the largest finite one of its sign with `clamp`, else an infinity, or NaN in E4M3, which has
+/// no infinities. "Too large" is what rounds, with an unlimited exponent, beyond the largest finite value: from 65520
+/// in F16, above 464 in E4M3. Infinities stay infinities (E4M3: NaN) and NaN becomes the type's positive quiet NaN;
+/// neither counts as too large.
+pub fn store(isa: Isa, float: Float, values: &[f32], out: &mut [u8], clamp: bool) -> bool {
+    assert_stored(float, out, values.len());
+    isa::store(isa, float, values, out, clamp)
+}
+
+/// Stores θ0 + value in f64, with θ0 widened exactly; NaN becomes the positive quiet NaN.
+pub fn store_sum_f64(isa: Isa, base_float: Float, base_bytes: &[u8], values: &[f32], out: &mut [u8]) {
+    assert_stored(base_float, base_bytes, values.len());
+    assert_stored(Float::F64, out, values.len());
+    isa::store_sum_f64(isa, base_float, base_bytes, values, out);
+}
+
+/// Whether no value is NaN or infinite.
+pub fn all_finite(isa: Isa, values: &[f32]) -> bool {
+    isa::all_finite(isa, values)
+}
+
+/// Replaces NaN and infinities by +0.0.
+pub fn zero_non_finite(isa: Isa, values: &mut [f32]) {
+    isa::zero_non_finite(isa, values);
+}
+
+// ---- Trim ---------------------------------------------------------------------------------------------------------
+
+/// Zeroes every entry whose key is below `min_key` (at least 1) and returns the number of the others.
+///
+/// What is zeroed becomes +0.0, and -0.0 does too.
+pub fn trim(isa: Isa, tau: &mut [f32], min_key: u32) -> u64 {
+    assert!(min_key >= 1, "zeros never survive a trim");
+    isa::trim(isa, tau, min_key)
+}
+
+/// Keeps entries above the ties, and of the ties those whose draw is below `accept`; returns the non-zero survivors.
+///
+/// Entry i draws `draw(draw_key, first_index + i)`: `first_index` is the position of the tile in the whole. A tie
+/// survives with probability `accept` / 2^64. Zeros, kept or not, become +0.0 and are not counted.
+pub fn trim_sample(isa: Isa, tau: &mut [f32], ties: Ties, draw_key: u64, first_index: u64, accept: u64) -> u64 {
+    isa::trim_sample(isa, tau, ties, draw_key, first_index, accept)
+}
+
+/// Keeps entries above the ties, and the first `quota` ties; returns (non-zero survivors, ties kept).
+///
+/// A zero that ties uses up quota, but does not count as a survivor.
+pub fn trim_lowest(isa: Isa, tau: &mut [f32], ties: Ties, quota: u64) -> (u64, u64) {
+    isa::trim_lowest(isa, tau, ties, quota)
+}
+
+/// The number of entries that tie.
+pub fn count_ties(isa: Isa, tau: &[f32], ties: Ties) -> u64 {
+    isa::count_ties(isa, tau, ties)
+}
+
+/// Counts keys into bins of 2^`shift` keys each, the first bin starting at key `low`.
+///
+/// Adds to `bins`; keys below `low` are ignored; returns the number of entries at or above the end of the last bin.
+pub fn histogram(isa: Isa, tau: &[f32], low: u32, shift: u32, bins: &mut [u64]) -> u64 {
+    assert!(shift < 32, "a key has 31 bits");
+    isa::histogram(isa, tau, low, shift, bins)
+}
+
+// ---- Elect --------------------------------------------------------------------------------------------------------
+
+/// γ = sgn(Σ_t w_t τ_t), as -1.0, 0.0 or +1.0; 0.0 where the sum is NaN.
+pub fn elect_mass(isa: Isa, taus: &[&[f32]], weights: &[f32], gamma: &mut [f32]) {
+    assert_weighted(taus, weights, gamma.len());
+    isa::elect_mass(isa, taus, weights, gamma);
+}
+
+/// γ = sgn(number of positive entries − number of negative entries) among the models.
+pub fn elect_count(isa: Isa, taus: &[&[f32]], gamma: &mut [f32]) {
+    assert_columns(taus, gamma.len());
+    isa::elect_count(isa, taus, gamma);
+}
+
+/// γ = sgn(value), for signs that come from elsewhere; 0.0 for ±0.0 and NaN.
+pub fn sign_of(isa: Isa, values: &[f32], gamma: &mut [f32]) {
+    assert_eq!(values.len(), gamma.len());
+    isa::sign_of(isa, values, gamma);
+}
+
+/// Replaces every γ = 0 by `sign`.
+pub fn fill_zero_sign(isa: Isa, gamma: &mut [f32], sign: f32) {
+    isa::fill_zero_sign(isa, gamma, sign);
+}
+
+/// Σ γ: the number of positive signs less the number of negative ones.
+pub fn sum_signs(isa: Isa, gamma: &[f32]) -> i64 {
+    isa::sum_signs(isa, gamma)
+}
+
+/// The number of positions at which some model is positive and some model negative.
+pub fn conflicts(isa: Isa, taus: &[&[f32]]) -> u64 {
+    assert_columns(taus, taus.first().map_or(0, |tau| tau.len()));
+    isa::conflicts(isa, taus)
+}
+
+// ---- Disjoint merge -----------------------------------------------------------------------------------------------
+
+/// Asserts what the combining kernels need.
+#[track_caller]
+fn assert_combine(taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, elements: usize) {
+    assert_weighted(taus, weights, elements);
+    assert!(gamma.is_none_or(|gamma| gamma.len() == elements), "signs of {elements} elements");
+}
+
+/// Σ_A w τ / Σ_A w over A = {t : τ_t ≠ 0 and sgn τ_t = γ}; 0 where A is empty or its weights sum to 0.
+///
+/// Without `gamma`, A holds every model whose entry is not zero. With unit weights: the paper's mean by count.
+pub fn combine_mean(isa: Isa, taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]) {
+    assert_combine(taus, weights, gamma, out.len());
+    isa::combine_mean(isa, taus, weights, gamma, out);
+}
+
+/// Σ_A w τ over the A of [`combine_mean`].
+pub fn combine_sum(isa: Isa, taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]) {
+    assert_combine(taus, weights, gamma, out.len());
+    isa::combine_sum(isa, taus, weights, gamma, out);
+}
+
+/// The w τ of largest magnitude over the A of [`combine_mean`], the first model winning ties; 0 where A is empty.
+pub fn combine_max(isa: Isa, taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]) {
+    assert_combine(taus, weights, gamma, out.len());
+    isa::combine_max(isa, taus, weights, gamma, out);
+}
+
+// ---- Linear -------------------------------------------------------------------------------------------------------
+
+/// values *= factor.
+pub fn scale(isa: Isa, values: &mut [f32], factor: f32) {
+    isa::scale(isa, values, factor);
+}
+
+/// values /= divisor.
+pub fn divide(isa: Isa, values: &mut [f32], divisor: f32) {
+    isa::divide(isa, values, divisor);
+}
+
+/// values += other.
+pub fn add(isa: Isa, values: &mut [f32], other: &[f32]) {
+    assert_eq!(values.len(), other.len());
+    isa::add(isa, values, other);
+}
+
+/// acc += factor * values, product and sum rounded separately.
+pub fn add_scaled(isa: Isa, acc: &mut [f32], factor: f32, values: &[f32]) {
+    assert_eq!(acc.len(), values.len());
+    isa::add_scaled(isa, acc, factor, values);
+}

@@ -1,0 +1,64 @@
+//! Every bound the crate relies on, as a constant with its reason.
+
+/// Longest accepted safetensors header in bytes: the reference implementation's limit.
+pub const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// Longest accepted index file in bytes: two million tensors at about 100 bytes each.
+pub const MAX_INDEX_BYTES: u64 = 256_000_000;
+/// Most files one checkpoint may have: they are all held open, and the largest known have a few hundred.
+pub const MAX_SHARDS: usize = 10_000;
+/// Most tensors one checkpoint may have.
+pub const MAX_TENSORS: usize = 10_000_000;
+/// Longest accepted tensor name in bytes.
+pub const MAX_NAME_BYTES: usize = 4096;
+/// Most dimensions a tensor may have.
+pub const MAX_DIMENSIONS: usize = 64;
+/// Longest side file (config, tokenizer) that is copied, in bytes.
+pub const MAX_SIDE_FILE_BYTES: u64 = 256_000_000;
+
+/// Most models in one merge: each needs a tile in every worker.
+pub const MAX_MODELS: usize = 128;
+
+/// Elements of a tile: the unit of computation. With a handful of models its slices stay in the first-level cache.
+pub const TILE_ELEMENTS: usize = 1024;
+/// Elements of a chunk where memory allows: reads of about a megabyte, long enough for any disk.
+pub const CHUNK_ELEMENTS: u64 = 1 << 19;
+/// Shortest chunk that is worth reading: below, system calls cost more than arithmetic.
+pub const MIN_CHUNK_ELEMENTS: u64 = 1 << 14;
+/// Elements computed before they are written.
+pub const OUT_ELEMENTS: u64 = 1 << 17;
+/// Longest tensor that one worker takes alone; longer ones are shared, so that no worker is left with a long tail.
+pub const SOLO_ELEMENTS: u64 = 1 << 24;
+/// Longest unit whose threshold is selected by partial sorting instead of a histogram.
+pub const SMALL_UNIT_ELEMENTS: u64 = 1 << 18;
+/// Most chunks that are held in memory at once: bounds what their bookkeeping costs.
+pub const RESIDENT_CHUNKS: usize = 1 << 14;
+
+/// One element in so many is probed.
+pub const PROBE_SHARE: u64 = 100;
+/// Elements of one probed block: 8 KiB of a 16-bit type.
+pub const PROBE_BLOCK: u64 = 1 << 12;
+/// Fewest elements probed (or all, if there are fewer): keeps the bracket of a smaller model narrow.
+pub const PROBE_MIN_ELEMENTS: u64 = 1 << 19;
+
+/// Groups of a probe's sample, whose spread tells how far the sample can be trusted.
+pub const PROBE_GROUPS: usize = 8;
+
+/// Fewest bins of a magnitude sketch: one that covers all keys at 0.4 % of a magnitude per bin.
+pub const SKETCH_BINS_MIN: usize = 1 << 16;
+/// Most bins of a magnitude sketch: about a seventh of a magnitude at one key per bin.
+pub const SKETCH_BINS_MAX: usize = 1 << 20;
+
+/// Resident memory of the program itself, its stacks, and what the allocator keeps.
+pub const PROCESS_BYTES: u64 = 20_000_000;
+
+/// Input bytes announced to the system ahead of their use: keeps a slow disk busy while workers compute.
+pub const PREFETCH_BYTES: u64 = 64_000_000;
+/// Written bytes that may wait for the disk before writers pause.
+pub const WRITE_BEHIND_BYTES: u64 = 128_000_000;
+
+const _: () = {
+    assert!(MIN_CHUNK_ELEMENTS >= TILE_ELEMENTS as u64 && CHUNK_ELEMENTS >= MIN_CHUNK_ELEMENTS);
+    assert!(MIN_CHUNK_ELEMENTS >= PROBE_BLOCK, "a probed block fits into the smallest window");
+    assert!(SKETCH_BINS_MIN.is_power_of_two() && SKETCH_BINS_MAX.is_power_of_two());
+    assert!(OUT_ELEMENTS.is_multiple_of(TILE_ELEMENTS as u64));
+};

@@ -1,0 +1,60 @@
+//! Simple and weighted averaging of weights (model soups, Wortsman et al. 2022, arXiv 2203.05482).
+//!
+//! θ = Σ_t w_t θ_t / Σ_t w_t over the models; base takes no part unless it is listed as a model.
+
+use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Tile};
+use crate::kernels;
+
+/// See the module's documentation.
+pub(super) struct Linear;
+
+impl Method for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn summary(&self) -> &'static str {
+        "average the models' weights (simple averaging, or weighted)"
+    }
+
+    fn formula(&self) -> &'static str {
+        "θ = Σ w_t θ_t / Σ w_t"
+    }
+
+    fn reference(&self) -> &'static str {
+        "Wortsman et al. 2022, arXiv 2203.05482"
+    }
+
+    fn params(&self) -> &'static [ParamSpec] {
+        &[ParamSpec {
+            name: "weight",
+            per_model: true,
+            kind: ParamKind::Number { default: 1.0, min: f64::MIN, max: f64::MAX },
+            help: "weight of a model; the weights must not sum to zero",
+        }]
+    }
+
+    fn needs_base(&self) -> bool {
+        false
+    }
+
+    fn prepare(&self, _settings: &Settings) -> Box<dyn Merger> {
+        Box::new(LinearMerger)
+    }
+}
+
+struct LinearMerger;
+
+impl Merger for LinearMerger {
+    fn needs(&self) -> Needs {
+        Needs { inputs: Inputs::Weights, majority_sign: false }
+    }
+
+    fn merge(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {
+        out.fill(0.0);
+        for (input, &weight) in tile.inputs.iter().zip(tile.weights) {
+            kernels::add_scaled(tile.isa, out, weight, input);
+        }
+        kernels::divide(tile.isa, out, tile.weights.iter().sum());
+    }
+}

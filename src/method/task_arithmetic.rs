@@ -1,0 +1,63 @@
+//! Task arithmetic: the weighted sum of task vectors (Ilharco et al. 2023, arXiv 2212.04089).
+//!
+//! τ = λ Σ_t w_t τ_t. Negative weights forget a task. The TIES paper uses λ = 0.4 where there is no validation data.
+
+use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Tile};
+use crate::kernels;
+
+/// See the module's documentation.
+pub(super) struct TaskArithmetic;
+
+const ANY: ParamKind = ParamKind::Number { default: 1.0, min: f64::MIN, max: f64::MAX };
+
+impl Method for TaskArithmetic {
+    fn name(&self) -> &'static str {
+        "task_arithmetic"
+    }
+
+    fn summary(&self) -> &'static str {
+        "add the weighted sum of all task vectors to base"
+    }
+
+    fn formula(&self) -> &'static str {
+        "θ = θ0 + λ Σ w_t (θ_t − θ0)"
+    }
+
+    fn reference(&self) -> &'static str {
+        "Ilharco et al. 2023, arXiv 2212.04089"
+    }
+
+    fn params(&self) -> &'static [ParamSpec] {
+        &[
+            ParamSpec { name: "weight", per_model: true, kind: ANY, help: "weight of a model's task vector" },
+            ParamSpec {
+                name: "lambda",
+                per_model: false,
+                kind: ANY,
+                help: "scale of the sum (the TIES paper without validation data: 0.4)",
+            },
+        ]
+    }
+
+    fn prepare(&self, settings: &Settings) -> Box<dyn Merger> {
+        Box::new(TaskArithmeticMerger { lambda: settings.number("lambda") as f32 })
+    }
+}
+
+struct TaskArithmeticMerger {
+    lambda: f32,
+}
+
+impl Merger for TaskArithmeticMerger {
+    fn needs(&self) -> Needs {
+        Needs { inputs: Inputs::TaskVectors, majority_sign: false }
+    }
+
+    fn merge(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {
+        out.fill(0.0);
+        for (input, &weight) in tile.inputs.iter().zip(tile.weights) {
+            kernels::add_scaled(tile.isa, out, weight, input);
+        }
+        kernels::scale(tile.isa, out, self.lambda);
+    }
+}

@@ -1,0 +1,163 @@
+//! TIES-Merging: trim, elect sign, disjoint merge (Yadav et al. 2023, arXiv 2306.01708, section 4).
+//!
+//! With trimmed task vectors τ̂_t and weights w_t (1 unless given):
+//!
+//! - elect: γ = sgn Σ_t w_t τ̂_t (`mass`), sgn(#positive − #negative) (`count`), or no election (`none`); signs given
+//!   from outside replace the election;
+//! - disjoint merge over A = {t : τ̂_t ≠ 0 and sgn τ̂_t = γ}: Σ_A w_t τ̂_t / Σ_A w_t (`mean`), Σ_A w_t τ̂_t (`sum`), or
+//!   the w_t τ̂_t of largest magnitude in A (`max`); 0 where A is empty;
+//! - the merged task vector is λ times that.
+
+use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Tile};
+use crate::kernels;
+
+/// See the module's documentation.
+pub(super) struct Ties;
+
+const ANY: ParamKind = ParamKind::Number { default: 1.0, min: f64::MIN, max: f64::MAX };
+
+impl Method for Ties {
+    fn name(&self) -> &'static str {
+        "ties"
+    }
+
+    fn summary(&self) -> &'static str {
+        "trim each task vector, elect a sign per parameter, average what agrees"
+    }
+
+    fn formula(&self) -> &'static str {
+        "θ = θ0 + λ · mean{ τ̂_t : sgn τ̂_t = sgn Σ w_t τ̂_t },  τ̂_t = top density of τ_t = θ_t − θ0"
+    }
+
+    fn reference(&self) -> &'static str {
+        "Yadav et al. 2023, arXiv 2306.01708"
+    }
+
+    fn params(&self) -> &'static [ParamSpec] {
+        &[
+            ParamSpec { name: "weight", per_model: true, kind: ANY, help: "weight of a model in election and mean" },
+            ParamSpec {
+                name: "density",
+                per_model: true,
+                kind: ParamKind::Number { default: 0.2, min: 0.0, max: 1.0 },
+                help: "fraction of each task vector kept, by magnitude",
+            },
+            ParamSpec { name: "lambda", per_model: false, kind: ANY, help: "scale of the merged task vector" },
+            ParamSpec {
+                name: "elect",
+                per_model: false,
+                kind: ParamKind::Choice(&["mass", "count", "none"]),
+                help: "elect signs by summed mass (paper), by count, or not at all",
+            },
+            ParamSpec {
+                name: "combine",
+                per_model: false,
+                kind: ParamKind::Choice(&["mean", "sum", "max"]),
+                help: "disjoint mean (paper), sum, or entry of largest magnitude",
+            },
+            ParamSpec {
+                name: "zero_sum",
+                per_model: false,
+                kind: ParamKind::Choice(&["zero", "positive", "majority"]),
+                help: "sign where an election cancels exactly: none (paper), positive, or the majority's",
+            },
+        ]
+    }
+
+    fn trims(&self) -> bool {
+        true
+    }
+
+    fn prepare(&self, settings: &Settings) -> Box<dyn Merger> {
+        let elect = match settings.word("elect") {
+            "mass" => Elect::Mass,
+            "count" => Elect::Count,
+            _ => Elect::None,
+        };
+        let combine = match settings.word("combine") {
+            "mean" => Combine::Mean,
+            "sum" => Combine::Sum,
+            _ => Combine::Max,
+        };
+        let zero_sum = match settings.word("zero_sum") {
+            "zero" => ZeroSum::Sign(0.0),
+            "positive" => ZeroSum::Sign(1.0),
+            _ => ZeroSum::Majority,
+        };
+        Box::new(TiesMerger { elect, combine, zero_sum, lambda: settings.number("lambda") as f32 })
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Elect {
+    Mass,
+    Count,
+    None,
+}
+
+#[derive(Clone, Copy)]
+enum Combine {
+    Mean,
+    Sum,
+    Max,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum ZeroSum {
+    Sign(f32),
+    Majority,
+}
+
+struct TiesMerger {
+    elect: Elect,
+    combine: Combine,
+    zero_sum: ZeroSum,
+    lambda: f32,
+}
+
+impl TiesMerger {
+    /// Elects signs into `gamma` without regard to exact cancellation. False if every survivor takes part.
+    fn elect(&self, tile: &Tile<'_>, gamma: &mut [f32]) -> bool {
+        match (tile.oracle, self.elect) {
+            (Some(signs), _) => gamma.copy_from_slice(signs),
+            (None, Elect::Mass) => kernels::elect_mass(tile.isa, tile.inputs, tile.weights, gamma),
+            (None, Elect::Count) => kernels::elect_count(tile.isa, tile.inputs, gamma),
+            (None, Elect::None) => return false,
+        }
+        true
+    }
+}
+
+impl Merger for TiesMerger {
+    fn needs(&self) -> Needs {
+        Needs {
+            inputs: Inputs::TrimmedTaskVectors,
+            majority_sign: self.elect != Elect::None && self.zero_sum == ZeroSum::Majority,
+        }
+    }
+
+    fn merge(&self, tile: &Tile<'_>, out: &mut [f32], scratch: &mut [f32]) {
+        let elected = self.elect(tile, scratch);
+        // An oracle's zero means that it did not move: nothing agrees with it. Only an election can cancel.
+        if elected && tile.oracle.is_none() {
+            let sign = match self.zero_sum {
+                ZeroSum::Sign(sign) => sign,
+                ZeroSum::Majority => tile.majority,
+            };
+            if sign != 0.0 {
+                kernels::fill_zero_sign(tile.isa, scratch, sign);
+            }
+        }
+        let gamma = elected.then_some(&*scratch);
+        match self.combine {
+            Combine::Mean => kernels::combine_mean(tile.isa, tile.inputs, tile.weights, gamma, out),
+            Combine::Sum => kernels::combine_sum(tile.isa, tile.inputs, tile.weights, gamma, out),
+            Combine::Max => kernels::combine_max(tile.isa, tile.inputs, tile.weights, gamma, out),
+        }
+        kernels::scale(tile.isa, out, self.lambda);
+    }
+
+    fn sum_of_signs(&self, tile: &Tile<'_>, scratch: &mut [f32]) -> i64 {
+        if self.elect(tile, scratch) { kernels::sum_signs(tile.isa, scratch) } else { 0 }
+    }
+}

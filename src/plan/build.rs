@@ -1,0 +1,413 @@
+//! Reconciles names, shapes, types and parameters: from a recipe and headers to a plan.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::{Action, Piece, Plan, PlannedTensor, Trim};
+use crate::checkpoint::layout::{Layout, OutputTensor};
+use crate::checkpoint::{Checkpoint, TensorEntry};
+use crate::dtype::{Dtype, Float, dtype_name};
+use crate::error::{Error, Result, printable};
+use crate::limits::MAX_MODELS;
+use crate::method::Inputs;
+use crate::recipe::{Missing, NonFinite, Recipe, TensorFilter};
+use crate::storage::Storage;
+
+/// Changes whenever a change of the program changes output bytes.
+const NUMERIC_VERSION: u32 = 1;
+/// How many names a warning or an error lists before it only counts.
+const NAMES_LISTED: usize = 3;
+
+/// Lowers `recipe`: see [`Plan::new`].
+pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan> {
+    let method = recipe.method()?;
+    let filter = recipe.filter()?;
+    let (settings, mut warnings) = recipe.settings()?;
+    check_request(recipe)?;
+    let checkpoints = open(recipe, storage)?;
+    let base = recipe.base.is_some().then_some(0);
+    let first_model = usize::from(base.is_some());
+    let oracle = recipe.sign_from.is_some().then(|| checkpoints.len() - 1);
+    let merger = method.prepare(&settings);
+    let weights: Vec<f32> = match settings.per_model("weight") {
+        Some(weights) => weights.iter().map(|&w| w as f32).collect(),
+        None => vec![1.0; recipe.models.len()],
+    };
+    let density = settings.per_model("density").unwrap_or_default();
+    let trim = (method.trims() && density.iter().any(|&k| k < 1.0)).then_some(Trim {
+        density,
+        threshold: recipe.threshold,
+        ties: recipe.trim_ties,
+    });
+    for checkpoint in &checkpoints {
+        warnings.extend(checkpoint.warnings.iter().cloned());
+    }
+
+    let inputs = merger.needs().inputs;
+    let mut reconciler = Reconciler { recipe, filter, checkpoints: &checkpoints, base, first_model, oracle, inputs };
+    let tensors = reconciler.tensors(&weights, &mut warnings)?;
+    reconciler.report_leftovers(&mut warnings)?;
+    reconciler.report_idle_globs(&mut warnings)?;
+
+    let float = recipe.dtype.or_else(|| commonest_float(&tensors));
+    let layout = Layout::new(tensors.iter().map(output_tensor), recipe.max_shard_bytes)?;
+    let fingerprint = fingerprint(recipe, &checkpoints);
+    Ok(Plan {
+        recipe: recipe.clone(),
+        method,
+        settings,
+        merger,
+        weights,
+        trim,
+        scope: recipe.scope,
+        non_finite: recipe.non_finite,
+        overflow: recipe.overflow,
+        seed: recipe.seed,
+        base,
+        first_model,
+        oracle,
+        tensors,
+        layout,
+        float,
+        warnings,
+        fingerprint,
+        checkpoints,
+    })
+}
+
+fn check_request(recipe: &Recipe) -> Result<()> {
+    let method = recipe.method()?;
+    if recipe.models.is_empty() {
+        return Err(Error::usage("no model to merge").help("give at least one --model CKPT"));
+    }
+    if recipe.models.len() > MAX_MODELS {
+        return Err(Error::usage(format!("{} models, but at most {MAX_MODELS} are supported", recipe.models.len()))
+            .help("merge in groups"));
+    }
+    if method.needs_base() && recipe.base.is_none() {
+        return Err(Error::usage(format!("{} works on task vectors and needs a base checkpoint", method.name()))
+            .help("give --base CKPT, the checkpoint that the models were fine-tuned from"));
+    }
+    if recipe.sign_from.is_some() && !method.trims() {
+        return Err(Error::usage(format!("{} elects no signs, so --sign-from has no meaning", method.name())));
+    }
+    if recipe.non_finite == NonFinite::CopyBase && recipe.base.is_none() {
+        return Err(Error::usage("--non-finite copy-base needs a base checkpoint").help("give --base CKPT"));
+    }
+    Ok(())
+}
+
+/// Opens base, models and oracle, in that order.
+fn open(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Vec<Checkpoint>> {
+    let models = recipe.models.iter().map(|m| &m.source);
+    recipe.base.iter().chain(models).chain(&recipe.sign_from).map(|spec| Checkpoint::open(spec, storage)).collect()
+}
+
+fn output_tensor(tensor: &PlannedTensor) -> OutputTensor<'_> {
+    OutputTensor { name: &tensor.name, dtype: tensor.dtype, shape: &tensor.shape }
+}
+
+fn commonest_float(tensors: &[PlannedTensor]) -> Option<Float> {
+    let mut elements: HashMap<Float, u64> = HashMap::new();
+    for tensor in tensors {
+        if let Some(float) = Float::from_dtype(tensor.dtype) {
+            *elements.entry(float).or_default() += tensor.elements;
+        }
+    }
+    elements.into_iter().max_by_key(|&(float, n)| (n, float)).map(|(float, _)| float)
+}
+
+/// BLAKE3 over everything that decides output bytes, as far as it is known without reading tensor data.
+fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint]) -> String {
+    // What a checkpoint is called says nothing about its content, so a moved input keeps the fingerprint.
+    let mut nameless = recipe.clone();
+    nameless.base = nameless.base.map(|_| String::new());
+    nameless.sign_from = nameless.sign_from.map(|_| String::new());
+    nameless.models.iter_mut().for_each(|m| m.source.clear());
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&NUMERIC_VERSION.to_le_bytes());
+    hasher.update(serde_json::to_string(&nameless).unwrap_or_default().as_bytes());
+    for file in checkpoints.iter().flat_map(|c| &c.files) {
+        let identity = file.file.identity();
+        hasher.update(&file.header_hash);
+        hasher.update(&identity.bytes.to_le_bytes());
+        hasher.update(&identity.mtime_ns.to_le_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+/// Joins the catalogues.
+struct Reconciler<'a> {
+    recipe: &'a Recipe,
+    filter: TensorFilter,
+    checkpoints: &'a [Checkpoint],
+    base: Option<usize>,
+    first_model: usize,
+    oracle: Option<usize>,
+    inputs: Inputs,
+}
+
+/// One party's lack of a usable tensor.
+struct Lack {
+    who: String,
+    why: String,
+}
+
+impl Reconciler<'_> {
+    fn template(&self) -> usize {
+        self.base.unwrap_or(self.first_model)
+    }
+
+    fn model_checkpoint(&self, model: usize) -> usize {
+        self.first_model + model
+    }
+
+    /// What users call checkpoint `index`.
+    fn role(&self, index: usize) -> String {
+        let spec = printable(&self.checkpoints[index].spec);
+        match index {
+            i if Some(i) == self.base => format!("base ({spec})"),
+            i if Some(i) == self.oracle => format!("sign checkpoint ({spec})"),
+            i => format!("model {} ({spec})", i - self.first_model + 1),
+        }
+    }
+
+    /// The output tensors, in the order in which the template's files hold them: reads stay sequential.
+    fn tensors(&mut self, weights: &[f32], warnings: &mut Vec<String>) -> Result<Vec<PlannedTensor>> {
+        let template = &self.checkpoints[self.template()];
+        self.check_common_names(template)?;
+        let mut order: Vec<u32> = (0..template.tensors.len() as u32).collect();
+        order.sort_unstable_by_key(|&i| {
+            let tensor = &template.tensors[i as usize];
+            (tensor.file, tensor.offset, i)
+        });
+        let mut differing = Vec::new();
+        let mut tensors = Vec::with_capacity(order.len());
+        for entry in order {
+            let tensor = &template.tensors[entry as usize];
+            let action = self.action(entry, tensor, weights, &mut differing)?;
+            let dtype = match (self.recipe.dtype, Float::from_dtype(tensor.dtype)) {
+                (Some(float), Some(_)) => float.dtype(),
+                _ => tensor.dtype,
+            };
+            tensors.push(PlannedTensor {
+                name: tensor.name.clone(),
+                shape: tensor.shape.clone(),
+                elements: tensor.elements(),
+                dtype,
+                action,
+            });
+        }
+        if !differing.is_empty() {
+            let count = differing.len();
+            warnings.push(format!("{count} tensors are not merged everywhere: {}", list(&differing)));
+        }
+        Ok(tensors)
+    }
+
+    /// A set of checkpoints that share no name is a mistake whatever `--missing` says.
+    fn check_common_names(&self, template: &Checkpoint) -> Result<()> {
+        for model in 0..self.recipe.models.len() {
+            let checkpoint = &self.checkpoints[self.model_checkpoint(model)];
+            if !template.tensors.is_empty() && !template.tensors.iter().any(|t| checkpoint.get(&t.name).is_some()) {
+                let example = |c: &Checkpoint| c.tensors.first().map_or("nothing".into(), |t| printable(&t.name));
+                return Err(Error::input(format!(
+                    "{} has no tensor in common with {}: {} tensors like \"{}\" against {} like \"{}\"",
+                    self.role(self.model_checkpoint(model)),
+                    self.role(self.template()),
+                    checkpoint.tensors.len(),
+                    example(checkpoint),
+                    template.tensors.len(),
+                    example(template),
+                ))
+                .help("merge fine-tunes of one base model"));
+            }
+        }
+        Ok(())
+    }
+
+    fn action(&self, entry: u32, tensor: &TensorEntry, weights: &[f32], differing: &mut Vec<String>) -> Result<Action> {
+        let source = Piece { checkpoint: self.template() as u32, entry };
+        if !self.filter.merges(&tensor.name) {
+            return Ok(Action::Copy { source, compared: Box::default() });
+        }
+        if Float::from_dtype(tensor.dtype).is_none() {
+            return Ok(Action::Copy { source, compared: self.comparable(tensor, differing) });
+        }
+        self.refuse_quantised(tensor)?;
+        let mut models = Vec::with_capacity(self.recipe.models.len());
+        let mut lacks = Vec::new();
+        for model in 0..self.recipe.models.len() {
+            match self.usable(self.model_checkpoint(model), tensor) {
+                Ok(piece) => models.push((model as u32, piece)),
+                Err(lack) => lacks.push(lack),
+            }
+        }
+        let oracle = match self.oracle.map(|index| self.usable(index, tensor)) {
+            None => None,
+            Some(Ok(piece)) => Some(piece),
+            Some(Err(lack)) => {
+                lacks.push(lack);
+                // Without its signs there is no election to fall back on.
+                models.clear();
+                None
+            }
+        };
+        if !lacks.is_empty() {
+            if self.recipe.missing == Missing::Error {
+                return Err(self.lacking(tensor, &lacks));
+            }
+            differing.push(format!("\"{}\" ({} {})", printable(&tensor.name), lacks[0].who, lacks[0].why));
+        }
+        if models.is_empty() || (!lacks.is_empty() && self.recipe.missing == Missing::Base) {
+            return Ok(Action::Copy { source, compared: Box::default() });
+        }
+        self.check_weight_sum(tensor, &models, weights)?;
+        let needs_base = self.inputs != Inputs::Weights || self.recipe.non_finite == NonFinite::CopyBase;
+        Ok(Action::Merge { base: needs_base.then_some(source), models: models.into(), oracle })
+    }
+
+    /// The other models' versions of a tensor that is only copied, as far as they can be compared byte for byte.
+    fn comparable(&self, tensor: &TensorEntry, differing: &mut Vec<String>) -> Box<[Piece]> {
+        let mut pieces = Vec::new();
+        for model in 0..self.recipe.models.len() {
+            let index = self.model_checkpoint(model);
+            if index == self.template() {
+                continue;
+            }
+            match find(&self.checkpoints[index], &tensor.name) {
+                Some((entry, other)) if other.dtype == tensor.dtype && other.shape == tensor.shape => {
+                    pieces.push(Piece { checkpoint: index as u32, entry });
+                }
+                Some((_, other)) => differing.push(format!(
+                    "\"{}\" ({} has {} {:?}, copied is {} {:?})",
+                    printable(&tensor.name),
+                    self.role(index),
+                    dtype_name(other.dtype),
+                    other.shape,
+                    dtype_name(tensor.dtype),
+                    tensor.shape,
+                )),
+                None => {}
+            }
+        }
+        pieces.into()
+    }
+
+    /// `tensor` in checkpoint `index`, if it can be merged with the template's.
+    fn usable(&self, index: usize, tensor: &TensorEntry) -> Result<Piece, Lack> {
+        let lack = |why: String| Lack { who: self.role(index), why };
+        let (entry, other) =
+            find(&self.checkpoints[index], &tensor.name).ok_or_else(|| lack("does not have it".into()))?;
+        if other.shape != tensor.shape {
+            return Err(lack(format!("has shape {:?}", other.shape)));
+        }
+        if Float::from_dtype(other.dtype).is_none() {
+            return Err(lack(format!("has type {}, which cannot be merged", dtype_name(other.dtype))));
+        }
+        Ok(Piece { checkpoint: index as u32, entry })
+    }
+
+    fn lacking(&self, tensor: &TensorEntry, lacks: &[Lack]) -> Error {
+        let parties: Vec<_> = lacks.iter().map(|l| format!("{} {}", l.who, l.why)).collect();
+        let template = &self.checkpoints[self.template()];
+        Error::input(format!(
+            "{} has it with shape {:?}, but {}",
+            self.role(self.template()),
+            tensor.shape,
+            list(&parties)
+        ))
+        .at(template.path_of(tensor))
+        .tensor(&tensor.name)
+        .help("--missing base keeps base's tensor, --missing skip merges the models that have it, --exclude leaves it out")
+    }
+
+    fn check_weight_sum(&self, tensor: &TensorEntry, models: &[(u32, Piece)], weights: &[f32]) -> Result<()> {
+        let sum: f32 = models.iter().map(|&(model, _)| weights[model as usize]).sum();
+        if self.inputs == Inputs::Weights && sum == 0.0 {
+            return Err(Error::usage("the models' weights sum to 0, so there is no average")
+                .tensor(&tensor.name)
+                .help("use weights with another sum, or task_arithmetic"));
+        }
+        Ok(())
+    }
+
+    /// A quantised checkpoint's 8-bit floats mean nothing without their scales.
+    fn refuse_quantised(&self, tensor: &TensorEntry) -> Result<()> {
+        if !matches!(tensor.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2) {
+            return Ok(());
+        }
+        let template = &self.checkpoints[self.template()];
+        for suffix in ["_scale", "_scale_inv", ".scale"] {
+            let companion = format!("{}{suffix}", tensor.name);
+            if template.get(&companion).is_some() {
+                return Err(Error::input(format!(
+                    "8-bit floats with a separate scale (\"{}\"): quantised checkpoints cannot be merged",
+                    printable(&companion)
+                ))
+                .at(template.path_of(tensor))
+                .tensor(&tensor.name)
+                .help("convert the checkpoint to bfloat16 first"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tensors that only models have do not reach the output: that is said, and refused where there is no base to
+    /// decide what the output holds.
+    fn report_leftovers(&self, warnings: &mut Vec<String>) -> Result<()> {
+        let template = &self.checkpoints[self.template()];
+        for model in 0..self.recipe.models.len() {
+            let index = self.model_checkpoint(model);
+            let mut count = 0;
+            let mut names = Vec::new();
+            for tensor in self.checkpoints[index].tensors.iter().filter(|t| template.get(&t.name).is_none()) {
+                count += 1;
+                if names.len() < NAMES_LISTED {
+                    names.push(format!("\"{}\"", printable(&tensor.name)));
+                }
+            }
+            if count == 0 {
+                continue;
+            }
+            let text = format!(
+                "{} has {count} tensors that {} lacks: {}{}",
+                self.role(index),
+                self.role(self.template()),
+                names.join(", "),
+                if count > names.len() { ", ..." } else { "" }
+            );
+            if self.base.is_none() && self.recipe.missing == Missing::Error {
+                return Err(Error::input(text).help("give --base, or --missing skip to leave them out"));
+            }
+            warnings.push(format!("{text}; they are left out"));
+        }
+        Ok(())
+    }
+
+    fn report_idle_globs(&self, warnings: &mut Vec<String>) -> Result<()> {
+        let template = &self.checkpoints[self.template()];
+        let flags = [("--include", &self.recipe.include), ("--exclude", &self.recipe.exclude)];
+        for (flag, pattern) in flags.iter().flat_map(|(flag, list)| list.iter().map(move |p| (flag, p))) {
+            let alone = Recipe { include: vec![pattern.clone()], ..Recipe::default() }.filter()?;
+            if !template.tensors.iter().any(|t| alone.merges(&t.name)) {
+                warnings.push(format!("{flag} {pattern:?} matches no tensor of {}", self.role(self.template())));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn find<'a>(checkpoint: &'a Checkpoint, name: &str) -> Option<(u32, &'a TensorEntry)> {
+    let index = checkpoint.tensors.binary_search_by(|t| (*t.name).cmp(name)).ok()?;
+    Some((index as u32, &checkpoint.tensors[index]))
+}
+
+/// The first few of `texts`, and how many more there are.
+fn list(texts: &[String]) -> String {
+    let shown = texts.iter().take(NAMES_LISTED).cloned().collect::<Vec<_>>().join("; ");
+    match texts.len().saturating_sub(NAMES_LISTED) {
+        0 => shown,
+        more => format!("{shown}; and {more} more"),
+    }
+}

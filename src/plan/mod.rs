@@ -1,0 +1,221 @@
+//! The plan: recipe and checkpoints reconciled into tensors, sources, numbers and offsets.
+//!
+//! - Nothing is left to decide afterwards: every output byte has a shard and an offset before any data is read.
+//! - The plan is a pure function of the recipe and the inputs' headers; how a run is cut into units and chunks under a
+//!   memory budget is the [`Schedule`], which changes no output byte.
+//!
+//! Reads headers (through `checkpoint`), never tensor data.
+
+mod build;
+mod schedule;
+mod summary;
+
+use std::sync::Arc;
+
+pub use schedule::{Chunk, Run, Schedule, Unit, UnitKind};
+pub use summary::{InputSummary, PassSummary, PlanSummary};
+
+use crate::checkpoint::layout::Layout;
+use crate::checkpoint::{Checkpoint, TensorEntry};
+use crate::dtype::{Dtype, Float};
+use crate::error::Result;
+use crate::limits::OUT_ELEMENTS;
+use crate::method::{Merger, Method, Settings};
+use crate::recipe::Recipe;
+pub use crate::recipe::{NonFinite, Overflow, Scope, ThresholdKind, TrimTies};
+use crate::storage::{InputFile, Storage};
+
+/// A tensor of an opened checkpoint: indexes into [`Plan::checkpoints`] and its `tensors`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Which checkpoint.
+    pub checkpoint: u32,
+    /// Which of its tensors.
+    pub entry: u32,
+}
+
+/// What is done to one output tensor.
+#[derive(Debug, Clone)]
+pub enum Action {
+    /// Bytes are taken from `source`, converted if the types are different floats; `compared` are the other models'
+    /// versions, where a difference is worth a warning.
+    Copy {
+        /// Where the bytes come from.
+        source: Piece,
+        /// Versions to compare with, byte for byte.
+        compared: Box<[Piece]>,
+    },
+    /// The tensor is merged.
+    Merge {
+        /// θ_0, where the method works on task vectors.
+        base: Option<Piece>,
+        /// θ_t: (index of the model in the recipe, its tensor), in recipe order.
+        models: Box<[(u32, Piece)]>,
+        /// The checkpoint that gives the signs, where asked for.
+        oracle: Option<Piece>,
+    },
+}
+
+/// One output tensor.
+#[derive(Debug, Clone)]
+pub struct PlannedTensor {
+    /// Its name.
+    pub name: Box<str>,
+    /// Its shape.
+    pub shape: Box<[u64]>,
+    /// Number of elements.
+    pub elements: u64,
+    /// Stored type in the output.
+    pub dtype: Dtype,
+    /// What is done.
+    pub action: Action,
+}
+
+/// How task vectors are trimmed.
+#[derive(Debug, Clone)]
+pub struct Trim {
+    /// Fraction kept per model, in recipe order.
+    pub density: Vec<f64>,
+    /// Exact or sketched threshold.
+    pub threshold: ThresholdKind,
+    /// Rule for ties.
+    pub ties: TrimTies,
+}
+
+impl Trim {
+    /// How many of `elements` entries model `model` keeps: ⌊K·d⌋ in f64; in tensor scope at least one where K > 0.
+    pub fn keep(&self, model: usize, elements: u64, tensor_scope: bool) -> u64 {
+        let density = self.density[model];
+        let keep = (density * elements as f64) as u64;
+        if keep == 0 && density > 0.0 && tensor_scope { 1.min(elements) } else { keep.min(elements) }
+    }
+}
+
+/// The lowered request. See the module's documentation.
+pub struct Plan {
+    /// What was asked, for the record.
+    pub recipe: Recipe,
+    /// The method.
+    pub method: &'static dyn Method,
+    /// Its parameters.
+    pub settings: Settings,
+    /// The merge function.
+    pub merger: Box<dyn Merger>,
+    /// Weight of each model.
+    pub weights: Vec<f32>,
+    /// How task vectors are trimmed; `None` where nothing is cut off.
+    pub trim: Option<Trim>,
+    /// Where one threshold applies.
+    pub scope: Scope,
+    /// NaN and infinities in inputs.
+    pub non_finite: NonFinite,
+    /// Results too large for the output type.
+    pub overflow: Overflow,
+    /// Seed of random draws.
+    pub seed: u64,
+    /// Base (if any), then the models, then the oracle (if any).
+    pub checkpoints: Vec<Checkpoint>,
+    /// Index in `checkpoints` of base.
+    pub base: Option<usize>,
+    /// Index in `checkpoints` of the first model.
+    pub first_model: usize,
+    /// Index in `checkpoints` of the checkpoint that gives signs.
+    pub oracle: Option<usize>,
+    /// Output tensors in the order in which base stores them.
+    pub tensors: Vec<PlannedTensor>,
+    /// Where they go: parallel to `tensors`.
+    pub layout: Layout,
+    /// Output type of float tensors, for `config.json`: the type asked for, or base's commonest float type.
+    pub float: Option<Float>,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+    /// BLAKE3 over recipe, numeric version and inputs' headers: equal fingerprints give equal output bytes.
+    pub fingerprint: String,
+}
+
+impl Plan {
+    /// Opens every checkpoint named in `recipe` and reconciles them. No tensor data is read.
+    pub fn new(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Self> {
+        build::build(recipe, storage)
+    }
+
+    /// The entry and the open file of `piece`.
+    pub fn source(&self, piece: Piece) -> (&TensorEntry, &dyn InputFile) {
+        let checkpoint = &self.checkpoints[piece.checkpoint as usize];
+        let entry = &checkpoint.tensors[piece.entry as usize];
+        (entry, &*checkpoint.files[entry.file as usize].file)
+    }
+
+    /// Inputs of tensor `index` that a pass loads: base, models and (with `oracle`) the oracle; or a copy's sources.
+    pub fn pieces(&self, index: u32, oracle: bool) -> impl Iterator<Item = Piece> + '_ {
+        let (first, models, others, last) = match &self.tensors[index as usize].action {
+            Action::Copy { source, compared } => (Some(*source), &[][..], &compared[..], None),
+            Action::Merge { base, models, oracle: signs } => (*base, &models[..], &[][..], signs.filter(|_| oracle)),
+        };
+        first.into_iter().chain(models.iter().map(|&(_, piece)| piece)).chain(others.iter().copied()).chain(last)
+    }
+
+    /// Whether tensor `index` is copied byte for byte.
+    pub fn is_raw_copy(&self, index: u32) -> bool {
+        let tensor = &self.tensors[index as usize];
+        matches!(&tensor.action, Action::Copy { source, .. } if self.source(*source).0.dtype == tensor.dtype)
+    }
+
+    /// Length of tensor `index` in elements, or in bytes if it is copied byte for byte.
+    pub fn length(&self, index: u32) -> u64 {
+        let tensor = &self.tensors[index as usize];
+        match &tensor.action {
+            Action::Copy { source, .. } if self.is_raw_copy(index) => self.source(*source).0.bytes,
+            _ => tensor.elements,
+        }
+    }
+
+    /// Bytes of tensor `index` in the output.
+    pub fn output_bytes(&self, index: u32) -> u64 {
+        let tensor = &self.tensors[index as usize];
+        match Float::from_dtype(tensor.dtype) {
+            Some(float) => tensor.elements * float.width() as u64,
+            None => self.length(index),
+        }
+    }
+
+    /// How many elements of tensor `index` to take from element `start` on: at most `most`, less than
+    /// [`OUT_ELEMENTS`] fewer, and so that they end at a round place of the output file, which lets pieces be hashed
+    /// where they are written.
+    pub fn aligned(&self, index: u32, start: u64, most: u64) -> u64 {
+        let width = self.output_bytes(index).checked_div(self.length(index)).unwrap_or(1).max(1);
+        let first = self.layout.tensors[index as usize].offset / width + start;
+        let block = OUT_ELEMENTS.min(1 << most.ilog2());
+        let end = (first + most) / block * block;
+        if end > first { end - first } else { most }
+    }
+
+    /// Bytes per element of a piece of a float type.
+    pub fn float_width(&self, piece: Piece) -> u64 {
+        Float::from_dtype(self.source(piece).0.dtype).map_or(1, |f| f.width() as u64)
+    }
+
+    /// Whether the trim depends on positions, so that chunks have an order.
+    pub fn position_ordered(&self) -> bool {
+        self.trim.as_ref().is_some_and(|t| t.ties == TrimTies::Lowest)
+    }
+
+    /// The checkpoint whose layout and side files the output follows: base, or the first model.
+    pub fn template(&self) -> &Checkpoint {
+        &self.checkpoints[self.base.unwrap_or(self.first_model)]
+    }
+
+    /// Merged elements that model `model` takes part in.
+    pub fn merged_elements(&self, model: usize) -> u64 {
+        let has = |t: &&PlannedTensor| match &t.action {
+            Action::Merge { models, .. } => models.iter().any(|&(m, _)| m as usize == model),
+            Action::Copy { .. } => false,
+        };
+        self.tensors.iter().filter(has).map(|t| t.elements).sum()
+    }
+
+    /// Number of models.
+    pub fn models(&self) -> usize {
+        self.recipe.models.len()
+    }
+}

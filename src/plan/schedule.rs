@@ -1,0 +1,387 @@
+//! Cuts a plan into units and chunks under a memory budget.
+//!
+//! - A *unit* is a set of tensors that share trim thresholds: the whole model, or one tensor.
+//! - A *chunk* is a run of elements of one tensor: what a worker loads, computes and writes at once.
+//! - Peak memory is a sum of named terms, computed here before anything is read and never exceeded: buffers are
+//!   allocated from these numbers and reused.
+//!
+//! Nothing here changes an output byte: only how often inputs are read, and how fast.
+
+use super::summary::PassSummary;
+use super::{Action, Plan};
+use crate::dtype::Float;
+use crate::error::{Error, Result};
+use crate::limits::{
+    CHUNK_ELEMENTS, MIN_CHUNK_ELEMENTS, OUT_ELEMENTS, PROBE_BLOCK, PROBE_GROUPS, PROBE_MIN_ELEMENTS, PROBE_SHARE,
+    PROCESS_BYTES, RESIDENT_CHUNKS, SKETCH_BINS_MAX, SKETCH_BINS_MIN, SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS,
+    TILE_ELEMENTS,
+};
+use crate::recipe::{Scope, ThresholdKind};
+
+/// How a run is to be done: changes speed and memory, never output bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Run {
+    /// Upper bound of peak resident memory in bytes.
+    pub memory_bytes: u64,
+    /// Worker threads.
+    pub threads: usize,
+}
+
+/// A run of elements of one tensor (of bytes, for a tensor that is copied as it is).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chunk {
+    /// Index into [`Plan::tensors`].
+    pub tensor: u32,
+    /// First element.
+    pub start: u64,
+    /// Number of elements.
+    pub count: u64,
+}
+
+/// How often, and by whom, a unit's data is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnitKind {
+    /// One tensor that one worker loads whole: sketched and merged from memory, read once.
+    Solo,
+    /// All chunks stay in memory between sketch and merge, shared by all workers: read once.
+    Resident,
+    /// Too large for memory: read once to sketch (after a probe, where exact) and once to merge.
+    Streamed,
+}
+
+/// Tensors that share trim thresholds.
+#[derive(Debug, Clone)]
+pub struct Unit {
+    /// Indexes into [`Plan::tensors`].
+    pub tensors: Vec<u32>,
+    /// Elements of all of them.
+    pub elements: u64,
+    /// How it is read.
+    pub kind: UnitKind,
+    /// Longest chunk, in elements.
+    pub chunk_elements: u64,
+}
+
+/// A plan cut for a run. See the module's documentation.
+#[derive(Debug)]
+pub struct Schedule {
+    /// Worker threads (fewer than asked for where memory is short).
+    pub threads: usize,
+    /// Tensors that need no unit: copied, or merged without thresholds.
+    pub direct: Vec<u32>,
+    /// Longest chunk of a direct tensor, in elements.
+    pub chunk_elements: u64,
+    /// Units, in the order in which they are done.
+    pub units: Vec<Unit>,
+    /// Elements that a worker's windows can hold.
+    pub slot_elements: u64,
+    /// Widest element used of each checkpoint, in bytes: what its window must hold per element.
+    pub widths: Vec<u64>,
+    /// Most bins of one magnitude sketch.
+    pub sketch_bins: usize,
+    /// The memory sum: (term, bytes).
+    pub memory: Vec<(String, u64)>,
+    /// The limit asked for.
+    pub memory_limit: u64,
+    /// What is read and written, pass by pass.
+    pub passes: Vec<PassSummary>,
+}
+
+impl Schedule {
+    /// Cuts `plan` for `run`; an error names the smallest memory that works.
+    pub fn new(plan: &Plan, run: Run) -> Result<Self> {
+        let demand = Demand::of(plan);
+        let mut cut = None;
+        for threads in (1..=run.threads.max(1)).rev() {
+            cut = demand.fit(threads, run.memory_bytes);
+            if cut.is_some() {
+                break;
+            }
+        }
+        let Some(cut) = cut else {
+            let smallest = demand.smallest();
+            return Err(Error::usage(format!(
+                "--memory {} bytes is too little for this plan: at least {smallest} bytes are needed",
+                run.memory_bytes
+            ))
+            .help(format!("use --memory {}MB or more", smallest.div_ceil(1_000_000))));
+        };
+        let units = demand.units(plan, &cut, run.memory_bytes);
+        let mut schedule = Self {
+            threads: cut.threads,
+            direct: demand.direct,
+            chunk_elements: cut.slot_elements.min(CHUNK_ELEMENTS),
+            units,
+            slot_elements: cut.slot_elements,
+            widths: demand.widths,
+            sketch_bins: cut.bins,
+            memory: cut.terms,
+            memory_limit: run.memory_bytes,
+            passes: Vec::new(),
+        };
+        let resident: u64 = schedule
+            .units
+            .iter()
+            .filter(|u| u.kind == UnitKind::Resident && plan.scope == Scope::Model)
+            .map(|u| bytes_of(plan, &u.tensors, true))
+            .sum();
+        if resident > 0 {
+            schedule.memory.push(("inputs held between the passes".into(), resident));
+        }
+        schedule.passes = schedule.passes(plan);
+        Ok(schedule)
+    }
+
+    /// Peak memory promised, in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory.iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// The chunks of `tensors`, in order, each of at most `chunk_elements`.
+    pub fn chunks<'a>(plan: &'a Plan, tensors: &'a [u32], chunk_elements: u64) -> impl Iterator<Item = Chunk> + 'a {
+        tensors.iter().flat_map(move |&tensor| {
+            let length = plan.length(tensor);
+            let mut start = 0;
+            std::iter::from_fn(move || {
+                let count = plan.aligned(tensor, start, chunk_elements).min(length - start);
+                let chunk = Chunk { tensor, start, count };
+                start += count;
+                (count > 0).then_some(chunk)
+            })
+        })
+    }
+
+    /// The blocks that a probe of `unit` reads: evenly spread over its elements, about 1 % of a large one.
+    pub fn probe_blocks<'a>(plan: &'a Plan, unit: &'a Unit) -> impl Iterator<Item = Chunk> + 'a {
+        let wanted = (unit.elements / PROBE_SHARE).max(PROBE_MIN_ELEMENTS.min(unit.elements)).max(1);
+        let stride = (u128::from(unit.elements) * u128::from(PROBE_BLOCK) / u128::from(wanted)) as u64;
+        let stride = stride.max(PROBE_BLOCK);
+        let mut first = 0u64;
+        unit.tensors.iter().flat_map(move |&tensor| {
+            let length = plan.length(tensor);
+            let begin = first;
+            first += length;
+            let start = begin.div_ceil(stride) * stride - begin;
+            (0..).map(move |i| start + i * stride).take_while(move |&s| s < length).map(move |start| Chunk {
+                tensor,
+                start,
+                count: PROBE_BLOCK.min(length - start),
+            })
+        })
+    }
+
+    fn passes(&self, plan: &Plan) -> Vec<PassSummary> {
+        let votes = plan.merger.needs().majority_sign;
+        let exact = plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact);
+        let (mut probe, mut sketch, mut vote, mut merge) = (0, 0, 0, bytes_of(plan, &self.direct, true));
+        for unit in &self.units {
+            let all = bytes_of(plan, &unit.tensors, true);
+            merge += all;
+            if unit.kind != UnitKind::Streamed {
+                continue;
+            }
+            if plan.trim.is_some() {
+                sketch += bytes_of(plan, &unit.tensors, false);
+            }
+            if exact {
+                probe += Self::probe_blocks(plan, unit).map(|c| chunk_bytes(plan, c)).sum::<u64>();
+            }
+            if votes {
+                vote += all;
+            }
+        }
+        let written = plan.layout.shards.iter().map(|s| s.bytes).sum();
+        let pass = |name, purpose, bytes_read, bytes_written| PassSummary { name, purpose, bytes_read, bytes_written };
+        let mut passes = vec![
+            pass("probe", "sample magnitudes to bracket the thresholds", probe, 0),
+            pass("sketch", "count magnitudes to find the thresholds", sketch, 0),
+            pass("vote", "count elected signs for the majority", vote, 0),
+            pass("merge", "merge and write", merge, written),
+        ];
+        passes.retain(|p| p.bytes_read > 0 || p.name == "merge");
+        passes
+    }
+}
+
+/// Input bytes of `tensors`: everything a merge pass loads, or only what a sketch needs (no oracle).
+fn bytes_of(plan: &Plan, tensors: &[u32], oracle: bool) -> u64 {
+    tensors.iter().map(|&t| plan.pieces(t, oracle).map(|p| plan.source(p).0.bytes).sum::<u64>()).sum()
+}
+
+/// Input bytes that a sketch of `chunk` loads.
+fn chunk_bytes(plan: &Plan, chunk: Chunk) -> u64 {
+    let width = |piece| Float::from_dtype(plan.source(piece).0.dtype).map_or(1, |f| f.width() as u64);
+    plan.pieces(chunk.tensor, false).map(|p| width(p) * chunk.count).sum()
+}
+
+/// What a plan asks of memory, before the run is known.
+struct Demand {
+    widths: Vec<u64>,
+    out_width: u64,
+    models: u64,
+    /// Longest tensor, in elements (bytes for raw copies).
+    longest: u64,
+    /// Longest tensor that is a unit of its own.
+    longest_unit: u64,
+    trims: bool,
+    tensor_scope: bool,
+    probes: bool,
+    catalogue_bytes: u64,
+    direct: Vec<u32>,
+    /// Tensors that belong to units, in the order of work.
+    grouped: Vec<u32>,
+}
+
+/// A division of memory that fits.
+struct Cut {
+    threads: usize,
+    slot_elements: u64,
+    bins: usize,
+    terms: Vec<(String, u64)>,
+}
+
+impl Demand {
+    fn of(plan: &Plan) -> Self {
+        let needs_units = plan.trim.is_some() || plan.merger.needs().majority_sign;
+        let merged = |t: &u32| matches!(plan.tensors[*t as usize].action, Action::Merge { .. });
+        let all = 0..plan.tensors.len() as u32;
+        let (mut grouped, direct): (Vec<u32>, Vec<u32>) = all.partition(|t| needs_units && merged(t));
+        if plan.position_ordered() {
+            // Ties are kept by lowest position, and positions are counted in name order.
+            grouped.sort_by(|&a, &b| plan.tensors[a as usize].name.cmp(&plan.tensors[b as usize].name));
+        }
+        let mut widths = vec![0u64; plan.checkpoints.len()];
+        let mut out_width = 1;
+        for t in 0..plan.tensors.len() as u32 {
+            for piece in plan.pieces(t, true) {
+                let width = if plan.is_raw_copy(t) { 1 } else { plan.float_width(piece) };
+                let slot = &mut widths[piece.checkpoint as usize];
+                *slot = (*slot).max(width);
+            }
+            if let Some(float) = Float::from_dtype(plan.tensors[t as usize].dtype) {
+                out_width = out_width.max(float.width() as u64);
+            }
+        }
+        let tensor_scope = plan.scope == Scope::Tensor;
+        let longest = |tensors: &[u32]| tensors.iter().map(|&t| plan.length(t)).max().unwrap_or(0);
+        Self {
+            out_width,
+            models: plan.models() as u64,
+            longest: longest(&direct).max(longest(&grouped)).max(1),
+            longest_unit: if tensor_scope { longest(&grouped) } else { 0 },
+            trims: plan.trim.is_some(),
+            tensor_scope,
+            probes: plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact),
+            catalogue_bytes: catalogue_bytes(plan),
+            widths,
+            direct,
+            grouped,
+        }
+    }
+
+    /// The division for `threads` workers, or `None` if not even the smallest fits into `limit`.
+    fn fit(&self, threads: usize, limit: u64) -> Option<Cut> {
+        let total = |slot, bins| self.terms(threads, slot, bins).iter().map(|(_, b)| b).sum::<u64>();
+        let smallest = MIN_CHUNK_ELEMENTS.min(self.longest);
+        if total(smallest, SKETCH_BINS_MIN) > limit {
+            return None;
+        }
+        // Windows come first, as far as they make reads long; then narrow bins, so that one look finds a threshold;
+        // then windows that hold whole tensors, so that one read serves sketch and merge.
+        let mut slot = CHUNK_ELEMENTS.min(self.longest);
+        while total(slot, SKETCH_BINS_MIN) > limit {
+            slot = (slot / 2).max(smallest);
+        }
+        let mut bins = SKETCH_BINS_MIN;
+        if self.trims {
+            let wanted_bins = if self.tensor_scope { SKETCH_BINS_MIN } else { SKETCH_BINS_MAX };
+            while bins < wanted_bins && total(slot, bins * 2) <= limit / 4 * 3 {
+                bins *= 2;
+            }
+        }
+        if self.longest_unit > slot {
+            let share = self.longest_unit.div_ceil(threads as u64) + OUT_ELEMENTS;
+            let whole = share.max(SOLO_ELEMENTS).min(self.longest_unit);
+            let per_element: u64 = self.widths.iter().sum::<u64>() * threads as u64;
+            let spare = (limit - total(slot, bins)) / per_element.max(1);
+            slot = whole.min(slot + spare);
+        }
+        let terms = self.terms(threads, slot, bins);
+        Some(Cut { threads, slot_elements: slot, bins, terms })
+    }
+
+    fn smallest(&self) -> u64 {
+        self.terms(1, MIN_CHUNK_ELEMENTS.min(self.longest), SKETCH_BINS_MIN).iter().map(|(_, b)| b).sum()
+    }
+
+    /// Peak memory as a sum.
+    fn terms(&self, threads: usize, slot_elements: u64, bins: usize) -> Vec<(String, u64)> {
+        let n = threads as u64;
+        let windows = slot_elements * self.widths.iter().sum::<u64>();
+        let tiles = (self.models + 5) * TILE_ELEMENTS as u64 * 4;
+        let out = OUT_ELEMENTS.min(slot_elements.max(1)) * self.out_width;
+        let mut terms = vec![
+            ("program and allocator".to_string(), PROCESS_BYTES),
+            ("catalogue of tensors".to_string(), self.catalogue_bytes),
+            (format!("input windows ({threads} threads)"), n * windows),
+            (format!("output buffers and tiles ({threads} threads)"), n * (out + tiles)),
+        ];
+        if self.trims {
+            // Each worker's sketches, and the sum of them.
+            let sketches = (n + 1) * self.models * bins as u64 * 8;
+            let keys = if self.tensor_scope { n * 4 * SMALL_UNIT_ELEMENTS.min(slot_elements) } else { 0 };
+            let probe = if self.probes { PROBE_GROUPS as u64 * self.models * SKETCH_BINS_MIN as u64 * 4 } else { 0 };
+            terms.push(("magnitude sketches".to_string(), sketches + keys + probe));
+        }
+        terms
+    }
+
+    fn units(&self, plan: &Plan, cut: &Cut, limit: u64) -> Vec<Unit> {
+        if self.grouped.is_empty() {
+            return Vec::new();
+        }
+        let streamed_chunk = cut.slot_elements.min(CHUNK_ELEMENTS);
+        let elements = |tensors: &[u32]| tensors.iter().map(|&t| plan.length(t)).sum::<u64>();
+        if !self.tensor_scope {
+            let used: u64 = cut.terms.iter().map(|(_, b)| b).sum();
+            let chunks = Schedule::chunks(plan, &self.grouped, streamed_chunk).take(RESIDENT_CHUNKS + 1).count();
+            let fits = used + bytes_of(plan, &self.grouped, true) <= limit && chunks <= RESIDENT_CHUNKS;
+            return vec![Unit {
+                elements: elements(&self.grouped),
+                tensors: self.grouped.clone(),
+                kind: if fits { UnitKind::Resident } else { UnitKind::Streamed },
+                chunk_elements: streamed_chunk,
+            }];
+        }
+        let unit = |&t: &u32| {
+            let length = plan.length(t);
+            let share = length.div_ceil(cut.threads as u64);
+            let (kind, chunk_elements) = match length {
+                n if n <= cut.slot_elements.min(SOLO_ELEMENTS) => (UnitKind::Solo, n.max(1)),
+                _ if share + OUT_ELEMENTS <= cut.slot_elements => (UnitKind::Resident, share + OUT_ELEMENTS),
+                _ => (UnitKind::Streamed, streamed_chunk),
+            };
+            Unit { tensors: vec![t], elements: length, kind, chunk_elements }
+        };
+        self.grouped.iter().map(unit).collect()
+    }
+}
+
+/// What the catalogues of all checkpoints and the plan itself hold, from the sizes of their entries.
+fn catalogue_bytes(plan: &Plan) -> u64 {
+    let entry =
+        |name: &str, rank: usize| (size_of::<crate::checkpoint::TensorEntry>() + name.len() + rank * 8 + 32) as u64;
+    let catalogues: u64 = plan.checkpoints.iter().flat_map(|c| &c.tensors).map(|t| entry(&t.name, t.shape.len())).sum();
+    let planned: u64 = plan
+        .tensors
+        .iter()
+        .map(|t| {
+            let action = plan.models() as u64 * 16 + 64;
+            entry(&t.name, t.shape.len()) + size_of::<super::PlannedTensor>() as u64 + action
+        })
+        .sum();
+    // Opening a file holds its header once more for as long as it is parsed.
+    let header = plan.checkpoints.iter().flat_map(|c| &c.files).map(|f| f.header_bytes).max().unwrap_or(0);
+    let headers: u64 = plan.layout.shards.iter().map(|s| s.header.len() as u64).sum();
+    catalogues + planned + header + headers
+}

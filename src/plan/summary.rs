@@ -1,0 +1,170 @@
+//! What `plan` shows: the plan and its schedule as plain numbers, printable and serialisable.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::Serialize;
+
+use super::{Action, Plan, Schedule};
+use crate::dtype::dtype_name;
+
+/// One input checkpoint.
+#[derive(Debug, Clone, Serialize)]
+pub struct InputSummary {
+    /// "base", "model" or "signs".
+    pub role: &'static str,
+    /// As the user named it.
+    pub source: String,
+    /// Where it was found.
+    pub path: String,
+    /// Hub id and commit, `org/name@commit`, if it came from the local cache.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hub: Option<String>,
+    /// Files.
+    pub files: usize,
+    /// Tensors.
+    pub tensors: usize,
+    /// Elements.
+    pub elements: u64,
+    /// Tensor bytes.
+    pub bytes: u64,
+    /// Element types, most elements first.
+    pub dtypes: Vec<String>,
+    /// Method parameters of this model (weight, density, ...).
+    pub params: BTreeMap<String, f64>,
+}
+
+/// One pass over the data.
+#[derive(Debug, Clone, Serialize)]
+pub struct PassSummary {
+    /// "probe", "sketch", "vote" or "merge".
+    pub name: &'static str,
+    /// What it is for, in a few words.
+    pub purpose: &'static str,
+    /// Input bytes it reads.
+    pub bytes_read: u64,
+    /// Output bytes it writes.
+    pub bytes_written: u64,
+}
+
+/// Everything `tiesmith plan` prints.
+#[derive(Debug, Clone, Serialize)]
+pub struct PlanSummary {
+    /// Method name.
+    pub method: String,
+    /// Global method parameters after defaults.
+    pub params: BTreeMap<String, String>,
+    /// Scope, threshold, tie rule: empty where nothing is trimmed.
+    pub trim: BTreeMap<String, String>,
+    /// The inputs.
+    pub inputs: Vec<InputSummary>,
+    /// Tensors that are merged.
+    pub tensors_merged: usize,
+    /// Tensors that are copied.
+    pub tensors_copied: usize,
+    /// Elements that are merged.
+    pub elements_merged: u64,
+    /// Passes in order.
+    pub passes: Vec<PassSummary>,
+    /// Bytes read over all passes.
+    pub bytes_read: u64,
+    /// Bytes written (shards).
+    pub bytes_written: u64,
+    /// Output shards: (file name, bytes).
+    pub shards: Vec<(String, u64)>,
+    /// The memory sum: (term, bytes).
+    pub memory: Vec<(String, u64)>,
+    /// Total of `memory`.
+    pub memory_bytes: u64,
+    /// The limit asked for.
+    pub memory_limit_bytes: u64,
+    /// Worker threads.
+    pub threads: usize,
+    /// Plan fingerprint.
+    pub fingerprint: String,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}
+
+impl PlanSummary {
+    /// Sums up `plan` and `schedule`.
+    pub fn new(plan: &Plan, schedule: &Schedule) -> Self {
+        let merged = |t: &&super::PlannedTensor| matches!(t.action, Action::Merge { .. });
+        let tensors_merged = plan.tensors.iter().filter(merged).count();
+        Self {
+            method: plan.method.name().into(),
+            params: params(plan),
+            trim: trim(plan),
+            inputs: Self::inputs(plan).collect(),
+            tensors_merged,
+            tensors_copied: plan.tensors.len() - tensors_merged,
+            elements_merged: plan.tensors.iter().filter(merged).map(|t| t.elements).sum(),
+            bytes_read: schedule.passes.iter().map(|p| p.bytes_read).sum(),
+            bytes_written: schedule.passes.iter().map(|p| p.bytes_written).sum(),
+            passes: schedule.passes.clone(),
+            shards: plan.layout.shards.iter().map(|s| (s.name.clone(), s.bytes)).collect(),
+            memory: schedule.memory.clone(),
+            memory_bytes: schedule.memory_bytes(),
+            memory_limit_bytes: schedule.memory_limit,
+            threads: schedule.threads,
+            fingerprint: plan.fingerprint.clone(),
+            warnings: plan.warnings.clone(),
+        }
+    }
+
+    /// The inputs alone, in the order of [`Plan::checkpoints`].
+    pub fn inputs(plan: &Plan) -> impl Iterator<Item = InputSummary> + '_ {
+        (0..plan.checkpoints.len()).map(|index| input(plan, index))
+    }
+}
+
+fn params(plan: &Plan) -> BTreeMap<String, String> {
+    let global = plan.method.params().iter().filter(|spec| !spec.per_model);
+    global.map(|spec| (spec.name.to_string(), plan.settings.global(spec.name).to_string())).collect()
+}
+
+/// A recipe's choice in the word that users write; its own serialisation is the authority.
+fn word(choice: &impl Serialize) -> String {
+    serde_json::to_value(choice).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn trim(plan: &Plan) -> BTreeMap<String, String> {
+    if plan.trim.is_none() {
+        return BTreeMap::new();
+    }
+    BTreeMap::from([
+        ("scope".to_string(), word(&plan.recipe.scope)),
+        ("threshold".to_string(), word(&plan.recipe.threshold)),
+        ("ties".to_string(), word(&plan.recipe.trim_ties)),
+    ])
+}
+
+fn input(plan: &Plan, index: usize) -> InputSummary {
+    let checkpoint = &plan.checkpoints[index];
+    let model = (index >= plan.first_model && Some(index) != plan.oracle).then(|| index - plan.first_model);
+    let mut elements: HashMap<String, u64> = HashMap::new();
+    for tensor in &checkpoint.tensors {
+        *elements.entry(dtype_name(tensor.dtype)).or_default() += tensor.elements();
+    }
+    let mut dtypes: Vec<(String, u64)> = elements.into_iter().collect();
+    dtypes.sort_unstable_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+    let own = |model: usize| {
+        let specs = plan.method.params().iter().filter(|spec| spec.per_model);
+        specs.filter_map(|spec| Some((spec.name.to_string(), plan.settings.per_model(spec.name)?[model]))).collect()
+    };
+    InputSummary {
+        role: match model {
+            Some(_) => "model",
+            None if Some(index) == plan.oracle => "signs",
+            None => "base",
+        },
+        source: checkpoint.spec.clone(),
+        path: checkpoint.dir.display().to_string(),
+        hub: checkpoint.hub.as_ref().map(|hub| format!("{}@{}", hub.id, hub.commit)),
+        files: checkpoint.files.len(),
+        tensors: checkpoint.tensors.len(),
+        elements: checkpoint.tensors.iter().map(|t| t.elements()).sum(),
+        bytes: checkpoint.tensors.iter().map(|t| t.bytes).sum(),
+        dtypes: dtypes.into_iter().map(|(name, _)| name).collect(),
+        params: model.map(own).unwrap_or_default(),
+    }
+}

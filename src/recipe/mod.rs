@@ -1,0 +1,229 @@
+//! What the user asked for, free of any dialect: the command line (and later YAML) is lowered into a [`Recipe`].
+//!
+//! - A recipe plus the inputs determine every output byte; how the run is done (threads, memory, I/O) is not in it.
+//! - It opens no checkpoint: names are only spelled here, numbers only range-checked.
+
+use std::collections::BTreeMap;
+
+use globset::{Glob, GlobSet, GlobSetBuilder};
+use serde::Serialize;
+
+use crate::dtype::Float;
+use crate::error::{Error, Result};
+use crate::method::{self, Method, Settings, Value};
+
+/// One threshold per task vector over the whole model, or one per tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// Over all merged tensors (the paper).
+    #[default]
+    Model,
+    /// Per tensor (mergekit).
+    Tensor,
+}
+
+/// How the trim threshold is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ThresholdKind {
+    /// The true k-th largest magnitude.
+    #[default]
+    Exact,
+    /// From a fixed-size histogram, with a certified rank interval.
+    Sketch,
+}
+
+/// What happens to magnitudes equal to the threshold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TrimTies {
+    /// All are kept (the paper's code).
+    #[default]
+    Keep,
+    /// Exactly ⌊K·d⌋ survive, ties by lowest position.
+    Lowest,
+    /// Ties survive by a seeded draw that meets ⌊K·d⌋ in expectation.
+    Sample,
+}
+
+/// What to do with a tensor that some model lacks or has in another shape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Missing {
+    /// Refuse, naming all parties.
+    #[default]
+    Error,
+    /// Keep base's tensor.
+    Base,
+    /// Merge the models that have it.
+    Skip,
+}
+
+/// What a NaN or an infinity in an input does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NonFinite {
+    /// Refuse, naming model, tensor and index.
+    #[default]
+    Error,
+    /// The element keeps base's value.
+    CopyBase,
+    /// The element becomes the sum of the non-finite inputs (NaN stays NaN).
+    Propagate,
+}
+
+/// What a result too large for the output type does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Overflow {
+    /// Refuse, naming the tensor.
+    #[default]
+    Error,
+    /// Becomes the largest finite value of the type.
+    Clamp,
+}
+
+/// One model to merge.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct ModelInput {
+    /// The checkpoint as the user named it.
+    pub source: String,
+    /// Its own parameters (`weight`, `density`, ...), overriding the recipe's.
+    pub params: BTreeMap<String, Value>,
+}
+
+/// A whole request. Build one, then lower it with [`crate::Plan::new`].
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Recipe {
+    /// Method name, see [`crate::METHODS`].
+    pub method: String,
+    /// The checkpoint that the models were fine-tuned from.
+    pub base: Option<String>,
+    /// The models, in order; sums run in this order.
+    pub models: Vec<ModelInput>,
+    /// Method parameters for all models (`lambda`, `density`, `elect`, ...), as far as given.
+    pub params: BTreeMap<String, Value>,
+    /// Where one trim threshold applies.
+    pub scope: Scope,
+    /// How it is found.
+    pub threshold: ThresholdKind,
+    /// Ties at it.
+    pub trim_ties: TrimTies,
+    /// Checkpoint whose task vector gives the elected signs (the oracle of the paper's section 7.2).
+    pub sign_from: Option<String>,
+    /// Seed of every random draw.
+    pub seed: u64,
+    /// Output type of all float tensors; `None` keeps the stored type of base.
+    #[serde(serialize_with = "serialize_float")]
+    pub dtype: Option<Float>,
+    /// Globs of tensor names to merge; empty means all.
+    pub include: Vec<String>,
+    /// Globs of tensor names to copy from base instead of merging.
+    pub exclude: Vec<String>,
+    /// Tensors that not all have.
+    pub missing: Missing,
+    /// NaN and infinities.
+    pub non_finite: NonFinite,
+    /// Results too large for the output type.
+    pub overflow: Overflow,
+    /// Largest shard, in tensor bytes.
+    pub max_shard_bytes: u64,
+}
+
+impl Default for Recipe {
+    /// The paper's recipe without validation data, with nothing to merge yet.
+    fn default() -> Self {
+        Self {
+            method: "ties".into(),
+            base: None,
+            models: Vec::new(),
+            params: BTreeMap::new(),
+            scope: Scope::default(),
+            threshold: ThresholdKind::default(),
+            trim_ties: TrimTies::default(),
+            sign_from: None,
+            seed: 0,
+            dtype: None,
+            include: Vec::new(),
+            exclude: Vec::new(),
+            missing: Missing::default(),
+            non_finite: NonFinite::default(),
+            overflow: Overflow::default(),
+            max_shard_bytes: 5_000_000_000,
+        }
+    }
+}
+
+impl Recipe {
+    /// The method named, or an error that lists the closest and all names.
+    pub fn method(&self) -> Result<&'static dyn Method> {
+        method::find(&self.method)
+    }
+
+    /// Every parameter's value after defaults, checked against the method's specification, with warnings for
+    /// parameters that the method does not have.
+    pub fn settings(&self) -> Result<(Settings, Vec<String>)> {
+        let per_model: Vec<_> = self.models.iter().map(|m| &m.params).collect();
+        Settings::resolve(self.method()?, &self.params, &per_model)
+    }
+
+    /// Which tensor names are to be merged.
+    pub fn filter(&self) -> Result<TensorFilter> {
+        Ok(TensorFilter { include: globs("--include", &self.include)?, exclude: globs("--exclude", &self.exclude)? })
+    }
+}
+
+/// Compiled `include` and `exclude` globs. `*` also matches dots and slashes.
+pub struct TensorFilter {
+    include: Option<GlobSet>,
+    exclude: Option<GlobSet>,
+}
+
+impl TensorFilter {
+    /// Whether a tensor of this name is to be merged.
+    pub fn merges(&self, name: &str) -> bool {
+        self.include.as_ref().is_none_or(|g| g.is_match(name))
+            && !self.exclude.as_ref().is_some_and(|g| g.is_match(name))
+    }
+}
+
+fn globs(flag: &str, patterns: &[String]) -> Result<Option<GlobSet>> {
+    if patterns.is_empty() {
+        return Ok(None);
+    }
+    let mut set = GlobSetBuilder::new();
+    for pattern in patterns {
+        let glob = Glob::new(pattern).map_err(|e| {
+            Error::usage(format!("{flag} {pattern:?}: {}", e.kind())).help("a glob is like 'model.layers.*.mlp.*'")
+        })?;
+        set.add(glob);
+    }
+    set.build().map(Some).map_err(|e| Error::usage(format!("{flag}: {e}")))
+}
+
+fn serialize_float<S: serde::Serializer>(float: &Option<Float>, s: S) -> std::result::Result<S::Ok, S::Error> {
+    float.map(Float::torch_name).serialize(s)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn globs_match_across_dots_and_exclude_wins() {
+        let recipe = Recipe { include: vec!["model.*".into()], exclude: vec!["*.mlp.*".into()], ..Recipe::default() };
+        let filter = recipe.filter().unwrap();
+        assert!(filter.merges("model.layers.0.self_attn.q_proj.weight"));
+        assert!(!filter.merges("model.layers.0.mlp.up_proj.weight"));
+        assert!(!filter.merges("lm_head.weight"));
+    }
+
+    #[test]
+    fn a_broken_glob_is_a_usage_error_that_names_the_flag() {
+        let recipe = Recipe { include: vec!["a[".into()], ..Recipe::default() };
+        let error = recipe.filter().err().unwrap();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("--include \"a[\""), "{error}");
+    }
+}

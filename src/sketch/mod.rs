@@ -1,0 +1,115 @@
+//! Magnitude sketches and the selection of trim thresholds from them.
+//!
+//! The key of an f32 is its bit pattern without the sign: unsigned order of keys is order of magnitudes, so a threshold
+//! is a key and counting keys is exact, order-free and bounded.
+//!
+//! - [`MagnitudeSketch`]: counts of keys in a [`Bracket`] (a key range cut into equal bins) and above it. Two sketches
+//!   of the same bracket merge by addition, in any order.
+//! - [`Selector`]: finds the k-th largest key from a sequence of sketches, each over all the data: exact, with as few
+//!   looks as the first bracket's luck allows.
+//! - [`Probe`]: places that first bracket from a sample, so that one look at the data is enough.
+
+mod probe;
+mod select;
+
+pub use probe::Probe;
+pub use select::{Selector, Threshold, select_in_place};
+
+use crate::kernels::{self, Isa};
+use crate::limits::SKETCH_BINS_MIN;
+
+/// Key bits below the coarse bin.
+const COARSE_SHIFT: u32 = 15;
+/// One more than the largest key.
+const KEYS: u64 = 1 << 31;
+
+/// A range of keys cut into bins of `2^shift` keys each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bracket {
+    /// Smallest key of the first bin.
+    pub low: u32,
+    /// Log2 of a bin's width.
+    pub shift: u32,
+    /// Number of bins.
+    pub bins: usize,
+}
+
+impl Bracket {
+    /// All keys, 2^15 per bin: about 0.4 % of a magnitude.
+    pub const COARSE: Self = Self { low: 0, shift: COARSE_SHIFT, bins: SKETCH_BINS_MIN };
+
+    /// The bracket over keys `[low, end)` with the narrowest bins that `max_bins` allows.
+    pub fn over(low: u32, end: u64, max_bins: usize) -> Self {
+        debug_assert!(u64::from(low) < end && end <= KEYS);
+        let width = end - u64::from(low);
+        let mut shift = 0;
+        while width.div_ceil(1 << shift) > max_bins as u64 {
+            shift += 1;
+        }
+        Self { low, shift, bins: width.div_ceil(1 << shift) as usize }
+    }
+
+    /// One more than the largest key covered.
+    pub fn end(&self) -> u64 {
+        u64::from(self.low) + ((self.bins as u64) << self.shift)
+    }
+
+    /// Keys of bin `bin`: (smallest, largest).
+    fn keys(&self, bin: usize) -> (u32, u32) {
+        let low = u64::from(self.low) + ((bin as u64) << self.shift);
+        (low as u32, (low + (1 << self.shift) - 1).min(KEYS - 1) as u32)
+    }
+}
+
+/// Counts of keys inside and above a bracket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MagnitudeSketch {
+    bracket: Bracket,
+    above: u64,
+    bins: Vec<u64>,
+}
+
+impl MagnitudeSketch {
+    /// An empty sketch.
+    pub fn new(bracket: Bracket) -> Self {
+        Self { bracket, above: 0, bins: vec![0; bracket.bins] }
+    }
+
+    /// Empties the sketch and gives it another bracket, keeping its memory.
+    pub fn reset(&mut self, bracket: Bracket) {
+        self.bracket = bracket;
+        self.above = 0;
+        self.bins.clear();
+        self.bins.resize(bracket.bins, 0);
+    }
+
+    /// Counts the finite values of `tau`.
+    pub fn add(&mut self, isa: Isa, tau: &[f32]) {
+        self.above += kernels::histogram(isa, tau, self.bracket.low, self.bracket.shift, &mut self.bins);
+    }
+
+    /// Adds the counts of a sketch with the same bracket.
+    pub fn merge(&mut self, other: &Self) {
+        assert_eq!(self.bracket, other.bracket, "only sketches of one bracket can be added");
+        self.above += other.above;
+        for (mine, theirs) in self.bins.iter_mut().zip(&other.bins) {
+            *mine += theirs;
+        }
+    }
+
+    /// The bin that holds the `rank`-th largest value (1-based) and the number of values above that bin; `Err(true)` if
+    /// that value lies above the bracket, `Err(false)` if below.
+    fn locate(&self, rank: u64) -> Result<(usize, u64), bool> {
+        if self.above >= rank {
+            return Err(true);
+        }
+        let mut above = self.above;
+        for (bin, &count) in self.bins.iter().enumerate().rev() {
+            if above + count >= rank {
+                return Ok((bin, above));
+            }
+            above += count;
+        }
+        Err(false)
+    }
+}

@@ -1,0 +1,142 @@
+//! Placing a narrow bracket around the k-th largest magnitude from a sample of the data.
+//!
+//! The sample is taken in blocks (neighbours in a tensor are alike), so its error is not that of independent draws. It
+//! is therefore split into [`crate::limits::PROBE_GROUPS`] groups that each see the whole model, and the spread between the groups
+//! gives the standard error. A bracket that misses costs another look at the data, never a wrong result.
+
+use super::{Bracket, COARSE_SHIFT, MagnitudeSketch};
+use crate::limits::SKETCH_BINS_MIN;
+
+/// Half width of the bracket in standard errors: with 7 degrees of freedom, a miss in about 10^4.
+const SIGMAS: f64 = 8.0;
+
+/// A sample of magnitudes in [`crate::limits::PROBE_GROUPS`] groups.
+#[derive(Debug, Clone, Default)]
+pub struct Probe {
+    groups: Vec<Vec<u32>>,
+}
+
+impl Probe {
+    /// Adds one group's coarse sketch, which may be empty.
+    pub fn add_group(&mut self, sketch: &MagnitudeSketch) {
+        assert_eq!(sketch.bracket, Bracket::COARSE, "a probe is made of coarse sketches");
+        // A group samples about a thousandth of the data; saturation would only bend a guess.
+        self.groups.push(sketch.bins.iter().map(|&n| u32::try_from(n).unwrap_or(u32::MAX)).collect());
+    }
+
+    /// A bracket that holds the value at `fraction` (from the top) of the whole data with high confidence.
+    pub fn bracket(&self, fraction: f64, max_bins: usize) -> Bracket {
+        let mut total = vec![0u64; SKETCH_BINS_MIN];
+        for group in &self.groups {
+            for (sum, &count) in total.iter_mut().zip(group) {
+                *sum += u64::from(count);
+            }
+        }
+        let samples: u64 = total.iter().sum();
+        if samples == 0 {
+            return Bracket::COARSE;
+        }
+        let middle = bin_at(&total, fraction * samples as f64);
+        let half = SIGMAS * self.standard_error(middle, fraction, samples);
+        let high = bin_at(&total, (fraction - half) * samples as f64);
+        let low = bin_at(&total, (fraction + half) * samples as f64);
+        // The top bin of a sample says little about the largest value of the data.
+        let mut end = if fraction - half <= 0.0 { SKETCH_BINS_MIN } else { high + 1 };
+        let mut low = low;
+        // Bins wider than a key make another look certain; a narrower bracket only makes it likelier.
+        while (end - low) << COARSE_SHIFT > max_bins && end - low > 1 {
+            if end - middle > middle - low + 1 { end -= 1 } else { low += 1 }
+        }
+        Bracket::over((low as u32) << COARSE_SHIFT, (end as u64) << COARSE_SHIFT, max_bins)
+    }
+
+    /// Standard error of the fraction of values at or above bin `bin`.
+    fn standard_error(&self, bin: usize, fraction: f64, samples: u64) -> f64 {
+        let independent = (fraction * (1.0 - fraction) / samples as f64).sqrt();
+        let share = |group: &Vec<u32>| {
+            let sum = |counts: &[u32]| counts.iter().map(|&n| f64::from(n)).sum::<f64>();
+            let all = sum(group);
+            (all > 0.0).then(|| sum(&group[bin..]) / all)
+        };
+        let shares: Vec<f64> = self.groups.iter().filter_map(share).collect();
+        let n = shares.len() as f64;
+        if n < 2.0 {
+            return independent.max(0.05);
+        }
+        let mean = shares.iter().sum::<f64>() / n;
+        let variance = shares.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / (n - 1.0);
+        (variance / n).sqrt().max(independent)
+    }
+}
+
+/// The bin that holds the value with `rank` values above it, counted from the top; 0 if there are fewer.
+fn bin_at(counts: &[u64], rank: f64) -> usize {
+    let mut above = 0.0;
+    for (bin, &count) in counts.iter().enumerate().rev() {
+        above += count as f64;
+        if above > 0.0 && above >= rank {
+            return bin;
+        }
+    }
+    0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::Isa;
+    use crate::limits::PROBE_GROUPS;
+
+    /// Heavy-tailed values whose scale changes slowly, as between the layers of a model.
+    fn value(i: u64) -> f32 {
+        let u = (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as f32 / (1u64 << 24) as f32 + 1e-7;
+        let scale = 1.0 + (i as f32 / 50_000.0).sin() * 0.5;
+        1e-3 * scale * (1.0 / u).powf(0.3)
+    }
+
+    fn probe(groups: &[MagnitudeSketch]) -> Probe {
+        let mut probe = Probe::default();
+        groups.iter().for_each(|group| probe.add_group(group));
+        probe
+    }
+
+    #[test]
+    fn the_bracket_of_a_sample_is_narrow_and_holds_the_threshold() {
+        let n = 4_000_000u64;
+        let mut groups = vec![MagnitudeSketch::new(Bracket::COARSE); PROBE_GROUPS];
+        for (b, start) in (0..n).step_by(5_120).enumerate() {
+            let block: Vec<f32> = (start..start + 512).map(value).collect();
+            groups[b % PROBE_GROUPS].add(Isa::detect(), &block);
+        }
+        let mut keys: Vec<u32> = (0..n).map(|i| value(i).to_bits()).collect();
+        keys.sort_unstable_by(|a, b| b.cmp(a));
+        for fraction in [0.1, 0.2, 0.5] {
+            let bracket = probe(&groups).bracket(fraction, 1 << 20);
+            let key = keys[(fraction * n as f64) as usize - 1];
+            assert!(bracket.low <= key && u64::from(key) < bracket.end(), "{fraction}: {bracket:?} misses {key}");
+            let inside = keys.iter().filter(|&&k| k >= bracket.low && u64::from(k) < bracket.end()).count();
+            assert!((inside as f64) < 0.08 * n as f64, "{fraction}: {inside} of {n} values inside");
+            assert_eq!(bracket.shift, 0, "bins of one key");
+        }
+    }
+
+    #[test]
+    fn a_bracket_that_is_too_wide_is_narrowed_around_the_middle() {
+        let mut groups = vec![MagnitudeSketch::new(Bracket::COARSE); PROBE_GROUPS];
+        for (g, group) in groups.iter_mut().enumerate() {
+            let values: Vec<f32> = (0..100).map(|i| value(i * 7919 + g as u64)).collect();
+            group.add(Isa::detect(), &values);
+        }
+        let wide = probe(&groups).bracket(0.2, 1 << 30);
+        let narrow = probe(&groups).bracket(0.2, 1 << 16);
+        assert!(wide.bins > 1 << 16);
+        assert_eq!((narrow.shift, narrow.bins), (0, 1 << 16));
+        assert!(narrow.low >= wide.low && narrow.end() <= wide.end());
+    }
+
+    #[test]
+    fn an_empty_probe_asks_for_everything() {
+        let groups = vec![MagnitudeSketch::new(Bracket::COARSE); PROBE_GROUPS];
+        assert_eq!(probe(&groups).bracket(0.2, 1 << 16), Bracket::COARSE);
+    }
+}

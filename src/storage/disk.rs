@@ -1,0 +1,462 @@
+//! The real file system.
+//!
+//! - Interrupted and short reads and writes are continued; an early end of file is an error.
+//! - The first failure of an output file is sticky: after a failed sync the system may have dropped the data and would
+//!   call the next sync a success.
+//!
+//! Decides what errors mean; what systems do differently is in `system`.
+
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{ErrorKind as IoKind, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use super::system::{self, Hint};
+use super::{Identity, InputFile, IoMode, Lock, OutputFile, Storage, Window};
+use crate::error::{Error, Result, printable};
+
+/// The file system of the operating system.
+#[derive(Debug)]
+pub struct Disk {
+    mode: IoMode,
+}
+
+impl Disk {
+    /// Reads inputs as `mode` says. Raises the limit of open files as far as the system allows: a large checkpoint has
+    /// hundreds of shards, and several are open at once.
+    pub fn new(mode: IoMode) -> Self {
+        system::raise_file_limit();
+        Self { mode }
+    }
+}
+
+struct DiskInput {
+    file: File,
+    path: PathBuf,
+    identity: Identity,
+    mode: IoMode,
+}
+
+impl InputFile for DiskInput {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn identity_now(&self) -> Result<Identity> {
+        self.file.metadata().map(|m| system::identity_of(&m)).map_err(|e| Error::io("examine", &self.path, &e))
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let wanted = buffer.len();
+        let done = fill(buffer, |rest, done| system::read_at(&self.file, rest, offset + done))
+            .map_err(|e| Error::io(&format!("read {wanted} bytes at {offset}"), &self.path, &e))?;
+        if done < wanted {
+            let (end, opened) = (offset + done as u64, self.identity.bytes);
+            return Err(Error::failed(format!(
+                "the file shrank while being read: it had {opened} bytes, but ends at {end}, within {wanted} bytes at {offset}"
+            ))
+            .at(&self.path)
+            .help("do not change inputs during a run; run it again with whole files"));
+        }
+        Ok(())
+    }
+
+    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
+        if self.mode == IoMode::Mmap && window.map(&self.file, offset, length) {
+            // A mapping shows zeros between the end of the file and the end of its last page.
+            if self.identity_now()?.bytes >= offset + length as u64 {
+                return Ok(());
+            }
+        }
+        window.fill_from(length, |buffer| self.read_at(buffer, offset))
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) {
+        system::hint(&self.file, offset, length, Hint::WillNeed);
+    }
+
+    fn release(&self, offset: u64, length: u64) {
+        system::hint(&self.file, offset, length, Hint::DontNeed);
+    }
+}
+
+struct DiskOutput {
+    file: File,
+    path: PathBuf,
+    failure: OnceLock<Error>,
+}
+
+impl DiskOutput {
+    /// Runs `operation` unless an earlier one failed, and keeps the first failure.
+    fn sticky(&self, operation: impl FnOnce() -> Result<()>) -> Result<()> {
+        match self.failure.get() {
+            Some(error) => Err(error.clone()),
+            None => operation().map_err(|error| self.failure.get_or_init(|| error).clone()),
+        }
+    }
+}
+
+impl OutputFile for DiskOutput {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.sticky(|| {
+            drain(bytes, |rest, done| system::write_at(&self.file, rest, offset + done))
+                .map_err(|e| write_error(&format!("write {} bytes at {offset}", bytes.len()), &self.path, &e))
+        })
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.sticky(|| self.file.sync_data().map_err(|e| write_error("make durable", &self.path, &e)))
+    }
+
+    fn release(&self, offset: u64, length: u64) {
+        system::hint(&self.file, offset, length, Hint::DontNeed);
+    }
+}
+
+impl Storage for Disk {
+    fn open(&self, path: &Path) -> Result<Box<dyn InputFile>> {
+        let mut options = OpenOptions::new();
+        options.read(true);
+        system::open_without_waiting(&mut options);
+        let file = options.open(path).map_err(|e| open_error(path, &e))?;
+        let metadata = file.metadata().map_err(|e| Error::io("examine", path, &e))?;
+        if !metadata.is_file() {
+            return Err(not_regular(path));
+        }
+        let identity = system::identity_of(&metadata);
+        Ok(Box::new(DiskInput { file, path: path.to_path_buf(), identity, mode: self.mode }))
+    }
+
+    fn read_small(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
+        let input = self.open(path)?;
+        let bytes = input.identity().bytes;
+        if bytes > limit {
+            return Err(Error::input(format!("{bytes} bytes, but at most {limit} are accepted")).at(path));
+        }
+        let mut content = vec![0; bytes as usize];
+        input.read_at(&mut content, 0)?;
+        Ok(content)
+    }
+
+    fn create(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>> {
+        // Readable too, so that what was written can be hashed through the same file system path.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path)
+            .map_err(|e| write_error("create", path, &e))?;
+        file.set_len(length).map_err(|e| write_error(&format!("set the length to {length} bytes"), path, &e))?;
+        Ok(Box::new(DiskOutput { file, path: path.to_path_buf(), failure: OnceLock::new() }))
+    }
+
+    fn write_small(&self, path: &Path, bytes: &[u8], scratch_dir: &Path) -> Result<()> {
+        let name = path.file_name().unwrap_or_default();
+        let temporary = scratch_dir.join(name).with_added_extension("partial");
+        let file = self.create(&temporary, bytes.len() as u64)?;
+        file.write_at(bytes, 0)?;
+        file.sync()?;
+        drop(file);
+        self.rename(&temporary, path)?;
+        self.sync_dir(path.parent().filter(|dir| *dir != Path::new("")).unwrap_or(Path::new(".")))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        std::fs::rename(from, to).map_err(|e| Error::io(&format!("rename to {}", to.display()), from, &e))
+    }
+
+    fn sync_dir(&self, path: &Path) -> Result<()> {
+        system::sync_directory(path).map_err(|e| Error::io("make durable", path, &e))
+    }
+
+    fn create_dir_all(&self, path: &Path) -> Result<()> {
+        std::fs::create_dir_all(path).map_err(|e| write_error("create directory", path, &e))
+    }
+
+    fn remove_file(&self, path: &Path) -> Result<()> {
+        ignore_missing(std::fs::remove_file(path)).map_err(|e| Error::io("remove", path, &e))
+    }
+
+    fn remove_dir_all(&self, path: &Path) -> Result<()> {
+        ignore_missing(std::fs::remove_dir_all(path)).map_err(|e| Error::io("remove", path, &e))
+    }
+
+    fn list(&self, path: &Path) -> Result<Vec<OsString>> {
+        let fail = |e| Error::io("list", path, &e);
+        let entries = std::fs::read_dir(path).map_err(fail)?;
+        let mut names = entries.map(|e| e.map(|e| e.file_name())).collect::<std::io::Result<Vec<_>>>().map_err(fail)?;
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn lock(&self, path: &Path) -> Result<Lock> {
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(|e| Error::io("create", path, &e))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(locked(path, file)),
+            // Without locks (some network file systems) one run per output is up to the user.
+            Err(TryLockError::Error(e)) if e.kind() == IoKind::Unsupported => {}
+            Err(TryLockError::Error(e)) => return Err(Error::io("lock", path, &e)),
+        }
+        // Only information for the next one who asks: failing to write it changes nothing.
+        let holder = format!("process {} on {}", std::process::id(), system::host_name());
+        let _ = file.set_len(0).and_then(|()| file.write_all(holder.as_bytes()));
+        Ok(Lock { _file: file })
+    }
+
+    fn free_bytes(&self, path: &Path) -> Result<u64> {
+        let absolute = std::path::absolute(path).map_err(|e| Error::io("resolve", path, &e))?;
+        let existing = absolute.ancestors().find(|p| p.exists()).unwrap_or(&absolute);
+        system::free_bytes(existing).map_err(|e| Error::io("examine the file system", path, &e))
+    }
+
+    fn identity(&self, path: &Path) -> Result<Option<Identity>> {
+        match std::fs::metadata(path) {
+            Ok(metadata) => Ok(Some(system::identity_of(&metadata))),
+            Err(e) if matches!(e.kind(), IoKind::NotFound | IoKind::NotADirectory) => Ok(None),
+            Err(e) => Err(Error::io("examine", path, &e)),
+        }
+    }
+
+    fn is_dir(&self, path: &Path) -> bool {
+        path.is_dir()
+    }
+
+    fn is_file(&self, path: &Path) -> bool {
+        path.is_file()
+    }
+
+    fn canonical(&self, path: &Path) -> PathBuf {
+        path.canonicalize().unwrap_or_else(|_| path.to_path_buf())
+    }
+}
+
+/// Reads with `read` (rest of the buffer, bytes done) until `buffer` is full or the file ends; returns the bytes read.
+fn fill(buffer: &mut [u8], mut read: impl FnMut(&mut [u8], u64) -> std::io::Result<usize>) -> std::io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match read(&mut buffer[done..], done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(e) if e.kind() == IoKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(done)
+}
+
+/// Writes with `write` (rest of the bytes, bytes done) until everything is written.
+fn drain(bytes: &[u8], mut write: impl FnMut(&[u8], u64) -> std::io::Result<usize>) -> std::io::Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match write(&bytes[done..], done as u64) {
+            Ok(0) => return Err(IoKind::WriteZero.into()),
+            Ok(n) => done += n,
+            Err(e) if e.kind() == IoKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+fn open_error(path: &Path, error: &std::io::Error) -> Error {
+    match error.kind() {
+        IoKind::NotFound | IoKind::NotADirectory => Error::input("no such file").at(path).help("check the path"),
+        IoKind::PermissionDenied => Error::input("you may not read this file").at(path).help("change its permissions"),
+        // A socket cannot even be opened.
+        _ if std::fs::metadata(path).is_ok_and(|m| !m.is_file()) => not_regular(path),
+        _ => Error::io("open", path, error),
+    }
+}
+
+fn not_regular(path: &Path) -> Error {
+    let what = if path.is_dir() { "a directory, not a file" } else { "not a regular file" };
+    Error::input(what).at(path).help("give a checkpoint directory, a .safetensors file, or an .index.json file")
+}
+
+fn write_error(what: &str, path: &Path, error: &std::io::Error) -> Error {
+    let full = matches!(error.kind(), IoKind::StorageFull | IoKind::QuotaExceeded);
+    let failed = Error::io(what, path, error);
+    if full { failed.help("make room and run the same command again") } else { failed }
+}
+
+/// Says who holds the lock, as far as the lock file tells.
+fn locked(path: &Path, file: File) -> Error {
+    const LONGEST_HOLDER: u64 = 200;
+    let mut holder = Vec::new();
+    // Nothing to add where it cannot be read: on Windows a locked file is not readable.
+    let _ = file.take(LONGEST_HOLDER).read_to_end(&mut holder);
+    let holder = printable(String::from_utf8_lossy(&holder).trim());
+    let holder = if holder.is_empty() { "another process" } else { &holder };
+    Error::input(format!("in use by {holder}")).at(path).help("wait until it ends, or stop it")
+}
+
+fn ignore_missing(result: std::io::Result<()>) -> std::io::Result<()> {
+    match result {
+        Err(e) if e.kind() == IoKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(mode: IoMode) -> (tempfile::TempDir, Disk) {
+        (tempfile::tempdir().unwrap(), Disk::new(mode))
+    }
+
+    #[test]
+    fn every_mode_shows_the_same_bytes_at_any_offset() {
+        let content: Vec<u8> = (0..100_000u32).map(|i| (i * 7) as u8).collect();
+        for mode in [IoMode::Auto, IoMode::Mmap, IoMode::Read] {
+            let (dir, disk) = disk(mode);
+            let path = dir.path().join("f");
+            std::fs::write(&path, &content).unwrap();
+            let file = disk.open(&path).unwrap();
+            let mut window = Window::with_capacity(70_000);
+            for (offset, length) in [(0, 70_000), (1, 1), (4095, 2), (99_999, 1), (100_000, 0), (50_000, 50_000)] {
+                file.load(&mut window, offset as u64, length).unwrap();
+                assert_eq!(window.bytes(), &content[offset..offset + length], "{mode:?} {offset}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_ends_early_is_an_error_with_numbers() {
+        for mode in [IoMode::Mmap, IoMode::Read] {
+            let (dir, disk) = disk(mode);
+            let path = dir.path().join("f");
+            std::fs::write(&path, vec![1u8; 10_000]).unwrap();
+            let file = disk.open(&path).unwrap();
+            std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(5_000).unwrap();
+            let error = file.load(&mut Window::with_capacity(8_000), 1_000, 8_000).unwrap_err().to_string();
+            assert!(error.contains("shrank while being read: it had 10000 bytes, but ends at 5000"), "{error}");
+        }
+    }
+
+    #[test]
+    fn only_regular_files_are_opened() {
+        let (dir, disk) = disk(IoMode::Auto);
+        assert_eq!(disk.open(dir.path()).err().unwrap().exit_code(), 2);
+        assert!(disk.open(&dir.path().join("none")).err().unwrap().to_string().contains("no such file"));
+        assert!(disk.open(dir.path()).err().unwrap().to_string().contains("a directory, not a file"));
+        std::fs::write(dir.path().join("f"), b"").unwrap();
+        assert_eq!(disk.open(&dir.path().join("f/g")).err().unwrap().exit_code(), 2);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn what_is_no_file_is_refused_without_waiting() {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+        let (dir, disk) = disk(IoMode::Auto);
+        let fifo = dir.path().join("fifo");
+        mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let socket = dir.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        for path in [&*fifo, &*socket, Path::new("/dev/zero")] {
+            let error = disk.open(path).err().unwrap();
+            assert!(error.to_string().contains("not a regular file") && error.exit_code() == 2, "{error}");
+        }
+    }
+
+    #[test]
+    fn interrupted_and_short_transfers_are_continued() {
+        let source = b"abcdefgh";
+        let mut turn = 0;
+        let mut transfer = |bytes: &mut [u8], done: u64| {
+            turn += 1;
+            if turn % 2 == 0 {
+                return Err(IoKind::Interrupted.into());
+            }
+            let n = bytes.len().min(3);
+            bytes[..n].copy_from_slice(&source[done as usize..done as usize + n]);
+            Ok(n)
+        };
+        let mut buffer = [0; 8];
+        assert_eq!(fill(&mut buffer, &mut transfer).unwrap(), 8);
+        assert_eq!(&buffer, source);
+
+        let mut written: Vec<u8> = Vec::new();
+        let take_three = |rest: &[u8], done: u64| {
+            assert_eq!(done as usize, written.len());
+            written.extend(rest.iter().take(3));
+            Ok(rest.len().min(3))
+        };
+        drain(source, take_three).unwrap();
+        assert_eq!(written, source);
+        assert_eq!(drain(source, |_, _| Ok(0)).unwrap_err().kind(), IoKind::WriteZero);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_first_failure_of_an_output_is_sticky() {
+        let file = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let output = DiskOutput { file, path: "shard".into(), failure: OnceLock::new() };
+        let first = output.write_at(b"x", 0).unwrap_err().to_string();
+        assert!(first.contains("make room"), "{first}");
+        assert_eq!(output.sync().unwrap_err().to_string(), first);
+    }
+
+    #[test]
+    fn hints_on_empty_ranges_and_changes_of_an_open_file_are_harmless() {
+        let (dir, disk) = disk(IoMode::Auto);
+        let path = dir.path().join("f");
+        std::fs::write(&path, b"abc").unwrap();
+        let file = disk.open(&path).unwrap();
+        file.prefetch(0, 0);
+        file.release(0, u64::MAX);
+        assert_eq!(file.identity(), &file.identity_now().unwrap());
+        assert_eq!(disk.identity(&path).unwrap().as_ref(), Some(file.identity()));
+        std::fs::write(&path, b"abcd").unwrap();
+        assert_ne!(file.identity(), &file.identity_now().unwrap());
+    }
+
+    #[test]
+    fn small_files_appear_whole_and_locks_exclude() {
+        let (dir, disk) = disk(IoMode::Auto);
+        let path = dir.path().join("a.json");
+        disk.write_small(&path, b"{}", dir.path()).unwrap();
+        assert_eq!(disk.read_small(&path, 2).unwrap(), b"{}");
+        assert!(disk.read_small(&path, 1).is_err());
+        assert_eq!(disk.list(dir.path()).unwrap(), ["a.json"]);
+
+        let held = disk.lock(&dir.path().join("lock")).unwrap();
+        let refused = disk.lock(&dir.path().join("lock")).unwrap_err();
+        assert!(refused.to_string().contains(&format!("in use by process {} on ", std::process::id())), "{refused}");
+        assert_eq!(refused.exit_code(), 2);
+        drop(held);
+        disk.lock(&dir.path().join("lock")).unwrap();
+    }
+
+    #[test]
+    fn outputs_are_written_by_position_and_missing_things_removed_in_peace() {
+        let (dir, disk) = disk(IoMode::Auto);
+        let path = dir.path().join("out");
+        let file = disk.create(&path, 10).unwrap();
+        file.write_at(b"cd", 2).unwrap();
+        file.write_at(b"ab", 0).unwrap();
+        file.sync().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"abcd\0\0\0\0\0\0");
+        disk.remove_file(&dir.path().join("none")).unwrap();
+        disk.remove_dir_all(&dir.path().join("none")).unwrap();
+        assert!(disk.free_bytes(&dir.path().join("no/such/dir")).unwrap() > 0);
+        assert_eq!(disk.identity(&dir.path().join("none")).unwrap(), None);
+    }
+}

@@ -1,0 +1,119 @@
+//! The seam to the file system: everything the crate does to files goes through [`Storage`].
+//!
+//! - Reads and writes are positional, so that no order of operations is hidden in a file cursor.
+//! - A short read or write is an error here, never a shorter result.
+//! - Nothing is retried after a failed write or sync: what then is on the disk is unknown.
+//! - The trait is what fault-injection tests replace; [`Disk`] is the real thing.
+//!
+//! Knows bytes, paths and durability; knows nothing of tensors.
+
+mod disk;
+mod mmap;
+mod system;
+
+pub use disk::Disk;
+pub use mmap::Window;
+
+use std::path::{Path, PathBuf};
+
+use crate::error::Result;
+
+/// How inputs are read. Results are identical.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum IoMode {
+    /// Whatever is safest and fastest here: positional reads.
+    #[default]
+    Auto,
+    /// Windows of the file are mapped, used and unmapped.
+    Mmap,
+    /// Positional reads into fixed buffers.
+    Read,
+}
+
+/// What identifies a file's content without reading it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Identity {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// Modification time, nanoseconds since the Unix epoch (0 where unknown).
+    pub mtime_ns: i128,
+    /// Change time, nanoseconds since the Unix epoch (0 where unknown).
+    pub ctime_ns: i128,
+    /// Device and inode number (0 where unknown): two paths with equal pairs are one file.
+    pub device: u64,
+    /// See `device`.
+    pub inode: u64,
+}
+
+/// An open input file.
+pub trait InputFile: Send + Sync {
+    /// The path it was opened by.
+    fn path(&self) -> &Path;
+    /// Identity when it was opened.
+    fn identity(&self) -> &Identity;
+    /// Identity of the open file now, to notice a change during the run.
+    fn identity_now(&self) -> Result<Identity>;
+    /// Fills `buffer` from `offset`; an end of file before that is an error.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()>;
+    /// Makes `window` show `length` bytes from `offset`, mapped or read as the storage's mode says.
+    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()>;
+    /// Hints that the range will be read soon. Never fails.
+    fn prefetch(&self, offset: u64, length: u64);
+    /// Hints that the range will not be read again. Never fails.
+    fn release(&self, offset: u64, length: u64);
+}
+
+/// An output file being written. Its first failure is sticky: every later operation reports it again.
+pub trait OutputFile: Send + Sync {
+    /// The path it was created at.
+    fn path(&self) -> &Path;
+    /// Writes all of `bytes` at `offset`.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()>;
+    /// Makes everything written so far durable.
+    fn sync(&self) -> Result<()>;
+    /// Hints that written (and synced) bytes of the range need not stay in the page cache.
+    fn release(&self, offset: u64, length: u64);
+}
+
+/// A file system.
+pub trait Storage: Send + Sync {
+    /// Opens a regular file for reading; anything else (directory, FIFO, device) is refused.
+    fn open(&self, path: &Path) -> Result<Box<dyn InputFile>>;
+    /// Reads a whole small file, refusing one of more than `limit` bytes.
+    fn read_small(&self, path: &Path, limit: u64) -> Result<Vec<u8>>;
+    /// Creates (or truncates) a file of `length` bytes.
+    fn create(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>>;
+    /// Writes a whole small file durably: temporary name in `scratch_dir`, sync, rename to `path`.
+    fn write_small(&self, path: &Path, bytes: &[u8], scratch_dir: &Path) -> Result<()>;
+    /// Renames within one file system, replacing the target.
+    fn rename(&self, from: &Path, to: &Path) -> Result<()>;
+    /// Makes the directory's entries durable.
+    fn sync_dir(&self, path: &Path) -> Result<()>;
+    /// Creates the directory and its parents.
+    fn create_dir_all(&self, path: &Path) -> Result<()>;
+    /// Removes a file; a missing one is not an error.
+    fn remove_file(&self, path: &Path) -> Result<()>;
+    /// Removes a directory and what is in it; a missing one is not an error.
+    fn remove_dir_all(&self, path: &Path) -> Result<()>;
+    /// File names in a directory, sorted by name.
+    fn list(&self, path: &Path) -> Result<Vec<std::ffi::OsString>>;
+    /// Takes the exclusive lock kept in `path`, or says who holds it. Released when the value is dropped.
+    fn lock(&self, path: &Path) -> Result<Lock>;
+    /// Bytes that can still be written to the file system of `path` or of its nearest existing parent.
+    fn free_bytes(&self, path: &Path) -> Result<u64>;
+    /// Identity of the file or directory at `path` (links followed), or `None` if there is nothing.
+    fn identity(&self, path: &Path) -> Result<Option<Identity>>;
+    /// Whether `path` is a directory.
+    fn is_dir(&self, path: &Path) -> bool;
+    /// Whether `path` is a regular file.
+    fn is_file(&self, path: &Path) -> bool;
+    /// `path` with links resolved, or as it is where that fails.
+    fn canonical(&self, path: &Path) -> PathBuf;
+}
+
+/// A held lock; see [`Storage::lock`].
+#[derive(Debug)]
+pub struct Lock {
+    /// Kept open: the operating system releases the lock when the process ends, however it ends.
+    _file: std::fs::File,
+}

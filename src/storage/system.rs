@@ -1,0 +1,140 @@
+//! What operating systems do differently: positional I/O, identities, hints, directory syncs, free space.
+//!
+//! Each function has a Unix form and a portable one. Hints that a system does not have do nothing; what cannot be
+//! known says so in the way that never refuses work (unknown free space is unlimited space).
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::Result;
+use std::path::Path;
+
+use super::Identity;
+
+/// A hint on what happens to a range of a file next.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Hint {
+    /// It will be read soon.
+    WillNeed,
+    /// It need not stay in the page cache.
+    DontNeed,
+}
+
+#[cfg(unix)]
+pub(super) fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, buffer, offset)
+}
+
+#[cfg(windows)]
+pub(super) fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> Result<usize> {
+    std::os::windows::fs::FileExt::seek_read(file, buffer, offset)
+}
+
+#[cfg(unix)]
+pub(super) fn write_at(file: &File, bytes: &[u8], offset: u64) -> Result<usize> {
+    std::os::unix::fs::FileExt::write_at(file, bytes, offset)
+}
+
+#[cfg(windows)]
+pub(super) fn write_at(file: &File, bytes: &[u8], offset: u64) -> Result<usize> {
+    std::os::windows::fs::FileExt::seek_write(file, bytes, offset)
+}
+
+#[cfg(unix)]
+pub(super) fn identity_of(metadata: &Metadata) -> Identity {
+    use std::os::unix::fs::MetadataExt as _;
+    let nanoseconds = |seconds: i64, rest: i64| i128::from(seconds) * 1_000_000_000 + i128::from(rest);
+    Identity {
+        bytes: metadata.len(),
+        mtime_ns: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
+        ctime_ns: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
+        device: metadata.dev(),
+        inode: metadata.ino(),
+    }
+}
+
+#[cfg(not(unix))]
+pub(super) fn identity_of(metadata: &Metadata) -> Identity {
+    let modified = metadata.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+    let mtime_ns = modified.map_or(0, |d| d.as_nanos() as i128);
+    Identity { bytes: metadata.len(), mtime_ns, ..Identity::default() }
+}
+
+/// Lets opening a FIFO return at once, so that it can be refused instead of waited for.
+#[cfg(unix)]
+pub(super) fn open_without_waiting(options: &mut OpenOptions) {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    options.custom_flags(rustix::fs::OFlags::NONBLOCK.bits() as i32);
+}
+
+#[cfg(not(unix))]
+pub(super) fn open_without_waiting(_options: &mut OpenOptions) {}
+
+/// Raises the limit of open files as far as the system allows.
+#[cfg(unix)]
+pub(super) fn raise_file_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Without it, opening a checkpoint of very many shards fails with the system's own clear error.
+    let _ = setrlimit(Resource::Nofile, limit);
+}
+
+#[cfg(not(unix))]
+pub(super) fn raise_file_limit() {}
+
+#[cfg(unix)]
+pub(super) fn sync_directory(path: &Path) -> Result<()> {
+    use std::io::ErrorKind;
+    match File::open(path)?.sync_all() {
+        // Some network file systems cannot sync a directory; they make entries durable on their own.
+        Err(e) if matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => Ok(()),
+        other => other,
+    }
+}
+
+/// Directory entries cannot be synced here; renames are as durable as the system makes them.
+#[cfg(not(unix))]
+pub(super) fn sync_directory(_path: &Path) -> Result<()> {
+    Ok(())
+}
+
+#[cfg(unix)]
+pub(super) fn free_bytes(path: &Path) -> Result<u64> {
+    let stat = rustix::fs::statvfs(path)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Not known here: a full disk shows when it is full.
+#[cfg(not(unix))]
+pub(super) fn free_bytes(_path: &Path) -> Result<u64> {
+    Ok(u64::MAX)
+}
+
+#[cfg(unix)]
+pub(super) fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+#[cfg(not(unix))]
+pub(super) fn host_name() -> String {
+    std::env::var("COMPUTERNAME").unwrap_or_else(|_| "this host".to_owned())
+}
+
+#[cfg(target_os = "linux")]
+pub(super) fn hint(file: &File, offset: u64, length: u64, hint: Hint) {
+    use rustix::fs::Advice;
+    // To the system, a length of zero means the rest of the file.
+    let Some(length) = std::num::NonZeroU64::new(length) else { return };
+    let advice = match hint {
+        Hint::WillNeed => Advice::WillNeed,
+        Hint::DontNeed => Advice::DontNeed,
+    };
+    // A file system that does not take the hint loses nothing.
+    let _ = rustix::fs::fadvise(file, offset, Some(length), advice);
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(super) fn hint(_file: &File, _offset: u64, _length: u64, hint: Hint) {
+    match hint {
+        Hint::WillNeed | Hint::DontNeed => {}
+    }
+}

@@ -1,0 +1,23 @@
+//! Integration tests: the `tiesmith` binary, used as a person uses it, against independent expectations.
+//!
+//! | module | what it holds the program to |
+//! |---|---|
+//! | `methods` | every option against the oracle, bit for bit |
+//! | `determinism` | bytes do not depend on threads, memory, input mode or layout |
+//! | `formats` | stored types and every way to name a checkpoint |
+//! | `golden` | outputs of the paper's own code and of mergekit |
+//! | `digits` | accuracies of a real, tiny family |
+//! | `bad_input` | one line, exit code 2, nothing written |
+//! | `cli` | verbs, help, reports, exit codes |
+//! | `output` | the files of a finished output |
+
+mod support;
+
+mod bad_input;
+mod cli;
+mod determinism;
+mod digits;
+mod formats;
+mod golden;
+mod methods;
+mod output;

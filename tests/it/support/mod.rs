@@ -1,0 +1,18 @@
+//! What the tests share: fixtures, the oracle, running the binary, reading results.
+//!
+//! Nothing here uses the crate under test: a mistake in it cannot hide itself.
+
+pub mod family;
+pub mod files;
+pub mod numbers;
+pub mod oracle;
+pub mod random;
+pub mod run;
+pub mod tensor;
+
+use std::path::{Path, PathBuf};
+
+/// A file or directory of the repository.
+pub fn repository(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}

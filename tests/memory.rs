@@ -1,0 +1,146 @@
+//! Peak memory under a real limit: a family of 600 MB merged with a budget of 64 MB.
+//!
+//! - Where a memory cgroup can be made (root, v1 or v2), the process runs in one and is killed if it takes more.
+//! - Everywhere on Linux its peak of resident memory is read while it runs, and the report's own figure must agree.
+
+#![cfg(target_os = "linux")]
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+/// What `--memory` promises.
+const BUDGET_BYTES: u64 = 64_000_000;
+/// What the kernel enforces: the budget, and room for what is not resident memory of the process, such as page tables,
+/// file-system structures and pages being written back.
+const CGROUP_BYTES: u64 = BUDGET_BYTES + BUDGET_BYTES / 4;
+/// Elements of the tensors of each checkpoint: one of nearly everything, and some small ones.
+const SHAPES: [(&str, &[u64]); 4] =
+    [("big.weight", &[48_000, 1_000]), ("mid.weight", &[1_000, 1_999]), ("norm.weight", &[4_097]), ("scale", &[])];
+const CHECKPOINT_BYTES: u64 = 4 * (48_000_000 + 1_999_000 + 4_097 + 1);
+
+/// Writes an f32 checkpoint of [`SHAPES`]: a block of pseudo-random values over and over, its length being prime and
+/// different for each seed, so that no two checkpoints are in step.
+fn write_checkpoint(path: &Path, seed: u32, block_elements: usize) {
+    let mut entries = Vec::new();
+    let mut end = 0;
+    for (name, shape) in SHAPES {
+        let begin = end;
+        end += 4 * shape.iter().product::<u64>();
+        entries.push(format!(r#""{name}":{{"dtype":"F32","shape":{shape:?},"data_offsets":[{begin},{end}]}}"#));
+    }
+    assert_eq!(end, CHECKPOINT_BYTES);
+    let header = format!("{{{}}}", entries.join(","));
+    let mut state = seed;
+    let block: Vec<u8> = (0..block_elements)
+        .flat_map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (((state >> 8) as f32 / (1 << 24) as f32) - 0.5).to_le_bytes()
+        })
+        .collect();
+    let mut file = fs::File::create(path).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    let mut left = CHECKPOINT_BYTES as usize;
+    while left > 0 {
+        let part = left.min(block.len());
+        file.write_all(&block[..part]).unwrap();
+        left -= part;
+    }
+}
+
+/// A memory cgroup that disappears with this value.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// Makes one with the limit, if this user and system can.
+    fn new() -> Option<Self> {
+        let name = format!("tiesmith-test-{}", std::process::id());
+        let root = Path::new("/sys/fs/cgroup");
+        let (dir, limit, swap) = if root.join("memory/memory.limit_in_bytes").exists() {
+            (root.join("memory").join(name), "memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
+        } else {
+            (root.join(name), "memory.max", "memory.swap.max")
+        };
+        fs::create_dir(&dir).ok()?;
+        let group = Self(dir);
+        fs::write(group.0.join(limit), CGROUP_BYTES.to_string()).ok()?;
+        // Without swap, if swap is accounted for at all.
+        let swap_bytes = if swap == "memory.swap.max" { 0 } else { CGROUP_BYTES };
+        let _ = fs::write(group.0.join(swap), swap_bytes.to_string());
+        Some(group)
+    }
+
+    /// `program`, as a member of the group from its first instruction.
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", r#"echo $$ > "$0" && exec "$@""#]).arg(self.0.join("cgroup.procs")).arg(program);
+        command
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// Waits for the child; returns the highest peak of resident memory seen, in bytes.
+fn watch(child: &mut Child) -> u64 {
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    while child.try_wait().unwrap().is_none() {
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        // The peak starts anew when the shell becomes the program, so it is followed, not read once.
+        let line = text.lines().find(|line| line.starts_with("VmHWM:"));
+        let kib = line.and_then(|line| line.split_whitespace().nth(1)).and_then(|kib| kib.parse::<u64>().ok());
+        peak = peak.max(kib.unwrap_or(0) * 1024);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    peak
+}
+
+#[test]
+fn the_memory_budget_holds() {
+    // Not the system's temporary directory: files in a tmpfs would count as memory.
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let place = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    for (seed, (name, block)) in [("base", 262_147), ("one", 262_151), ("two", 131_101)].into_iter().enumerate() {
+        fs::create_dir(place(name)).unwrap();
+        write_checkpoint(&dir.path().join(name).join("model.safetensors"), seed as u32 + 1, block);
+    }
+    const { assert!(3 * CHECKPOINT_BYTES > 8 * BUDGET_BYTES) };
+
+    let group = Cgroup::new();
+    if group.is_none() {
+        eprintln!("no memory cgroup can be made here: resident memory is watched, not limited");
+    }
+    let cases: [&[&str]; 3] = [
+        &["--io=mmap", "--threads=2", "--trim-ties=lowest"],
+        &["--io=read", "--threads=4", "--scope=tensor"],
+        &["--method=linear", "--max-shard-size=50MB"],
+    ];
+    for (number, flags) in cases.into_iter().enumerate() {
+        let program = env!("CARGO_BIN_EXE_tiesmith");
+        let mut command = group.as_ref().map_or_else(|| Command::new(program), |group| group.command(program));
+        let out = place(&format!("out{number}"));
+        command.args(["merge", "--base", &place("base"), "--model", &place("one"), "--model", &place("two")]);
+        command.args(["--memory", &BUDGET_BYTES.to_string(), "--progress=none", "--json", "--out", &out]).args(flags);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let peak = watch(&mut child);
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{flags:?}: {} {stderr}", output.status);
+        assert!(peak > 0 && peak <= BUDGET_BYTES, "{flags:?}: a peak of {peak} bytes");
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let reported = report["peak_memory_bytes"].as_u64().expect("a reported peak");
+        assert!(reported <= BUDGET_BYTES, "{flags:?}: a reported peak of {reported} bytes");
+        let written: u64 = fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
+        assert!(written >= CHECKPOINT_BYTES, "{flags:?}: {written} bytes written");
+        fs::remove_dir_all(&out).unwrap();
+    }
+}
