@@ -30,6 +30,8 @@ pub const OUT_ELEMENTS: u64 = 1 << 17;
 pub const SOLO_ELEMENTS: u64 = 1 << 24;
 /// Longest unit whose threshold is selected by partial sorting instead of a histogram.
 pub const SMALL_UNIT_ELEMENTS: u64 = 1 << 18;
+/// Tensors whose own thresholds the manifest lists: enough for any dense model, bounded for mixtures of experts.
+pub const LISTED_UNITS: u32 = 10_000;
 /// Most chunks that are held in memory at once: bounds what their bookkeeping costs.
 pub const RESIDENT_CHUNKS: usize = 1 << 14;
 

@@ -26,7 +26,7 @@ use serde::Serialize;
 
 use output::OutputDir;
 use passes::Passes;
-use select::UnitThresholds;
+use select::Thresholds;
 use worker::Tally;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -129,7 +129,7 @@ type Finished = (Report, Vec<(String, Vec<u8>)>);
 
 fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observer, begin: Instant) -> Result<Finished> {
     let mut tally = Tally::default();
-    let mut thresholds = Vec::new();
+    let mut thresholds = Thresholds::default();
     let mut warnings = plan.warnings.clone();
     let shards = output::write_shards(plan, dir, |writer| {
         let mut passes = Passes::new(plan, schedule, observer, writer);
@@ -159,13 +159,7 @@ fn check_inputs_unchanged(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-fn report(
-    plan: &Plan,
-    dir: &OutputDir,
-    tally: &Tally,
-    thresholds: &[UnitThresholds],
-    mut warnings: Vec<String>,
-) -> Report {
+fn report(plan: &Plan, dir: &OutputDir, tally: &Tally, thresholds: &Thresholds, mut warnings: Vec<String>) -> Report {
     let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
     let trims = plan.merger.needs().inputs == Inputs::TrimmedTaskVectors;
     let kept_fraction: Vec<f64> = (0..plan.models())
@@ -212,15 +206,10 @@ fn tie_warnings(density: &[f64], kept: &[f64], plan: &Plan) -> Vec<String> {
 }
 
 /// Certified interval of each model's kept fraction, where thresholds come from a sketch.
-fn kept_interval(plan: &Plan, thresholds: &[UnitThresholds], kept: &[f64]) -> Option<Vec<[f64; 2]>> {
+fn kept_interval(plan: &Plan, thresholds: &Thresholds, kept: &[f64]) -> Option<Vec<[f64; 2]>> {
     plan.trim.as_ref().filter(|t| t.threshold == ThresholdKind::Sketch)?;
     let interval = |model: usize| {
-        let (mut above, mut reached, mut elements) = (0, 0, 0);
-        for (threshold, n) in thresholds.iter().filter_map(|unit| unit.models[model]) {
-            above += threshold.above;
-            reached += threshold.above + threshold.tied;
-            elements += n;
-        }
+        let [above, reached, elements] = thresholds.sums[model];
         // Units that kept all or nothing have no threshold: their share is known exactly.
         if elements < plan.merged_elements(model) || elements == 0 {
             return [kept[model]; 2];

@@ -4,13 +4,13 @@
 //! - Sketches are integers and add up in any order; everything that depends on position goes through a [`TieChain`].
 
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::Observer;
 use super::cut::{Cut, TieChain, TieCounts};
 use super::output::ShardWriter;
 use super::pool;
-use super::select::{Goal, UnitThresholds, cuts, goals, solo_thresholds, tensor_cuts};
+use super::select::{Goal, Thresholds, UnitThresholds, cuts, goals, solo_thresholds, tensor_cuts};
 use super::worker::{Slot, Tally, Worker, locate};
 use crate::error::{Result, printable};
 use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS};
@@ -25,8 +25,8 @@ pub(super) struct Passes<'a> {
     observer: &'a dyn Observer,
     writer: &'a ShardWriter<'a>,
     workers: Vec<Worker>,
-    /// Per unit, once its thresholds are known.
-    pub thresholds: Vec<UnitThresholds>,
+    /// What was selected so far.
+    pub thresholds: Thresholds,
     /// Said once the work is done.
     pub warnings: Vec<String>,
 }
@@ -51,7 +51,15 @@ impl<'a> Passes<'a> {
         writer: &'a ShardWriter<'a>,
     ) -> Self {
         let workers = (0..schedule.threads).map(|_| Worker::new(plan, schedule)).collect();
-        Self { plan, schedule, observer, writer, workers, thresholds: Vec::new(), warnings: Vec::new() }
+        Self {
+            plan,
+            schedule,
+            observer,
+            writer,
+            workers,
+            thresholds: Thresholds::new(plan.models()),
+            warnings: Vec::new(),
+        }
     }
 
     /// Does everything: units first (what can be wrong with the data shows before anything is written), then tensors
@@ -202,7 +210,7 @@ impl<'a> Passes<'a> {
             round += 1;
         }
         let found: Vec<_> = selectors.iter().map(|s| s.as_ref().and_then(Selector::threshold)).collect();
-        self.thresholds.push(UnitThresholds::new(unit, &goals, &found));
+        self.thresholds.record(UnitThresholds::new(unit, &goals, &found));
         Ok(cuts(plan, &goals, &found))
     }
 
@@ -270,7 +278,7 @@ impl<'a> Passes<'a> {
                     });
                 worker.slot = slot;
                 result?;
-                let mut probes = probes.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut probes = lock(&probes);
                 for (probe, sketch) in probes.iter_mut().zip(&worker.sketches) {
                     probe.add_group(sketch);
                 }
@@ -320,7 +328,7 @@ impl<'a> Passes<'a> {
         let (plan, writer, observer) = (self.plan, self.writer, self.observer);
         let items = units.iter().filter(|unit| unit.elements > 0);
         let ahead = |unit: &&&Unit| prefetch(plan, whole(unit), true);
-        let records = Mutex::new(Vec::new());
+        let thresholds = Mutex::new(&mut self.thresholds);
         let bins = self.schedule.sketch_bins;
         pool::run(&mut self.workers, items, 1, ahead, |worker, _, unit| {
             let (chunk, goals) = (whole(unit), goals(plan, unit));
@@ -330,7 +338,7 @@ impl<'a> Passes<'a> {
                 worker.tally.bytes_read += bytes;
                 observer.advance(bytes);
                 let found = solo_thresholds(plan, worker, chunk, &slot, &goals, bins)?;
-                records.lock().unwrap_or_else(PoisonError::into_inner).push(UnitThresholds::new(unit, &goals, &found));
+                lock(&thresholds).record(UnitThresholds::new(unit, &goals, &found));
                 let cuts = tensor_cuts(plan, chunk, &cuts(plan, &goals, &found));
                 let mut majority = 0.0;
                 if plan.merger.needs().majority_sign {
@@ -345,9 +353,6 @@ impl<'a> Passes<'a> {
             worker.slot = slot;
             result
         })?;
-        let mut records = records.into_inner().unwrap_or_else(PoisonError::into_inner);
-        records.sort_unstable_by_key(|record| record.tensor);
-        self.thresholds.append(&mut records);
         Ok(())
     }
 
@@ -373,7 +378,7 @@ impl<'a> Passes<'a> {
                     match &plan.tensors[chunk.tensor as usize].action {
                         Action::Copy { source, compared } if plan.is_raw_copy(chunk.tensor) => {
                             if !worker.copy(&slot, *source, compared, &mut sink, chunk.start)? {
-                                differing.lock().unwrap_or_else(PoisonError::into_inner).insert(chunk.tensor);
+                                lock(&differing).insert(chunk.tensor);
                             }
                             Ok(())
                         }
@@ -437,4 +442,9 @@ fn prefetch(plan: &Plan, chunk: Chunk, oracle: bool) {
 fn lookahead(plan: &Plan, chunk_elements: u64) -> usize {
     let chunk_bytes = chunk_elements.max(MIN_CHUNK_ELEMENTS) * plan.checkpoints.len() as u64 * 2;
     (PREFETCH_BYTES / chunk_bytes).clamp(1, 64) as usize
+}
+
+/// Locks even if another worker panicked: that panic is on its way to the caller.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,7 +3,7 @@
 use super::cut::Cut;
 use super::worker::{Slot, Worker};
 use crate::error::Result;
-use crate::limits::SMALL_UNIT_ELEMENTS;
+use crate::limits::{LISTED_UNITS, SMALL_UNIT_ELEMENTS};
 use crate::plan::{Action, Chunk, Plan, Unit};
 use crate::plan::{Scope, ThresholdKind};
 use crate::sketch::{Bracket, Selector, Threshold, select_in_place};
@@ -33,6 +33,35 @@ impl UnitThresholds {
             Goal::Settled(_) => None,
         };
         Self { tensor: unit.tensors[0], models: goals.iter().zip(found).map(one).collect() }
+    }
+}
+
+/// All thresholds of a run: sums for the report, and a list for the manifest.
+#[derive(Debug, Default)]
+pub(super) struct Thresholds {
+    /// Per model, over all units: elements above the threshold, at or above it, and in all.
+    pub sums: Vec<[u64; 3]>,
+    /// The units of the first [`LISTED_UNITS`] tensors, in order.
+    pub listed: Vec<UnitThresholds>,
+}
+
+impl Thresholds {
+    pub(super) fn new(models: usize) -> Self {
+        Self { sums: vec![[0; 3]; models], listed: Vec::new() }
+    }
+
+    /// Takes in a unit, in any order.
+    pub(super) fn record(&mut self, unit: UnitThresholds) {
+        for (sums, found) in self.sums.iter_mut().zip(&unit.models) {
+            if let Some((threshold, elements)) = found {
+                let counts = [threshold.above, threshold.above + threshold.tied, *elements];
+                sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+            }
+        }
+        if unit.tensor < LISTED_UNITS {
+            let place = self.listed.partition_point(|other| other.tensor < unit.tensor);
+            self.listed.insert(place, unit);
+        }
     }
 }
 

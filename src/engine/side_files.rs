@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::output::{MANIFEST, SealedShard};
-use super::select::UnitThresholds;
+use super::select::{Thresholds, UnitThresholds};
 use super::{PROGRAM, Report};
 use crate::error::{Error, Result, printable};
 use crate::limits::MAX_SIDE_FILE_BYTES;
@@ -48,7 +48,7 @@ pub(super) fn all(
     plan: &Plan,
     schedule: &Schedule,
     shards: &[SealedShard],
-    thresholds: &[UnitThresholds],
+    thresholds: &Thresholds,
     report: &Report,
     storage: &dyn Storage,
 ) -> Result<Vec<(String, Vec<u8>)>> {
@@ -155,7 +155,7 @@ fn manifest(
     plan: &Plan,
     schedule: &Schedule,
     shards: &[SealedShard],
-    thresholds: &[UnitThresholds],
+    thresholds: &Thresholds,
     report: &Report,
 ) -> Value {
     let inputs: Vec<Value> = PlanSummary::inputs(plan)
@@ -187,7 +187,7 @@ fn manifest(
         "recipe": plan.recipe,
         "settings": plan.settings,
         "inputs": inputs,
-        "thresholds": thresholds.iter().map(|unit| unit_thresholds(plan, unit)).collect::<Vec<_>>(),
+        "thresholds": thresholds.listed.iter().map(|unit| unit_thresholds(plan, unit)).collect::<Vec<_>>(),
         "shards": shards,
         "run": { "threads": schedule.threads, "memory_limit_bytes": schedule.memory_limit },
         "report": report,

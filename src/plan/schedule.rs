@@ -294,8 +294,7 @@ impl Demand {
         }
         let mut bins = SKETCH_BINS_MIN;
         if self.trims {
-            let wanted_bins = if self.tensor_scope { SKETCH_BINS_MIN } else { SKETCH_BINS_MAX };
-            while bins < wanted_bins && total(slot, bins * 2) <= limit / 4 * 3 {
+            while bins < SKETCH_BINS_MAX && total(slot, bins * 2) <= limit / 2 {
                 bins *= 2;
             }
         }
@@ -383,5 +382,6 @@ fn catalogue_bytes(plan: &Plan) -> u64 {
     // Opening a file holds its header once more for as long as it is parsed.
     let header = plan.checkpoints.iter().flat_map(|c| &c.files).map(|f| f.header_bytes).max().unwrap_or(0);
     let headers: u64 = plan.layout.shards.iter().map(|s| s.header.len() as u64).sum();
-    catalogues + planned + header + headers
+    let index = plan.layout.index_json().map_or(0, str::len) as u64;
+    catalogues + planned + header + headers + index
 }
