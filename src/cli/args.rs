@@ -207,7 +207,7 @@ pub struct TrimArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Output")]
 pub struct OutputArgs {
-    /// Directory of the merged checkpoint; the same command again in the same directory resumes
+    /// Directory of the merged checkpoint
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
 
@@ -232,7 +232,7 @@ pub struct OutputArgs {
     #[arg(long)]
     pub force: bool,
 
-    /// Throw an unfinished run's work away instead of resuming it
+    /// Start an unfinished run over (as every run does in this version, which does not resume yet)
     #[arg(long)]
     pub restart: bool,
 }

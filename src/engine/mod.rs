@@ -110,8 +110,10 @@ pub fn merge(
     let begin = Instant::now();
     let dir = OutputDir::open(plan, output, storage)?;
     match run(plan, schedule, &dir, observer, begin) {
-        Ok((report, side_files)) => {
+        Ok((mut report, side_files)) => {
             dir.publish(plan, &side_files)?;
+            report.wall_seconds = begin.elapsed().as_secs_f64();
+            report.peak_memory_bytes = peak_memory_bytes();
             Ok(report)
         }
         Err(error) => {

@@ -52,8 +52,10 @@ impl OutputDir {
         refuse_inputs(plan, dir, &**storage)?;
         let entries = existing(dir, &**storage)?;
         let has = |name: &str| entries.iter().flatten().any(|e| e == name);
-        let unfinished = has(WORK_DIR);
-        let finished = !unfinished && has(MANIFEST);
+        // The manifest is written before what makes the directory loadable, so both together are a finished output,
+        // even if a killed run left its work directory beside it.
+        let finished = has(MANIFEST) && (has(INDEX) || has(SINGLE));
+        let unfinished = has(WORK_DIR) && !finished;
         if finished && !options.force {
             return Err(Error::input("a finished merge is already there")
                 .at(dir)
@@ -88,32 +90,32 @@ impl OutputDir {
             replaces: finished,
             _lock: lock,
         };
+        output.discard_work()?;
         if unfinished {
-            output.discard_unfinished()?;
+            output.unpublish()?;
         }
         Ok(output)
     }
 
-    /// Removes what an earlier, unfinished run left.
-    fn discard_unfinished(&self) -> Result<()> {
+    /// Removes what an earlier, unfinished run left in the work directory.
+    fn discard_work(&self) -> Result<()> {
         for name in self.storage.list(&self.work)? {
             if name != "lock" {
                 self.storage.remove_file(&self.work.join(name))?;
             }
         }
-        // Without the work directory's end, a manifest or an index does not stand for a finished merge.
-        self.unpublish(&[])
+        Ok(())
     }
 
-    /// Removes the files of an earlier output: first what makes it loadable, then shards not in `keep`.
-    fn unpublish(&self, keep: &[String]) -> Result<()> {
+    /// Removes the files of an earlier output: first what makes it loadable, then its shards.
+    fn unpublish(&self) -> Result<()> {
         for name in [INDEX, SINGLE, MANIFEST] {
             self.storage.remove_file(&self.dir.join(name))?;
         }
         self.storage.sync_dir(&self.dir)?;
         for name in self.storage.list(&self.dir)? {
             let name = name.to_string_lossy();
-            if is_shard_name(&name) && !keep.iter().any(|k| *k == name) {
+            if is_shard_name(&name) {
                 self.storage.remove_file(&self.dir.join(&*name))?;
             }
         }
@@ -125,7 +127,7 @@ impl OutputDir {
         // Best effort: the error that led here is the one worth reporting.
         let _ = self.storage.remove_dir_all(&self.work);
         if !self.replaces {
-            let _ = self.unpublish(&[]);
+            let _ = self.unpublish();
         }
         if self.created {
             let _ = self.storage.remove_dir_all(&self.dir);
@@ -136,7 +138,7 @@ impl OutputDir {
     pub(super) fn publish(self, plan: &Plan, side_files: &[(String, Vec<u8>)]) -> Result<()> {
         let names: Vec<String> = plan.layout.shards.iter().map(|s| s.name.clone()).collect();
         if self.replaces {
-            self.unpublish(&[])?;
+            self.unpublish()?;
         }
         for (name, content) in side_files {
             self.storage.write_small(&self.dir.join(name), content, &self.work)?;
