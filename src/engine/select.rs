@@ -6,7 +6,12 @@ use crate::error::Result;
 use crate::limits::{LISTED_UNITS, SMALL_UNIT_ELEMENTS};
 use crate::plan::{Action, Chunk, Plan, Unit};
 use crate::plan::{Scope, ThresholdKind};
-use crate::sketch::{Bracket, Selector, Threshold, select_in_place};
+use crate::sketch::{Selector, Threshold, bracket_of_sample, select_in_place};
+
+/// Elements of a unit in memory that are sampled to bracket its threshold: about 1 % of a large tensor.
+const SAMPLED_ELEMENTS: u64 = SMALL_UNIT_ELEMENTS / 2;
+/// Bins of a sketch over data in memory: they stay in the second-level cache, and another look costs no reading.
+const IN_MEMORY_BINS: usize = 1 << 18;
 
 /// What is wanted of one model in one unit.
 #[derive(Debug, Clone, Copy)]
@@ -104,11 +109,18 @@ pub(super) fn solo_thresholds(
     for &(model, piece) in models {
         let Goal::Keep { keep, .. } = goals[model as usize] else { continue };
         if chunk.count <= SMALL_UNIT_ELEMENTS && !coarse {
-            let keys = worker.keys(plan, chunk, slot, (model as usize, piece))?;
+            let keys = worker.keys(plan, chunk, slot, (model as usize, piece), 1)?;
             found[model as usize] = Some(select_in_place(keys, keep));
             continue;
         }
-        let mut selector = if coarse { Selector::coarse(keep) } else { Selector::exact(keep, Bracket::COARSE, bins) };
+        let mut selector = if coarse {
+            Selector::coarse(keep)
+        } else {
+            let stride = chunk.count.div_ceil(SAMPLED_ELEMENTS) as usize;
+            let sample = worker.keys(plan, chunk, slot, (model as usize, piece), stride)?;
+            let bins = bins.min(IN_MEMORY_BINS);
+            Selector::exact(keep, bracket_of_sample(sample, keep as f64 / chunk.count as f64, bins), bins)
+        };
         while let Some(bracket) = selector.bracket() {
             let mut brackets = vec![None; goals.len()];
             brackets[model as usize] = Some(bracket);

@@ -165,16 +165,23 @@ impl Worker {
         Ok(())
     }
 
-    /// The keys of `model`'s task vector over the whole chunk, for selection in place.
-    pub(super) fn keys(&mut self, plan: &Plan, chunk: Chunk, slot: &Slot, model: (usize, Piece)) -> Result<&mut [u32]> {
-        debug_assert!(chunk.count <= SMALL_UNIT_ELEMENTS);
+    /// The keys of `model`'s task vector in every `stride`-th tile of the chunk (1 for all), for selection in memory.
+    pub(super) fn keys(
+        &mut self,
+        plan: &Plan,
+        chunk: Chunk,
+        slot: &Slot,
+        model: (usize, Piece),
+        stride: usize,
+    ) -> Result<&mut [u32]> {
         self.keys.clear();
-        self.keys.reserve_exact(chunk.count as usize);
-        for (from, length) in tiles(chunk) {
+        self.keys.reserve_exact((SMALL_UNIT_ELEMENTS.min(chunk.count)) as usize);
+        for (from, length) in tiles(chunk).step_by(stride) {
             self.load_base(plan, chunk, slot, from, length);
             self.task_vector(plan, chunk, slot, model, from, length)?;
             self.keys.extend(self.tiles.inputs[model.0][..length].iter().copied().map(kernels::key));
         }
+        debug_assert!(self.keys.len() as u64 <= SMALL_UNIT_ELEMENTS);
         Ok(&mut self.keys)
     }
 

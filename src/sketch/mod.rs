@@ -12,7 +12,7 @@
 mod probe;
 mod select;
 
-pub use probe::Probe;
+pub use probe::{Probe, bracket_of_sample};
 pub use select::{Selector, Threshold, select_in_place};
 
 use crate::kernels::{self, Isa};

@@ -4,7 +4,7 @@
 //! is therefore split into [`crate::limits::PROBE_GROUPS`] groups that each see the whole model, and the spread between the groups
 //! gives the standard error. A bracket that misses costs another look at the data, never a wrong result.
 
-use super::{Bracket, COARSE_SHIFT, MagnitudeSketch};
+use super::{Bracket, COARSE_SHIFT, KEYS, MagnitudeSketch};
 use crate::limits::SKETCH_BINS_MIN;
 
 /// Half width of the bracket in standard errors: with 7 degrees of freedom, a miss in about 10^4.
@@ -67,6 +67,26 @@ impl Probe {
         let variance = shares.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / (n - 1.0);
         (variance / n).sqrt().max(independent)
     }
+}
+
+/// A bracket for data in memory from a sample of its keys, which is reordered: a miss costs no reading, so a rough
+/// bound on the sample's error will do.
+pub fn bracket_of_sample(keys: &mut [u32], fraction: f64, max_bins: usize) -> Bracket {
+    /// Half width in standard errors of independent draws; neighbours in a tensor are not independent.
+    const HALF_WIDTH: f64 = 12.0;
+    let n = keys.len() as f64;
+    let half = HALF_WIDTH * (fraction * (1.0 - fraction) / n).sqrt();
+    let rank = |share: f64| (share * n) as usize;
+    let (upper, lower) = (rank((fraction - half).max(0.0)), rank(fraction + half));
+    if lower >= keys.len() {
+        return Bracket::COARSE;
+    }
+    let (larger, &mut low, _) = keys.select_nth_unstable_by(lower, |a, b| b.cmp(a));
+    let end = match upper {
+        0 => KEYS,
+        _ => u64::from(*larger.select_nth_unstable_by(upper.min(larger.len() - 1), |a, b| b.cmp(a)).1) + 1,
+    };
+    Bracket::over(low, end, max_bins)
 }
 
 /// The bin that holds the value with `rank` values above it, counted from the top; 0 if there are fewer.
@@ -132,6 +152,21 @@ mod tests {
         assert!(wide.bins > 1 << 16);
         assert_eq!((narrow.shift, narrow.bins), (0, 1 << 16));
         assert!(narrow.low >= wide.low && narrow.end() <= wide.end());
+    }
+
+    #[test]
+    fn a_sample_in_memory_gives_a_bracket_around_the_threshold() {
+        let keys: Vec<u32> = (0..1_000_000).map(|i| value(i).to_bits()).collect();
+        let mut sorted = keys.clone();
+        sorted.sort_unstable_by(|a, b| b.cmp(a));
+        for fraction in [1e-4, 0.2, 0.5, 0.9999] {
+            let mut sample: Vec<u32> = keys.chunks(1000).step_by(10).flatten().copied().collect();
+            let bracket = bracket_of_sample(&mut sample, fraction, 1 << 18);
+            let key = sorted[(fraction * 1e6) as usize - 1];
+            assert!(bracket.low <= key && u64::from(key) < bracket.end(), "{fraction}: {bracket:?} misses {key}");
+        }
+        assert_eq!(bracket_of_sample(&mut [5; 3], 0.5, 1 << 16), Bracket::COARSE);
+        assert_eq!(bracket_of_sample(&mut [5; 100_000], 0.5, 1 << 16), Bracket { low: 5, shift: 0, bins: 1 });
     }
 
     #[test]
