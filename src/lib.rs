@@ -1,4 +1,39 @@
-//! tiesmith merges checkpoints that do not fit in memory.
+//! Merges fine-tuned checkpoints that do not fit in memory: TIES-Merging (arXiv 2306.01708), task arithmetic, averaging.
+//!
+//! Checkpoints flow through a plan that places every output byte before the first byte of tensor data is read: a
+//! *sketch pass* finds the trim thresholds, a *merge pass* elects signs and writes shards.
+//!
+//! **Output bytes are a pure function of the recipe and the inputs.** Threads, memory, chunk lengths, instruction sets
+//! and the way files are read change how long a merge takes, never what it gives.
+//!
+//! - [`Recipe`]: what is wanted, free of any dialect.
+//! - [`Plan`]: recipe and checkpoints reconciled; nothing is left to decide.
+//! - [`Schedule`]: the plan cut into pieces that fit a memory budget.
+//! - [`merge()`]: does it, and publishes the result atomically.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use tiesmith::{Disk, IoMode, ModelInput, Observer, OutputOptions, Plan, Recipe, Run, Schedule, Storage};
+//!
+//! struct Silent;
+//! impl Observer for Silent {}
+//!
+//! # fn main() -> tiesmith::Result<()> {
+//! let model = |source: &str| ModelInput { source: source.into(), ..ModelInput::default() };
+//! let recipe = Recipe {
+//!     base: Some("llama".into()),
+//!     models: vec![model("chat"), model("code")],
+//!     ..Recipe::default()
+//! };
+//! let storage: Arc<dyn Storage> = Arc::new(Disk::new(IoMode::Auto));
+//! let plan = Plan::new(&recipe, &storage)?;
+//! let schedule = Schedule::new(&plan, Run { memory_bytes: 2 << 30, threads: 8 })?;
+//! let output = OutputOptions { dir: "merged".into(), force: false, restart: false };
+//! let report = tiesmith::merge(&plan, &schedule, &output, &storage, &Silent)?;
+//! println!("kept {:?} of each task vector", report.kept_fraction);
+//! # Ok(())
+//! # }
+//! ```
 
 mod checkpoint;
 mod dtype;
