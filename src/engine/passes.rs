@@ -10,7 +10,7 @@ use super::Observer;
 use super::cut::{Cut, TieChain, TieCounts};
 use super::output::ShardWriter;
 use super::pool;
-use super::select::{Goal, Thresholds, UnitThresholds, cuts, goals, solo_thresholds, tensor_cuts};
+use super::select::{Goal, Thresholds, UnitThresholds, cuts, goals, observe, solo_thresholds, tensor_cuts};
 use super::worker::{Slot, Tally, Worker, locate};
 use crate::error::{Result, printable};
 use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS};
@@ -164,7 +164,7 @@ impl<'a> Passes<'a> {
                 prefetch(plan, item.chunk, oracle);
             }
         };
-        let lookahead = lookahead(plan, unit.chunk_elements);
+        let lookahead = lookahead(self.schedule, unit.chunk_elements);
         pool::run(&mut self.workers, items, lookahead, ahead, |worker, ordinal, item| {
             let mut own = std::mem::take(&mut worker.slot);
             let slot = item.slot.unwrap_or(&mut own);
@@ -202,11 +202,7 @@ impl<'a> Passes<'a> {
             }
             self.announce(if round == 0 { "sketch" } else { "sketch again" }, self.pass_bytes("sketch"));
             let sketches = self.sketch_all(unit, resident, &brackets)?;
-            for (selector, sketch) in selectors.iter_mut().zip(&sketches) {
-                if let Some(selector) = selector.as_mut().filter(|s| s.bracket().is_some()) {
-                    selector.observe(sketch);
-                }
-            }
+            observe(&mut selectors, &sketches);
             round += 1;
         }
         let found: Vec<_> = selectors.iter().map(|s| s.as_ref().and_then(Selector::threshold)).collect();
@@ -362,7 +358,7 @@ impl<'a> Passes<'a> {
         let chunks = Schedule::chunks(plan, &self.schedule.direct, self.schedule.chunk_elements);
         let no_cuts = vec![Cut::NonZero; plan.models()];
         let differing = Mutex::new(std::collections::BTreeSet::new());
-        let lookahead = lookahead(plan, self.schedule.chunk_elements);
+        let lookahead = lookahead(self.schedule, self.schedule.chunk_elements);
         pool::run(
             &mut self.workers,
             chunks,
@@ -439,8 +435,8 @@ fn prefetch(plan: &Plan, chunk: Chunk, oracle: bool) {
 }
 
 /// How many chunks to announce ahead: about [`PREFETCH_BYTES`] of input.
-fn lookahead(plan: &Plan, chunk_elements: u64) -> usize {
-    let chunk_bytes = chunk_elements.max(MIN_CHUNK_ELEMENTS) * plan.checkpoints.len() as u64 * 2;
+fn lookahead(schedule: &Schedule, chunk_elements: u64) -> usize {
+    let chunk_bytes = chunk_elements.max(MIN_CHUNK_ELEMENTS) * schedule.widths.iter().sum::<u64>().max(1);
     (PREFETCH_BYTES / chunk_bytes).clamp(1, 64) as usize
 }
 

@@ -3,10 +3,10 @@
 use super::cut::Cut;
 use super::worker::{Slot, Worker};
 use crate::error::Result;
-use crate::limits::{LISTED_UNITS, SMALL_UNIT_ELEMENTS};
+use crate::limits::{LISTED_UNITS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::plan::{Action, Chunk, Plan, Unit};
 use crate::plan::{Scope, ThresholdKind};
-use crate::sketch::{Selector, Threshold, bracket_of_sample, select_in_place};
+use crate::sketch::{MagnitudeSketch, Selector, Threshold, bracket_of_sample, select_in_place};
 
 /// Elements of a unit in memory that are sampled to bracket its threshold: about 1 % of a large tensor.
 const SAMPLED_ELEMENTS: u64 = SMALL_UNIT_ELEMENTS / 2;
@@ -94,7 +94,7 @@ fn elements(plan: &Plan, unit: &Unit, model: usize) -> u64 {
     unit.tensors.iter().filter(has).map(|&t| plan.length(t)).sum()
 }
 
-/// Thresholds of a unit that one worker holds.
+/// Thresholds of a unit that one worker holds in memory.
 pub(super) fn solo_thresholds(
     plan: &Plan,
     worker: &mut Worker,
@@ -106,31 +106,48 @@ pub(super) fn solo_thresholds(
     let Action::Merge { models, .. } = &plan.tensors[chunk.tensor as usize].action else { return Ok(Vec::new()) };
     let coarse = plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Sketch);
     let mut found = vec![None; goals.len()];
+    let mut selectors = vec![None; goals.len()];
     for &(model, piece) in models {
-        let Goal::Keep { keep, .. } = goals[model as usize] else { continue };
-        if chunk.count <= SMALL_UNIT_ELEMENTS && !coarse {
-            let keys = worker.keys(plan, chunk, slot, (model as usize, piece), 1)?;
-            found[model as usize] = Some(select_in_place(keys, keep));
+        let model = model as usize;
+        let Goal::Keep { keep, .. } = goals[model] else { continue };
+        if coarse {
+            selectors[model] = Some(Selector::coarse(keep));
             continue;
         }
-        let mut selector = if coarse {
-            Selector::coarse(keep)
+        // Every element, if there are few; else a sample.
+        let stride = if chunk.count <= SMALL_UNIT_ELEMENTS { 1 } else { chunk.count.div_ceil(SAMPLED_ELEMENTS) };
+        let keys = worker.keys(plan, chunk, slot, (model, piece), stride as usize)?;
+        if stride == 1 {
+            found[model] = Some(select_in_place(keys, keep));
         } else {
-            let stride = chunk.count.div_ceil(SAMPLED_ELEMENTS) as usize;
-            let sample = worker.keys(plan, chunk, slot, (model as usize, piece), stride)?;
             let bins = bins.min(IN_MEMORY_BINS);
-            Selector::exact(keep, bracket_of_sample(sample, keep as f64 / chunk.count as f64, bins), bins)
-        };
-        while let Some(bracket) = selector.bracket() {
-            let mut brackets = vec![None; goals.len()];
-            brackets[model as usize] = Some(bracket);
-            worker.set_brackets(&brackets);
-            worker.sketch(plan, chunk, slot, &brackets)?;
-            selector.observe(&worker.sketches[model as usize]);
+            let first = bracket_of_sample(keys, TILE_ELEMENTS, keep as f64 / chunk.count as f64, bins);
+            selectors[model] = Some(Selector::exact(keep, first, bins));
         }
-        found[model as usize] = selector.threshold();
+    }
+    // All models in one look, which loads base once.
+    loop {
+        let brackets: Vec<_> = selectors.iter().map(|s| s.as_ref().and_then(Selector::bracket)).collect();
+        if brackets.iter().all(Option::is_none) {
+            break;
+        }
+        worker.set_brackets(&brackets);
+        worker.sketch(plan, chunk, slot, &brackets)?;
+        observe(&mut selectors, &worker.sketches);
+    }
+    for (found, selector) in found.iter_mut().zip(&selectors) {
+        *found = found.or(selector.as_ref().and_then(Selector::threshold));
     }
     Ok(found)
+}
+
+/// Shows each selector that still searches the sketch made with its bracket.
+pub(super) fn observe(selectors: &mut [Option<Selector>], sketches: &[MagnitudeSketch]) {
+    for (selector, sketch) in selectors.iter_mut().zip(sketches) {
+        if let Some(selector) = selector.as_mut().filter(|s| s.bracket().is_some()) {
+            selector.observe(sketch);
+        }
+    }
 }
 
 /// What survives of each model, from what was found.

@@ -173,9 +173,9 @@ impl Worker {
         slot: &Slot,
         model: (usize, Piece),
         stride: usize,
-    ) -> Result<&mut [u32]> {
+    ) -> Result<&mut Vec<u32>> {
         self.keys.clear();
-        self.keys.reserve_exact((SMALL_UNIT_ELEMENTS.min(chunk.count)) as usize);
+        self.keys.reserve_exact(SMALL_UNIT_ELEMENTS.min(chunk.count) as usize);
         for (from, length) in tiles(chunk).step_by(stride) {
             self.load_base(plan, chunk, slot, from, length);
             self.task_vector(plan, chunk, slot, model, from, length)?;
@@ -541,7 +541,7 @@ impl Worker {
         let first = chunk.start + from as u64;
         Error::input(format!("a task vector overflows float32 at elements {first} to {}", first + length as u64 - 1))
             .tensor(name)
-            .help("the models are too far from base; use --non-finite copy-base to keep base there")
+            .help("the models are too far from base to be merged")
     }
 }
 

@@ -11,7 +11,7 @@
 //! It does not check that slices match (the entry points in `mod.rs` do), and knows nothing of instruction sets.
 
 use super::convert::{Codec, INFINITY, bytes_of_f64, keep, key, mask, select, with_codec};
-use super::{Ties, draw};
+use super::{STRAY, Ties, draw};
 use crate::dtype::Float;
 
 /// Elements per block of the kernels that go through several models: large enough not to be unrolled into scalar
@@ -274,7 +274,7 @@ pub(super) fn histogram(tau: &[f32], low: u32, shift: u32, bins: &mut [u64]) -> 
         // A wide range holds nearly every block whole, a narrow one a few entries of most blocks.
         if inside as usize == block.len() {
             for offset in &offsets[..block.len()] {
-                bins[(offset >> shift) as usize] += 1;
+                count_offset(*offset, shift, bins);
             }
         } else if inside > 0 {
             for group in offsets[..block.len()].chunks(32) {
@@ -296,9 +296,17 @@ fn scatter(offsets: &[u32], width: u32, shift: u32, bins: &mut [u64]) {
     }
     while found != 0 {
         let offset = offsets[found.trailing_zeros() as usize];
-        bins[(offset >> shift) as usize] += 1;
+        count_offset(offset, shift, bins);
         found &= found - 1;
     }
+}
+
+/// Counts one key by its distance from the first bin's first key, and marks a bin in which it is not the first.
+#[inline(always)]
+fn count_offset(offset: u32, shift: u32, bins: &mut [u64]) {
+    let bin = &mut bins[(offset >> shift) as usize];
+    let stray = offset & ((1 << shift) - 1) != 0;
+    *bin = (*bin + 1) | (u64::from(stray) * STRAY);
 }
 
 // ---- Elect --------------------------------------------------------------------------------------------------------

@@ -177,9 +177,14 @@ pub fn count_ties(isa: Isa, tau: &[f32], ties: Ties) -> u64 {
     isa::count_ties(isa, tau, ties)
 }
 
+/// Marks a bin of [`histogram`] that holds keys other than its first: without it, the bin's keys are all equal. Never
+/// reached by a count.
+pub const STRAY: u64 = 1 << 63;
+
 /// Counts keys into bins of 2^`shift` keys each, the first bin starting at key `low`.
 ///
-/// Adds to `bins`; keys below `low` are ignored; returns the number of entries at or above the end of the last bin.
+/// Adds to `bins`; keys below `low` are ignored. A bin that counts a key other than its first is marked with [`STRAY`].
+/// Returns the number of entries at or above the end of the last bin.
 pub fn histogram(isa: Isa, tau: &[f32], low: u32, shift: u32, bins: &mut [u64]) -> u64 {
     assert!(shift < 32, "a key has 31 bits");
     isa::histogram(isa, tau, low, shift, bins)

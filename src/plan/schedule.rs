@@ -225,7 +225,8 @@ struct Demand {
     longest_unit: u64,
     trims: bool,
     tensor_scope: bool,
-    probes: bool,
+    /// Thresholds are the true ones, so that units are probed and sketched narrowly.
+    exact: bool,
     catalogue_bytes: u64,
     direct: Vec<u32>,
     /// Tensors that belong to units, in the order of work.
@@ -271,7 +272,7 @@ impl Demand {
             longest_unit: if tensor_scope { longest(&grouped) } else { 0 },
             trims: plan.trim.is_some(),
             tensor_scope,
-            probes: plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact),
+            exact: plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact),
             catalogue_bytes: catalogue_bytes(plan),
             widths,
             direct,
@@ -294,7 +295,14 @@ impl Demand {
         }
         let mut bins = SKETCH_BINS_MIN;
         if self.trims {
-            while bins < SKETCH_BINS_MAX && total(slot, bins * 2) <= limit / 2 {
+            // In tensor scope, windows that hold whole tensors save more reading than narrow bins do.
+            let (most, share) = match self.tensor_scope {
+                _ if !self.exact => (SKETCH_BINS_MIN, limit),
+                true => (SKETCH_BINS_MAX / 4, limit / 8),
+                false => (SKETCH_BINS_MAX, limit / 4 * 3),
+            };
+            let base = total(slot, 0);
+            while bins < most && (total(slot, bins * 2) - base) <= share && total(slot, bins * 2) <= limit / 4 * 3 {
                 bins *= 2;
             }
         }
@@ -329,7 +337,7 @@ impl Demand {
             // Each worker's sketches, and the sum of them.
             let sketches = (n + 1) * self.models * bins as u64 * 8;
             let keys = if self.tensor_scope { n * 4 * SMALL_UNIT_ELEMENTS.min(slot_elements) } else { 0 };
-            let probe = if self.probes { PROBE_GROUPS as u64 * self.models * SKETCH_BINS_MIN as u64 * 4 } else { 0 };
+            let probe = if self.exact { PROBE_GROUPS as u64 * self.models * SKETCH_BINS_MIN as u64 * 4 } else { 0 };
             terms.push(("magnitude sketches".to_string(), sketches + keys + probe));
         }
         terms

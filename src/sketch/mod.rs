@@ -15,7 +15,7 @@ mod select;
 pub use probe::{Probe, bracket_of_sample};
 pub use select::{Selector, Threshold, select_in_place};
 
-use crate::kernels::{self, Isa};
+use crate::kernels::{self, Isa, STRAY};
 use crate::limits::SKETCH_BINS_MIN;
 
 /// Key bits below the coarse bin.
@@ -66,6 +66,8 @@ impl Bracket {
 pub struct MagnitudeSketch {
     bracket: Bracket,
     above: u64,
+    /// Counts, with [`STRAY`] on bins of more than one key. Task vectors between 16-bit checkpoints have few different
+    /// magnitudes, so that even wide bins hold a single one.
     bins: Vec<u64>,
 }
 
@@ -93,7 +95,7 @@ impl MagnitudeSketch {
         assert_eq!(self.bracket, other.bracket, "only sketches of one bracket can be added");
         self.above += other.above;
         for (mine, theirs) in self.bins.iter_mut().zip(&other.bins) {
-            *mine += theirs;
+            *mine = (count(*mine) + count(*theirs)) | ((*mine | *theirs) & STRAY);
         }
     }
 
@@ -104,12 +106,17 @@ impl MagnitudeSketch {
             return Err(true);
         }
         let mut above = self.above;
-        for (bin, &count) in self.bins.iter().enumerate().rev() {
-            if above + count >= rank {
+        for (bin, &content) in self.bins.iter().enumerate().rev() {
+            if above + count(content) >= rank {
                 return Ok((bin, above));
             }
-            above += count;
+            above += count(content);
         }
         Err(false)
     }
+}
+
+/// A bin's count without its mark.
+fn count(bin: u64) -> u64 {
+    bin & !STRAY
 }

@@ -4,7 +4,7 @@
 //! is therefore split into [`crate::limits::PROBE_GROUPS`] groups that each see the whole model, and the spread between the groups
 //! gives the standard error. A bracket that misses costs another look at the data, never a wrong result.
 
-use super::{Bracket, COARSE_SHIFT, KEYS, MagnitudeSketch};
+use super::{Bracket, COARSE_SHIFT, KEYS, MagnitudeSketch, count};
 use crate::limits::SKETCH_BINS_MIN;
 
 /// Half width of the bracket in standard errors: with 7 degrees of freedom, a miss in about 10^4.
@@ -21,7 +21,7 @@ impl Probe {
     pub fn add_group(&mut self, sketch: &MagnitudeSketch) {
         assert_eq!(sketch.bracket, Bracket::COARSE, "a probe is made of coarse sketches");
         // A group samples about a thousandth of the data; saturation would only bend a guess.
-        self.groups.push(sketch.bins.iter().map(|&n| u32::try_from(n).unwrap_or(u32::MAX)).collect());
+        self.groups.push(sketch.bins.iter().map(|&n| u32::try_from(count(n)).unwrap_or(u32::MAX)).collect());
     }
 
     /// A bracket that holds the value at `fraction` (from the top) of the whole data with high confidence.
@@ -37,7 +37,7 @@ impl Probe {
             return Bracket::COARSE;
         }
         let middle = bin_at(&total, fraction * samples as f64);
-        let half = SIGMAS * self.standard_error(middle, fraction, samples);
+        let half = SIGMAS * standard_error(self.shares(middle), fraction, samples as f64);
         let high = bin_at(&total, (fraction - half) * samples as f64);
         let low = bin_at(&total, (fraction + half) * samples as f64);
         // The top bin of a sample says little about the largest value of the data.
@@ -50,43 +50,55 @@ impl Probe {
         Bracket::over((low as u32) << COARSE_SHIFT, (end as u64) << COARSE_SHIFT, max_bins)
     }
 
-    /// Standard error of the fraction of values at or above bin `bin`.
-    fn standard_error(&self, bin: usize, fraction: f64, samples: u64) -> f64 {
-        let independent = (fraction * (1.0 - fraction) / samples as f64).sqrt();
-        let share = |group: &Vec<u32>| {
-            let sum = |counts: &[u32]| counts.iter().map(|&n| f64::from(n)).sum::<f64>();
+    /// Share of values at or above bin `bin` in each group that is not empty.
+    fn shares(&self, bin: usize) -> impl Iterator<Item = f64> + Clone {
+        let sum = |counts: &[u32]| counts.iter().map(|&n| f64::from(n)).sum::<f64>();
+        self.groups.iter().filter_map(move |group| {
             let all = sum(group);
             (all > 0.0).then(|| sum(&group[bin..]) / all)
-        };
-        let shares: Vec<f64> = self.groups.iter().filter_map(share).collect();
-        let n = shares.len() as f64;
-        if n < 2.0 {
-            return independent.max(0.05);
-        }
-        let mean = shares.iter().sum::<f64>() / n;
-        let variance = shares.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / (n - 1.0);
-        (variance / n).sqrt().max(independent)
+        })
     }
 }
 
-/// A bracket for data in memory from a sample of its keys, which is reordered: a miss costs no reading, so a rough
-/// bound on the sample's error will do.
-pub fn bracket_of_sample(keys: &mut [u32], fraction: f64, max_bins: usize) -> Bracket {
-    /// Half width in standard errors of independent draws; neighbours in a tensor are not independent.
-    const HALF_WIDTH: f64 = 12.0;
-    let n = keys.len() as f64;
-    let half = HALF_WIDTH * (fraction * (1.0 - fraction) / n).sqrt();
-    let rank = |share: f64| (share * n) as usize;
-    let (upper, lower) = (rank((fraction - half).max(0.0)), rank(fraction + half));
-    if lower >= keys.len() {
+/// A bracket for data in memory from a sample of its keys, taken in blocks of `block` neighbours. The sample is
+/// reordered and doubled in length on the way. A miss costs another look but no reading, so it may be likelier here.
+pub fn bracket_of_sample(keys: &mut Vec<u32>, block: usize, fraction: f64, max_bins: usize) -> Bracket {
+    /// Half width of the bracket in standard errors.
+    const HALF_WIDTH: f64 = 3.0;
+    let n = keys.len();
+    let rank = |share: f64| (share.max(0.0) * n as f64) as usize;
+    if rank(fraction) >= n {
         return Bracket::COARSE;
     }
-    let (larger, &mut low, _) = keys.select_nth_unstable_by(lower, |a, b| b.cmp(a));
+    let descending = |a: &u32, b: &u32| b.cmp(a);
+    keys.extend_from_within(..);
+    let (sample, copy) = keys.split_at_mut(n);
+    let middle = *copy.select_nth_unstable_by(rank(fraction), descending).1;
+    let share = |block: &[u32]| block.iter().filter(|&&key| key > middle).count() as f64 / block.len() as f64;
+    let half = HALF_WIDTH * standard_error(sample.chunks(block).map(share), fraction, n as f64);
+    let (upper, lower) = (rank(fraction - half), rank(fraction + half));
+    if lower >= n {
+        return Bracket::COARSE;
+    }
+    let (larger, &mut low, _) = sample.select_nth_unstable_by(lower, descending);
     let end = match upper {
         0 => KEYS,
-        _ => u64::from(*larger.select_nth_unstable_by(upper.min(larger.len() - 1), |a, b| b.cmp(a)).1) + 1,
+        _ => u64::from(*larger.select_nth_unstable_by(upper.min(lower - 1), descending).1) + 1,
     };
     Bracket::over(low, end, max_bins)
+}
+
+/// Standard error of a share of `samples` values, from the shares in the groups they were taken in: at least that of
+/// independent draws.
+fn standard_error(shares: impl Iterator<Item = f64> + Clone, fraction: f64, samples: f64) -> f64 {
+    let independent = (fraction * (1.0 - fraction) / samples).sqrt();
+    let n = shares.clone().count() as f64;
+    if n < 2.0 {
+        return independent.max(0.05);
+    }
+    let mean = shares.clone().sum::<f64>() / n;
+    let variance = shares.map(|s| (s - mean).powi(2)).sum::<f64>() / (n - 1.0);
+    (variance / n).sqrt().max(independent)
 }
 
 /// The bin that holds the value with `rank` values above it, counted from the top; 0 if there are fewer.
@@ -161,12 +173,12 @@ mod tests {
         sorted.sort_unstable_by(|a, b| b.cmp(a));
         for fraction in [1e-4, 0.2, 0.5, 0.9999] {
             let mut sample: Vec<u32> = keys.chunks(1000).step_by(10).flatten().copied().collect();
-            let bracket = bracket_of_sample(&mut sample, fraction, 1 << 18);
+            let bracket = bracket_of_sample(&mut sample, 1000, fraction, 1 << 18);
             let key = sorted[(fraction * 1e6) as usize - 1];
             assert!(bracket.low <= key && u64::from(key) < bracket.end(), "{fraction}: {bracket:?} misses {key}");
         }
-        assert_eq!(bracket_of_sample(&mut [5; 3], 0.5, 1 << 16), Bracket::COARSE);
-        assert_eq!(bracket_of_sample(&mut [5; 100_000], 0.5, 1 << 16), Bracket { low: 5, shift: 0, bins: 1 });
+        assert_eq!(bracket_of_sample(&mut vec![5; 3], 1, 0.5, 1 << 16), Bracket::COARSE);
+        assert_eq!(bracket_of_sample(&mut vec![5; 100_000], 10, 0.5, 1 << 16), Bracket { low: 5, shift: 0, bins: 1 });
     }
 
     #[test]

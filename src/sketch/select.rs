@@ -1,7 +1,7 @@
 //! Exact selection of the k-th largest magnitude from bounded sketches.
 
-use super::{Bracket, KEYS, MagnitudeSketch};
-use crate::kernels::Ties;
+use super::{Bracket, KEYS, MagnitudeSketch, count};
+use crate::kernels::{STRAY, Ties};
 
 /// The result of a selection: which keys count as tied with the k-th largest, and how many values stand where.
 ///
@@ -71,8 +71,11 @@ impl Selector {
         self.state = match sketch.locate(self.rank) {
             Ok((bin, above)) => {
                 let (low, high) = bracket.keys(bin);
-                if bracket.shift == 0 || self.coarse {
-                    State::Found(Threshold { ties: Ties { low, high }, above, tied: sketch.bins[bin] })
+                let single = sketch.bins[bin] & STRAY == 0;
+                if single || self.coarse {
+                    // All of a bin's keys that are equal are its first.
+                    let high = if single { low } else { high };
+                    State::Found(Threshold { ties: Ties { low, high }, above, tied: count(sketch.bins[bin]) })
                 } else {
                     State::Searching(Bracket::over(low, u64::from(high) + 1, self.max_bins))
                 }
@@ -158,6 +161,15 @@ mod tests {
             prop_assert_eq!(looks, 1);
             prop_assert!(coarse.ties.low <= exact.ties.low && exact.ties.high <= coarse.ties.high);
             prop_assert!(coarse.above < rank && rank <= coarse.above + coarse.tied);
+        }
+    }
+
+    #[test]
+    fn magnitudes_of_16_bit_checkpoints_take_one_look() {
+        let values: Vec<f32> = (0..10_000).map(|i| ((i % 397) as f32 - 200.0) / 65536.0).collect();
+        for first in [Bracket::COARSE, Bracket::over(0x3a00_0000, 0x3b80_0000, 1 << 10)] {
+            let (threshold, looks) = run(&values, Selector::exact(2000, first, 1 << 16));
+            assert_eq!((threshold, looks), (sorted_threshold(&values, 2000), 1));
         }
     }
 

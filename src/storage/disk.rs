@@ -79,10 +79,6 @@ impl InputFile for DiskInput {
     fn prefetch(&self, offset: u64, length: u64) {
         system::hint(&self.file, offset, length, Hint::WillNeed);
     }
-
-    fn release(&self, offset: u64, length: u64) {
-        system::hint(&self.file, offset, length, Hint::DontNeed);
-    }
 }
 
 struct DiskOutput {
@@ -421,7 +417,7 @@ mod tests {
         std::fs::write(&path, b"abc").unwrap();
         let file = disk.open(&path).unwrap();
         file.prefetch(0, 0);
-        file.release(0, u64::MAX);
+        file.prefetch(0, u64::MAX);
         assert_eq!(file.identity(), &file.identity_now().unwrap());
         assert_eq!(disk.identity(&path).unwrap().as_ref(), Some(file.identity()));
         std::fs::write(&path, b"abcd").unwrap();

@@ -59,8 +59,6 @@ pub trait InputFile: Send + Sync {
     fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()>;
     /// Hints that the range will be read soon. Never fails.
     fn prefetch(&self, offset: u64, length: u64);
-    /// Hints that the range will not be read again. Never fails.
-    fn release(&self, offset: u64, length: u64);
 }
 
 /// An output file being written. Its first failure is sticky: every later operation reports it again.

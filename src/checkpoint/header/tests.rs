@@ -50,8 +50,6 @@ impl InputFile for Memory {
     }
 
     fn prefetch(&self, _: u64, _: u64) {}
-
-    fn release(&self, _: u64, _: u64) {}
 }
 
 fn parse_file(content: &[u8]) -> Result<Header> {
