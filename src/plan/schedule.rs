@@ -294,15 +294,14 @@ impl Demand {
             slot = (slot / 2).max(smallest);
         }
         let mut bins = SKETCH_BINS_MIN;
-        if self.trims {
-            // In tensor scope, windows that hold whole tensors save more reading than narrow bins do.
+        if self.exact {
+            // Narrow bins spare looks at the data; in tensor scope, windows that hold whole tensors spare more.
             let (most, share) = match self.tensor_scope {
-                _ if !self.exact => (SKETCH_BINS_MIN, limit),
                 true => (SKETCH_BINS_MAX / 4, limit / 8),
-                false => (SKETCH_BINS_MAX, limit / 4 * 3),
+                false => (SKETCH_BINS_MAX, limit),
             };
-            let base = total(slot, 0);
-            while bins < most && (total(slot, bins * 2) - base) <= share && total(slot, bins * 2) <= limit / 4 * 3 {
+            let sketches = |bins| total(slot, bins) - total(slot, 0);
+            while bins < most && sketches(bins * 2) <= share && total(slot, bins * 2) <= limit / 4 * 3 {
                 bins *= 2;
             }
         }
