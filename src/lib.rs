@@ -58,3 +58,12 @@ pub use method::{METHODS, Method, ParamKind, ParamSpec, Value};
 pub use plan::{InputSummary, PassSummary, Plan, PlanSummary, Run, Schedule};
 pub use recipe::{Missing, ModelInput, NonFinite, Overflow, Recipe, Scope, ThresholdKind, TrimTies};
 pub use storage::{Disk, IoMode, Storage};
+
+/// What the benchmarks measure. No part of the API: it changes without notice.
+#[doc(hidden)]
+pub mod bench {
+    pub use crate::kernels::{
+        Isa, add, add_scaled, all_finite, combine_mean, conflicts, elect_mass, histogram, load, store, task_vector,
+        trim,
+    };
+}
