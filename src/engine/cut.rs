@@ -107,22 +107,23 @@ pub(super) struct TieChain {
 struct ChainState {
     next: usize,
     counts: TieCounts,
-    aborted: bool,
+    /// First chunk that failed: those after it wait in vain.
+    failed: usize,
 }
 
 impl TieChain {
     pub(super) fn new(models: usize) -> Self {
-        let state = ChainState { next: 0, counts: vec![0; models], aborted: false };
+        let state = ChainState { next: 0, counts: vec![0; models], failed: usize::MAX };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// Waits for the counts before chunk `ordinal`, adds `own` and passes them on. Returns the counts before.
     pub(super) fn pass(&self, ordinal: usize, own: &TieCounts) -> Result<TieCounts> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        while state.next != ordinal && !state.aborted {
+        while state.next != ordinal && state.failed > ordinal {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        if state.aborted {
+        if state.next != ordinal {
             return Err(Error::failed("stopped because an earlier part of the work failed"));
         }
         let before = state.counts.clone();
@@ -134,9 +135,40 @@ impl TieChain {
         Ok(before)
     }
 
-    /// Releases everyone who waits, after a failure.
-    pub(super) fn abort(&self) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).aborted = true;
+    /// Says that chunk `ordinal` failed, so that the chunks after it do not wait for it.
+    pub(super) fn abort(&self, ordinal: usize) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.failed = state.failed.min(ordinal);
         self.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_arrive_in_order_whoever_comes_first() {
+        let chain = TieChain::new(1);
+        std::thread::scope(|scope| {
+            let chain = &chain;
+            let before =
+                |ordinal: usize| scope.spawn(move || chain.pass(ordinal, &vec![10 + ordinal as u64]).unwrap()[0]);
+            let got = [3, 1, 2, 0].map(before).map(|thread| thread.join().unwrap());
+            assert_eq!(got, [33, 10, 21, 0]);
+        });
+    }
+
+    #[test]
+    fn a_failure_releases_the_chunks_after_it_and_no_others() {
+        let chain = TieChain::new(1);
+        std::thread::scope(|scope| {
+            let later = scope.spawn(|| chain.pass(3, &vec![1]));
+            let earlier = scope.spawn(|| chain.pass(1, &vec![1]));
+            chain.abort(2);
+            assert!(later.join().unwrap().is_err());
+            chain.pass(0, &vec![5]).unwrap();
+            assert_eq!(earlier.join().unwrap().unwrap(), [5]);
+        });
     }
 }

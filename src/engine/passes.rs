@@ -144,12 +144,13 @@ impl<'a> Passes<'a> {
         }
     }
 
-    /// Runs `work` on every chunk of `unit`, loaded.
+    /// Runs `work` on every chunk of `unit`, loaded. A failure releases those who wait in `chain`.
     fn each_chunk(
         &mut self,
         unit: &Unit,
         resident: &mut Option<Resident>,
         oracle: bool,
+        chain: Option<&TieChain>,
         work: impl Fn(&mut Worker, usize, Chunk, &Slot) -> Result<()> + Sync,
     ) -> Result<()> {
         let plan = self.plan;
@@ -177,6 +178,9 @@ impl<'a> Passes<'a> {
                 });
             }
             let result = result.and_then(|()| work(worker, ordinal, item.chunk, slot));
+            if let (Err(_), Some(chain)) = (&result, chain) {
+                chain.abort(ordinal);
+            }
             worker.slot = own;
             result
         })?;
@@ -240,7 +244,9 @@ impl<'a> Passes<'a> {
     ) -> Result<Vec<MagnitudeSketch>> {
         let plan = self.plan;
         self.workers.iter_mut().for_each(|worker| worker.set_brackets(brackets));
-        self.each_chunk(unit, resident, false, |worker, _, chunk, slot| worker.sketch(plan, chunk, slot, brackets))?;
+        self.each_chunk(unit, resident, false, None, |worker, _, chunk, slot| {
+            worker.sketch(plan, chunk, slot, brackets)
+        })?;
         let (first, rest) = self.workers.split_first_mut().expect("at least one worker");
         for worker in rest {
             for (sum, sketch) in first.sketches.iter_mut().zip(&worker.sketches) {
@@ -293,7 +299,7 @@ impl<'a> Passes<'a> {
         self.announce("vote", self.pass_bytes("vote"));
         let sum = AtomicI64::new(0);
         let chain = TieChain::new(plan.models());
-        self.each_chunk(unit, resident, true, |worker, ordinal, chunk, slot| {
+        self.each_chunk(unit, resident, true, Some(&chain), |worker, ordinal, chunk, slot| {
             let cuts = tensor_cuts(plan, chunk, cuts);
             let mut seen = ties_before(plan, worker, &chain, ordinal, chunk, slot, &cuts)?;
             sum.fetch_add(worker.vote(plan, chunk, slot, &cuts, &mut seen)?, Ordering::Relaxed);
@@ -305,17 +311,11 @@ impl<'a> Passes<'a> {
     fn merge_unit(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut], majority: f32) -> Result<()> {
         let (plan, writer) = (self.plan, self.writer);
         let chain = TieChain::new(plan.models());
-        self.each_chunk(unit, resident, true, |worker, ordinal, chunk, slot| {
-            let result = (|| {
-                let cuts = tensor_cuts(plan, chunk, cuts);
-                let mut seen = ties_before(plan, worker, &chain, ordinal, chunk, slot, &cuts)?;
-                let mut sink = |offset, bytes: &[u8]| writer.write(chunk.tensor, offset, bytes);
-                worker.merge(plan, chunk, slot, &cuts, &mut seen, majority, &mut sink)
-            })();
-            if result.is_err() {
-                chain.abort();
-            }
-            result
+        self.each_chunk(unit, resident, true, Some(&chain), |worker, ordinal, chunk, slot| {
+            let cuts = tensor_cuts(plan, chunk, cuts);
+            let mut seen = ties_before(plan, worker, &chain, ordinal, chunk, slot, &cuts)?;
+            let mut sink = |offset, bytes: &[u8]| writer.write(chunk.tensor, offset, bytes);
+            worker.merge(plan, chunk, slot, &cuts, &mut seen, majority, &mut sink)
         })
     }
 
@@ -420,11 +420,8 @@ fn ties_before(
     if !cuts.iter().any(|cut| matches!(cut, Cut::Lowest { .. })) {
         return Ok(vec![0; plan.models()]);
     }
-    let own = worker.count_ties(plan, chunk, slot, cuts);
-    if own.is_err() {
-        chain.abort();
-    }
-    chain.pass(ordinal, &own?)
+    let own = worker.count_ties(plan, chunk, slot, cuts)?;
+    chain.pass(ordinal, &own)
 }
 
 fn prefetch(plan: &Plan, chunk: Chunk, oracle: bool) {
