@@ -69,14 +69,9 @@ impl OutputDir {
             .at(dir)
             .help("use a new or empty directory for --out"));
         }
-        let needed = plan.layout.shards.iter().map(|s| s.bytes).sum::<u64>() + SPARE_DISK_BYTES;
-        let free = storage.free_bytes(dir)?;
-        if free < needed {
-            return Err(Error::input(format!(
-                "the output needs {needed} bytes of disk space, but only {free} are free"
-            ))
-            .at(dir)
-            .help("make room, or use another --out"));
+        // What an unfinished run wrote is in the way of its own successor: it is counted only when it is gone.
+        if !unfinished {
+            check_space(plan, dir, &**storage)?;
         }
         let work = dir.join(WORK_DIR);
         let unwritable = |e: Error| e.as_input().help("choose an --out that you may write to");
@@ -93,6 +88,7 @@ impl OutputDir {
         output.discard_work()?;
         if unfinished {
             output.unpublish()?;
+            check_space(plan, dir, &**storage)?;
         }
         Ok(output)
     }
@@ -165,6 +161,23 @@ impl OutputDir {
     fn holds_shards(&self, plan: &Plan) -> bool {
         self.replaces || plan.layout.shards.len() == 1
     }
+}
+
+/// Refuses an output that does not fit on its disk.
+fn check_space(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<()> {
+    let needed = plan.layout.shards.iter().map(|s| s.bytes).sum::<u64>() + SPARE_DISK_BYTES;
+    let free = storage.free_bytes(dir)?;
+    if free >= needed {
+        return Ok(());
+    }
+    let megabytes = |bytes: u64| bytes.div_ceil(1_000_000);
+    Err(Error::input(format!(
+        "the output needs {} MB of disk space, but only {} MB are free",
+        megabytes(needed),
+        megabytes(free)
+    ))
+    .at(dir)
+    .help("make room, or use another --out"))
 }
 
 /// The entries of `dir`, or `None` if there is no such directory.

@@ -351,7 +351,10 @@ impl Demand {
         if !self.tensor_scope {
             let used: u64 = cut.terms.iter().map(|(_, b)| b).sum();
             let chunks = Schedule::chunks(plan, &self.grouped, streamed_chunk).take(RESIDENT_CHUNKS + 1).count();
-            let fits = used + bytes_of(plan, &self.grouped, true) <= limit && chunks <= RESIDENT_CHUNKS;
+            // Worth it for small models, whose probe would be a large part of them; a large one's second read comes from
+            // the page cache where there is memory for it, and faster.
+            let bytes = bytes_of(plan, &self.grouped, true);
+            let fits = bytes <= limit / 4 && used + bytes <= limit && chunks <= RESIDENT_CHUNKS;
             return vec![Unit {
                 elements: elements(&self.grouped),
                 tensors: self.grouped.clone(),
