@@ -8,8 +8,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// Longest text an error prints, in bytes.
-pub const MAX_MESSAGE_BYTES: usize = 1000;
+/// Longest text an error prints, in bytes: with its prefix a line stays below 1,000.
+pub const MAX_MESSAGE_BYTES: usize = 980;
 /// Longest file, tensor or other name inside a message, in characters.
 const MAX_NAME_CHARS: usize = 200;
 
@@ -151,7 +151,7 @@ fn escape(text: &str) -> String {
 
 fn is_unprintable(c: char) -> bool {
     c.is_control()
-        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+        || matches!(c, '\u{ad}' | '\u{61c}' | '\u{fff9}'..='\u{fffb}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 fn cut_to_bytes(text: &mut String, limit: usize) {

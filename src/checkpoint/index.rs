@@ -40,6 +40,9 @@ impl Index {
 /// Opens every shard that the index at `path` lists.
 pub(super) fn open(path: &Path, storage: &dyn Storage) -> Result<Catalogue> {
     let index = parse(&storage.read_small(path, MAX_INDEX_BYTES)?).map_err(|e| e.at(path))?;
+    if index.shards.is_empty() {
+        return Err(Error::input("the index lists no tensors").at(path).help("download it again"));
+    }
     let dir = super::directory_of(path);
     check_present(&index, dir, storage).map_err(|e| e.at(path))?;
     let mut catalogue = Catalogue::default();
@@ -340,9 +343,8 @@ mod tests {
     }
 
     #[test]
-    fn an_index_may_be_empty() {
-        let (opened, _dir) = open_in(&[("i.json", br#"{"other": [1], "weight_map": {}, "metadata": null}"#)]);
-        assert_eq!(opened.unwrap().tensors.len(), 0);
+    fn an_index_that_lists_nothing_is_refused() {
+        refused(&[("i.json", br#"{"other": [1], "weight_map": {}, "metadata": null}"#)], &["lists no tensors"]);
     }
 
     #[test]

@@ -108,7 +108,7 @@ pub fn merge(
     observer: &dyn Observer,
 ) -> Result<Report> {
     let begin = Instant::now();
-    let dir = OutputDir::open(plan, output, storage)?;
+    let dir = OutputDir::open(plan, output, storage).map_err(Error::as_input)?;
     match run(plan, schedule, &dir, observer, begin) {
         Ok((mut report, side_files)) => {
             dir.publish(plan, &side_files)?;
@@ -152,7 +152,8 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
 fn check_inputs_unchanged(plan: &Plan) -> Result<()> {
     for file in plan.checkpoints.iter().flat_map(|c| &c.files) {
         let (before, now) = (file.file.identity(), file.file.identity_now()?);
-        if (before.bytes, before.mtime_ns) != (now.bytes, now.mtime_ns) {
+        // A modification time can be put back by whoever changes a file; the change time cannot.
+        if *before != now {
             return Err(Error::failed("the file changed while it was read")
                 .at(file.file.path())
                 .help("do not change inputs during a merge; run it again"));

@@ -75,6 +75,9 @@ impl OutputDir {
         }
         let work = dir.join(WORK_DIR);
         let unwritable = |e: Error| e.as_input().help("choose an --out that you may write to");
+        if storage.identity(&work)?.is_some() && storage.canonical(&work) != storage.canonical(dir).join(WORK_DIR) {
+            return Err(Error::input("the work directory is a link to somewhere else").at(&work).help("remove it"));
+        }
         storage.create_dir_all(&work).map_err(unwritable)?;
         let lock = storage.lock(&work.join("lock")).map_err(unwritable)?;
         let output = Self {

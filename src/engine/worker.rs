@@ -265,7 +265,13 @@ impl Worker {
         let float = Float::from_dtype(plan.tensors[chunk.tensor as usize].dtype).expect("only floats are converted");
         self.in_blocks(plan, chunk, float, sink, |worker, from, length, encoded| {
             let (stored, bytes) = slot.tile(plan, source, from, length);
-            kernels::load(worker.isa, stored, bytes, &mut worker.tiles.out[..length]);
+            if stored == Float::F64 {
+                for (value, bytes) in worker.tiles.out.iter_mut().zip(bytes.as_chunks::<8>().0) {
+                    *value = narrow(f64::from_le_bytes(*bytes), float);
+                }
+            } else {
+                kernels::load(worker.isa, stored, bytes, &mut worker.tiles.out[..length]);
+            }
             // What was not finite before the conversion did not overflow in it.
             for (exempt, value) in worker.tiles.exempt.iter_mut().zip(&worker.tiles.out[..length]) {
                 *exempt = !value.is_finite();
@@ -393,6 +399,7 @@ impl Worker {
                     return Err(self.non_finite_error(plan, chunk, slot, from, length));
                 }
                 kernels::zero_non_finite(self.isa, &mut self.tiles.scratch[..length]);
+                clean = false;
             }
             kernels::sign_of(self.isa, &self.tiles.scratch[..length], &mut self.tiles.oracle[..length]);
         }
@@ -438,17 +445,32 @@ impl Worker {
         let merge = merged(plan, chunk);
         let float = Float::from_dtype(plan.tensors[chunk.tensor as usize].dtype).expect("merged tensors are floats");
         let delta = plan.merger.needs().inputs != Inputs::Weights;
-        let wide = merge.base.map(|piece| slot.tile(plan, piece, from, length));
-        let wide = wide.filter(|&(base_float, _)| delta && base_float == Float::F64 && float == Float::F64);
-        if let (Some((base_float, base_bytes)), true) = (wide, clean) {
-            // The sum itself is f64; no f32 overflow to look for.
-            kernels::store_sum_f64(self.isa, base_float, base_bytes, &self.tiles.out[..length], encoded);
-            return Ok(());
-        }
-        if delta {
-            kernels::add(self.isa, &mut self.tiles.out[..length], &self.tiles.base[..length]);
-        }
+        let double_base = merge.base.map(|piece| slot.tile(plan, piece, from, length));
+        let double_base = double_base.filter(|&(base, _)| delta && base == Float::F64).map(|(_, bytes)| bytes);
         self.tiles.exempt[..length].fill(false);
+        match double_base {
+            // Base has more digits than f32: the sum is taken in f64, and rounded once.
+            Some(base) if float == Float::F64 => {
+                let out = &self.tiles.out[..length];
+                kernels::store_sum_f64(self.isa, Float::F64, base, out, encoded);
+                if !clean {
+                    self.settle_exempt(plan, chunk, slot, from, length);
+                    let kept = plan.non_finite == NonFinite::CopyBase;
+                    for i in (0..length).filter(|&i| self.tiles.exempt[i]) {
+                        let value = f64::from(self.tiles.out[i]).to_le_bytes();
+                        encoded[i * 8..i * 8 + 8].copy_from_slice(if kept { &base[i * 8..i * 8 + 8] } else { &value });
+                    }
+                }
+                return Ok(());
+            }
+            Some(base) => {
+                for (value, base) in self.tiles.out.iter_mut().zip(base.as_chunks::<8>().0) {
+                    *value = narrow(f64::from_le_bytes(*base) + f64::from(*value), float);
+                }
+            }
+            None if delta => kernels::add(self.isa, &mut self.tiles.out[..length], &self.tiles.base[..length]),
+            None => {}
+        }
         if !clean {
             self.settle_exempt(plan, chunk, slot, from, length);
         }
@@ -459,15 +481,21 @@ impl Worker {
     fn settle_exempt(&mut self, plan: &Plan, chunk: Chunk, slot: &Slot, from: usize, length: usize) {
         let merge = merged(plan, chunk);
         let base = merge.base.filter(|_| plan.merger.needs().inputs != Inputs::Weights);
+        let models = merge.models.iter().map(|&(_, piece)| piece);
         let mut sums = [0.0f32; TILE_ELEMENTS];
-        for piece in base.into_iter().chain(merge.models.iter().map(|&(_, piece)| piece)) {
+        for piece in base.into_iter().chain(models).chain(merge.oracle) {
             let (float, bytes) = slot.tile(plan, piece, from, length);
             let values = &mut self.tiles.scratch[..length];
             kernels::load(self.isa, float, bytes, values);
-            for ((sum, exempt), value) in sums.iter_mut().zip(&mut self.tiles.exempt).zip(values) {
-                if !value.is_finite() {
-                    *sum += *value;
-                    *exempt = true;
+            let finite = |i: usize, value: f32| match float {
+                // A double beyond the range of f32 is a number all the same.
+                Float::F64 => f64::from_le_bytes(bytes.as_chunks::<8>().0[i]).is_finite(),
+                _ => value.is_finite(),
+            };
+            for (i, &mut value) in values.iter_mut().enumerate() {
+                if !finite(i, value) {
+                    sums[i] += value;
+                    self.tiles.exempt[i] = true;
                 }
             }
         }
@@ -572,4 +600,39 @@ fn with_refs<R>(tiles: &[Vec<f32>], models: &[(u32, Piece)], length: usize, f: i
         *slot = &tiles[model as usize][..length];
     }
     f(&refs[..models.len()])
+}
+
+/// `value` as the f32 that rounds to `float` as `value` itself does: nearest for f32; for narrower types, rounded to odd,
+/// which keeps what was cut off from being rounded twice (Boldo and Melquiond 2008).
+fn narrow(value: f64, float: Float) -> f32 {
+    let nearest = value as f32;
+    if float == Float::F32 || !value.is_finite() || f64::from(nearest) == value {
+        return nearest;
+    }
+    let beyond = f64::from(nearest).abs() > value.abs();
+    f32::from_bits((nearest.to_bits() - u32::from(beyond)) | 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn doubles_are_rounded_once_to_half_precision() {
+        let to = |float: Float, value: f64| {
+            let mut bytes = [0; 2];
+            kernels::store(Isa::detect(), float, &[narrow(value, float)], &mut bytes, false);
+            u16::from_le_bytes(bytes)
+        };
+        let tiny = 2f64.powi(-40);
+        // Halfway between two f16, or a hair beside it.
+        assert_eq!(to(Float::F16, 1.0 + 2f64.powi(-11)), 0x3c00);
+        assert_eq!(to(Float::F16, 1.0 + 2f64.powi(-11) + tiny), 0x3c01);
+        assert_eq!(to(Float::F16, 1.0 + 3.0 * 2f64.powi(-11) - tiny), 0x3c01);
+        assert_eq!(to(Float::BF16, -1.0 - 2f64.powi(-8) - tiny), 0xbf81);
+        assert_eq!(to(Float::BF16, -1.0 - 2f64.powi(-8)), 0xbf80);
+        assert_eq!(narrow(1.0 + tiny, Float::F32), 1.0);
+        assert_eq!(narrow(f64::MAX, Float::BF16), f32::MAX);
+        assert!(narrow(f64::NAN, Float::F16).is_nan());
+    }
 }

@@ -24,7 +24,8 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
     let filter = recipe.filter()?;
     let (settings, mut warnings) = recipe.settings()?;
     check_request(recipe)?;
-    let checkpoints = open(recipe, storage)?;
+    // Whatever keeps an input from being opened, nothing has been written yet.
+    let checkpoints = open(recipe, storage).map_err(Error::as_input)?;
     let base = recipe.base.is_some().then_some(0);
     let first_model = usize::from(base.is_some());
     let oracle = recipe.sign_from.is_some().then(|| checkpoints.len() - 1);

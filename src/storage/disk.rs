@@ -196,13 +196,11 @@ impl Storage for Disk {
     }
 
     fn lock(&self, path: &Path) -> Result<Lock> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .map_err(|e| Error::io("create", path, &e))?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        // The lock's content is replaced: it must not be somebody else's file behind a link.
+        system::no_follow(&mut options);
+        let mut file = options.open(path).map_err(|e| Error::io("create", path, &e))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(locked(path, file)),

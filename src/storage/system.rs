@@ -68,6 +68,16 @@ pub(super) fn open_without_waiting(options: &mut OpenOptions) {
 #[cfg(not(unix))]
 pub(super) fn open_without_waiting(_options: &mut OpenOptions) {}
 
+/// Refuses to open what a symbolic link points to.
+#[cfg(unix)]
+pub(super) fn no_follow(options: &mut OpenOptions) {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32);
+}
+
+#[cfg(not(unix))]
+pub(super) fn no_follow(_options: &mut OpenOptions) {}
+
 /// Raises the limit of open files as far as the system allows.
 #[cfg(unix)]
 pub(super) fn raise_file_limit() {

@@ -586,3 +586,26 @@ fn an_output_larger_than_the_disk() {
     assert!(line.contains("space") || line.contains("free"), "{line}");
     assert!(!out.exists());
 }
+
+#[cfg(unix)]
+#[test]
+fn nothing_is_written_through_a_link_in_the_output() {
+    let saved = crate::support::family::Spec::default().family().save();
+    let recipe = crate::support::oracle::Recipe::default();
+    let victim = saved.path("victim");
+    std::fs::create_dir_all(&victim).unwrap();
+    std::fs::write(victim.join("file"), "precious").unwrap();
+
+    let linked_dir = saved.path("a");
+    std::fs::create_dir(&linked_dir).unwrap();
+    std::os::unix::fs::symlink(&victim, linked_dir.join(".tiesmith")).unwrap();
+    let linked_lock = saved.path("b");
+    std::fs::create_dir_all(linked_lock.join(".tiesmith")).unwrap();
+    std::os::unix::fs::symlink(victim.join("file"), linked_lock.join(".tiesmith/lock")).unwrap();
+
+    for out in [linked_dir, linked_lock] {
+        saved.run("merge", &recipe, &["--out", out.to_str().unwrap()]).error_line(2);
+        assert_eq!(std::fs::read_to_string(victim.join("file")).unwrap(), "precious");
+        assert_eq!(std::fs::read_dir(&victim).unwrap().count(), 1);
+    }
+}

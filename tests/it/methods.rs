@@ -5,8 +5,10 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::support::family::{Deltas, Family, Saved, Spec};
+use crate::support::files;
 use crate::support::oracle::{Combine, Elect, Method, Recipe, Scope, TrimTies, ZeroSum};
 use crate::support::random::Random;
+use crate::support::run::tiesmith;
 use crate::support::tensor::{Tensor, Tensors, differences};
 
 /// Merges `family` by every recipe and compares bits; all failures are reported together.
@@ -493,6 +495,35 @@ fn non_finite_inputs_when_asked_for() {
         let propagated = merged("propagate");
         assert!(is_same(propagated[1]), "{bad} became {}", propagated[1]);
         assert_eq!([propagated[0], propagated[2], propagated[3]], [1.5, 2.5, 4.25]);
+    }
+}
+
+#[test]
+fn a_nan_among_doubles_spoils_no_other_element() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, values: &[f64]| {
+        let path = dir.path().join(name);
+        let header = format!(
+            r#"{{"w":{{"dtype":"F64","shape":[{0}],"data_offsets":[0,{1}]}}}}"#,
+            values.len(),
+            8 * values.len()
+        );
+        files::write_raw(&path, &header, &values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
+        path.to_str().unwrap().to_owned()
+    };
+    let base = write("base.safetensors", &[1e300, 1.0 / 3.0, 2.0]);
+    let model = write("model.safetensors", &[1e300, f64::NAN, 2.5]);
+    for (policy, middle) in [("copy-base", 1.0f64 / 3.0), ("propagate", f64::NAN)] {
+        let out = dir.path().join(policy);
+        let out = out.to_str().unwrap();
+        let args =
+            ["merge", "--base", &base, "--model", &model, "--density", "1", "--non-finite", policy, "--out", out];
+        tiesmith(args).succeeded();
+        let file = std::fs::read(format!("{out}/model.safetensors")).unwrap();
+        let values: Vec<f64> =
+            file[file.len() - 24..].as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect();
+        assert_eq!((values[0], values[2]), (1e300, 2.5), "{policy}");
+        assert!(values[1] == middle || values[1].is_nan() && middle.is_nan(), "{policy}: {}", values[1]);
     }
 }
 
