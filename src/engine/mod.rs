@@ -108,6 +108,7 @@ pub fn merge(
     observer: &dyn Observer,
 ) -> Result<Report> {
     let begin = Instant::now();
+    side_files::check(plan, &**storage)?;
     let dir = OutputDir::open(plan, output, storage).map_err(Error::as_input)?;
     match run(plan, schedule, &dir, observer, begin) {
         Ok((mut report, side_files)) => {

@@ -54,8 +54,10 @@ impl OutputDir {
         let has = |name: &str| entries.iter().flatten().any(|e| e == name);
         // The manifest is written before what makes the directory loadable, so both together are a finished output,
         // even if a killed run left its work directory beside it.
-        let finished = has(MANIFEST) && (has(INDEX) || has(SINGLE));
-        let unfinished = has(WORK_DIR) && !finished;
+        let loadable = has(INDEX) || has(SINGLE);
+        let finished = has(MANIFEST) && loadable;
+        // Something loadable without a manifest is not ours, whatever an earlier run left beside it.
+        let unfinished = has(WORK_DIR) && !loadable;
         if finished && !options.force {
             return Err(Error::input("a finished merge is already there")
                 .at(dir)
@@ -144,7 +146,7 @@ impl OutputDir {
         }
         for name in &names {
             let partial = self.partial(name);
-            if self.storage.is_file(&partial) {
+            if self.holds_shards(plan) {
                 self.storage.rename(&partial, &self.dir.join(name))?;
             }
         }

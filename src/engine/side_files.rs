@@ -60,6 +60,11 @@ pub(super) fn all(
     Ok(files)
 }
 
+/// Refuses side files that could not be copied in the end, before the work rather than after it.
+pub(super) fn check(plan: &Plan, storage: &dyn Storage) -> Result<()> {
+    copied(plan, storage).map(drop).map_err(Error::as_input)
+}
+
 fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Vec<u8>)>> {
     let dir = &plan.template().dir;
     let mut files = Vec::new();

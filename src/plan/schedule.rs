@@ -308,9 +308,17 @@ impl Demand {
         if self.longest_unit > slot {
             let share = self.longest_unit.div_ceil(threads as u64) + OUT_ELEMENTS;
             let whole = share.max(SOLO_ELEMENTS).min(self.longest_unit);
-            let per_element: u64 = self.widths.iter().sum::<u64>() * threads as u64;
-            let spare = (limit - total(slot, bins)) / per_element.max(1);
-            slot = whole.min(slot + spare);
+            // The longest window with which the whole sum still fits.
+            let (mut low, mut high) = (slot, whole.max(slot));
+            while low < high {
+                let middle = low + (high - low).div_ceil(2);
+                if total(middle, bins) <= limit {
+                    low = middle;
+                } else {
+                    high = middle - 1;
+                }
+            }
+            slot = low;
         }
         let terms = self.terms(threads, slot, bins);
         Some(Cut { threads, slot_elements: slot, bins, terms })
