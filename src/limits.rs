@@ -28,19 +28,26 @@ pub const MIN_CHUNK_ELEMENTS: u64 = 1 << 14;
 pub const OUT_ELEMENTS: u64 = 1 << 17;
 /// Longest tensor that one worker takes alone; longer ones are shared, so that no worker is left with a long tail.
 pub const SOLO_ELEMENTS: u64 = 1 << 24;
-/// Longest unit whose threshold is selected by partial sorting instead of a histogram.
-pub const SMALL_UNIT_ELEMENTS: u64 = 1 << 18;
+/// Longest unit whose threshold is selected among all its keys, and longest sample of a larger one in memory.
+pub const SMALL_UNIT_ELEMENTS: u64 = 1 << 16;
+/// Most keys listed near the threshold of a unit in memory: one in [`NEAR_SHARE`], up to so many.
+pub const NEAR_KEYS: u64 = 1 << 18;
+/// See [`NEAR_KEYS`].
+pub const NEAR_SHARE: u64 = 8;
 /// Tensors whose own thresholds the manifest lists: enough for any dense model, bounded for mixtures of experts.
 pub const LISTED_UNITS: u32 = 10_000;
-/// Most chunks that are held in memory at once: bounds what their bookkeeping costs.
-pub const RESIDENT_CHUNKS: usize = 1 << 14;
+/// Largest model, in bytes of all checkpoints, that model scope holds in memory: a larger one's second read costs little
+/// beside its first, and comes from the page cache where there is memory for it.
+pub const RESIDENT_BYTES: u64 = 32_000_000;
+/// Most windows on chunks that are held in memory at once: systems limit the number of mappings, often to 65,530.
+pub const RESIDENT_WINDOWS: u64 = 1 << 14;
 
 /// One element in so many is probed.
 pub const PROBE_SHARE: u64 = 100;
 /// Elements of one probed block: 8 KiB of a 16-bit type.
 pub const PROBE_BLOCK: u64 = 1 << 12;
 /// Fewest elements probed (or all, if there are fewer): keeps the bracket of a smaller model narrow.
-pub const PROBE_MIN_ELEMENTS: u64 = 1 << 19;
+pub const PROBE_MIN_ELEMENTS: u64 = 1 << 17;
 
 /// Groups of a probe's sample, whose spread tells how far the sample can be trusted.
 pub const PROBE_GROUPS: usize = 8;

@@ -10,13 +10,14 @@ use super::Observer;
 use super::cut::{Cut, TieChain, TieCounts};
 use super::output::ShardWriter;
 use super::pool;
-use super::select::{Goal, Thresholds, UnitThresholds, cuts, goals, observe, solo_thresholds, tensor_cuts};
-use super::worker::{Slot, Tally, Worker, locate};
+use super::select::{Goal, Thresholds, UnitThresholds};
+use super::select::{cuts, goals, observe, sample_stride, solo_thresholds, tensor_cuts};
+use super::worker::{Slot, Tally, Worker, locate, merged};
 use crate::error::{Result, printable};
-use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS};
+use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::plan::{Action, Chunk, Plan, Schedule, Trim, Unit, UnitKind};
 use crate::plan::{Scope, ThresholdKind};
-use crate::sketch::{Bracket, MagnitudeSketch, Probe, Selector};
+use crate::sketch::{Bracket, MagnitudeSketch, Probe, Selector, bounds_of_sample};
 
 /// Everything that a run shares.
 pub(super) struct Passes<'a> {
@@ -196,7 +197,7 @@ impl<'a> Passes<'a> {
         let goals = goals(plan, unit);
         let mut selectors: Vec<Option<Selector>> = vec![None; goals.len()];
         if let Some(trim) = plan.trim.as_ref().filter(|_| goals.iter().any(|goal| matches!(goal, Goal::Keep { .. }))) {
-            selectors = self.selectors(unit, trim, &goals)?;
+            selectors = self.selectors(unit, resident, trim, &goals)?;
         }
         let mut round = 0;
         loop {
@@ -214,25 +215,58 @@ impl<'a> Passes<'a> {
         Ok(cuts(plan, &goals, &found))
     }
 
-    /// Where each model's search for its threshold starts: at a probe's bracket where looking again would mean reading
-    /// again, else at the coarse sketch.
-    fn selectors(&mut self, unit: &Unit, trim: &Trim, goals: &[Goal]) -> Result<Vec<Option<Selector>>> {
+    /// Where each model's search for its threshold starts: at a bracket from a sample, which is read on its own where the
+    /// unit is not held in memory.
+    fn selectors(
+        &mut self,
+        unit: &Unit,
+        resident: &mut Option<Resident>,
+        trim: &Trim,
+        goals: &[Goal],
+    ) -> Result<Vec<Option<Selector>>> {
         let bins = self.schedule.sketch_bins;
-        let probes = match trim.threshold {
-            ThresholdKind::Exact if unit.kind == UnitKind::Streamed => Some(self.probe(unit)?),
-            _ => None,
+        let keep = |goal: &Goal| if let Goal::Keep { keep, elements } = *goal { Some((keep, elements)) } else { None };
+        let share = |(keep, elements): (u64, u64)| keep as f64 / elements as f64;
+        if trim.threshold == ThresholdKind::Sketch {
+            return Ok(goals.iter().map(|goal| keep(goal).map(|(keep, _)| Selector::coarse(keep))).collect());
+        }
+        let brackets: Vec<Bracket> = if resident.is_some() {
+            let samples = self.sample(unit, resident, goals)?.into_iter().zip(goals);
+            let bracket = |(mut sample, goal): (Vec<u32>, &Goal)| match keep(goal) {
+                Some(goal) => Bracket::within(bounds_of_sample(&mut sample, TILE_ELEMENTS, share(goal)), bins),
+                None => Bracket::COARSE,
+            };
+            samples.map(bracket).collect()
+        } else {
+            let probes = self.probe(unit)?;
+            let bracket = |(probe, goal): (&Probe, &Goal)| match keep(goal) {
+                Some(goal) => probe.bracket(share(goal), bins),
+                None => Bracket::COARSE,
+            };
+            probes.iter().zip(goals).map(bracket).collect()
         };
-        let start = |(model, goal): (usize, &Goal)| {
-            let Goal::Keep { keep, elements } = *goal else { return None };
-            Some(match (trim.threshold, &probes) {
-                (ThresholdKind::Sketch, _) => Selector::coarse(keep),
-                (_, Some(probes)) => {
-                    Selector::exact(keep, probes[model].bracket(keep as f64 / elements as f64, bins), bins)
+        let start = |(goal, bracket)| keep(goal).map(|(keep, _)| Selector::exact(keep, bracket, bins));
+        Ok(goals.iter().zip(brackets).map(start).collect())
+    }
+
+    /// Loads a resident unit, and samples the keys of the models that need a threshold.
+    fn sample(&mut self, unit: &Unit, resident: &mut Option<Resident>, goals: &[Goal]) -> Result<Vec<Vec<u32>>> {
+        let plan = self.plan;
+        let stride = sample_stride(unit.elements);
+        let samples = Mutex::new(vec![Vec::new(); goals.len()]);
+        self.each_chunk(unit, resident, false, None, |worker, ordinal, chunk, slot| {
+            for &(model, piece) in merged(plan, chunk).models {
+                if let Goal::Keep { .. } = goals[model as usize] {
+                    let keys = worker.keys(plan, chunk, slot, (model as usize, piece), (ordinal, stride))?;
+                    let sample = &mut lock(&samples)[model as usize];
+                    // Uneven chunks can give more than planned: a sample need not be complete.
+                    let room = SMALL_UNIT_ELEMENTS as usize - sample.len();
+                    sample.extend_from_slice(&keys[..room.min(keys.len())]);
                 }
-                _ => Selector::exact(keep, Bracket::COARSE, bins),
-            })
-        };
-        Ok(goals.iter().enumerate().map(start).collect())
+            }
+            Ok(())
+        })?;
+        Ok(samples.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// One look at all of the unit with the given brackets: the sum of the workers' sketches.

@@ -6,10 +6,12 @@ use crate::error::Result;
 use crate::limits::{LISTED_UNITS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::plan::{Action, Chunk, Plan, Unit};
 use crate::plan::{Scope, ThresholdKind};
-use crate::sketch::{MagnitudeSketch, Selector, Threshold, bracket_of_sample, select_in_place};
+use crate::sketch::{Bracket, MagnitudeSketch, Selector, Threshold, bounds_of_sample, select_in_place};
 
-/// Elements of a unit in memory that are sampled to bracket its threshold: about 1 % of a large tensor.
-const SAMPLED_ELEMENTS: u64 = SMALL_UNIT_ELEMENTS / 2;
+/// One in so many elements of a unit in memory is sampled to bracket its threshold.
+const SAMPLED_SHARE: u64 = 64;
+/// Fewest elements sampled.
+const SAMPLED_MIN: u64 = 1 << 14;
 /// Bins of a sketch over data in memory: they stay in the second-level cache, and another look costs no reading.
 const IN_MEMORY_BINS: usize = 1 << 18;
 
@@ -105,7 +107,9 @@ pub(super) fn solo_thresholds(
 ) -> Result<Vec<Option<Threshold>>> {
     let Action::Merge { models, .. } = &plan.tensors[chunk.tensor as usize].action else { return Ok(Vec::new()) };
     let coarse = plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Sketch);
+    let stride = sample_stride(chunk.count);
     let mut found = vec![None; goals.len()];
+    let mut bounds = vec![None; goals.len()];
     let mut selectors = vec![None; goals.len()];
     for &(model, piece) in models {
         let model = model as usize;
@@ -114,18 +118,25 @@ pub(super) fn solo_thresholds(
             selectors[model] = Some(Selector::coarse(keep));
             continue;
         }
-        // Every element, if there are few; else a sample.
-        let stride = if chunk.count <= SMALL_UNIT_ELEMENTS { 1 } else { chunk.count.div_ceil(SAMPLED_ELEMENTS) };
-        let keys = worker.keys(plan, chunk, slot, (model, piece), stride as usize)?;
+        let keys = worker.keys(plan, chunk, slot, (model, piece), (0, stride))?;
         if stride == 1 {
             found[model] = Some(select_in_place(keys, keep));
         } else {
             let bins = bins.min(IN_MEMORY_BINS);
-            let first = bracket_of_sample(keys, TILE_ELEMENTS, keep as f64 / chunk.count as f64, bins);
-            selectors[model] = Some(Selector::exact(keep, first, bins));
+            bounds[model] = bounds_of_sample(keys, TILE_ELEMENTS, keep as f64 / chunk.count as f64);
+            selectors[model] = Some(Selector::exact(keep, Bracket::within(bounds[model], bins), bins));
         }
     }
     // All models in one look, which loads base once.
+    if bounds.iter().any(Option::is_some) {
+        worker.list_near(plan, chunk, slot, &bounds)?;
+        for (model, goal) in goals.iter().enumerate() {
+            if let (Goal::Keep { keep, .. }, Some(_)) = (goal, bounds[model]) {
+                found[model] = worker.near[model].threshold(*keep);
+                selectors[model].take_if(|_| found[model].is_some());
+            }
+        }
+    }
     loop {
         let brackets: Vec<_> = selectors.iter().map(|s| s.as_ref().and_then(Selector::bracket)).collect();
         if brackets.iter().all(Option::is_none) {
@@ -139,6 +150,16 @@ pub(super) fn solo_thresholds(
         *found = found.or(selector.as_ref().and_then(Selector::threshold));
     }
     Ok(found)
+}
+
+/// Every how many tiles of a unit of `elements` to sample: 1, for all of them, if there are few; else so that a longer
+/// sample would cost more than the keys near the threshold that it would save.
+pub(super) fn sample_stride(elements: u64) -> usize {
+    if elements <= SMALL_UNIT_ELEMENTS {
+        return 1;
+    }
+    let sampled = (elements / SAMPLED_SHARE).clamp(SAMPLED_MIN, SMALL_UNIT_ELEMENTS / 2);
+    elements.div_ceil(sampled) as usize
 }
 
 /// Shows each selector that still searches the sketch made with its bracket.

@@ -12,8 +12,8 @@ use crate::kernels::{self, Isa};
 use crate::limits::{OUT_ELEMENTS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::method::{Inputs, Tile};
 use crate::plan::{Action, Chunk, Piece, Plan, Schedule};
-use crate::plan::{NonFinite, Overflow};
-use crate::sketch::{Bracket, MagnitudeSketch};
+use crate::plan::{NonFinite, Overflow, near_keys};
+use crate::sketch::{Bracket, MagnitudeSketch, NearKeys};
 use crate::storage::Window;
 
 /// Windows on one chunk of every checkpoint.
@@ -106,6 +106,9 @@ pub(super) struct Worker {
     /// One sketch per model, where the plan trims.
     pub sketches: Vec<MagnitudeSketch>,
     keys: Vec<u32>,
+    /// One list per model, where thresholds are selected in memory.
+    pub near: Vec<NearKeys>,
+    near_keys: usize,
     pub tally: Tally,
 }
 
@@ -132,6 +135,8 @@ impl Worker {
             encoded: vec![0; out_elements * out_width.unwrap_or(1)],
             sketches: Vec::new(),
             keys: Vec::new(),
+            near: Vec::new(),
+            near_keys: near_keys(schedule.slot_elements) as usize,
             tally: Tally { kept: vec![0; plan.models()], ..Tally::default() },
         }
     }
@@ -165,23 +170,49 @@ impl Worker {
         Ok(())
     }
 
+    /// Lists the keys of the chunk's task vectors about the bounds of the models that have any.
+    pub(super) fn list_near(
+        &mut self,
+        plan: &Plan,
+        chunk: Chunk,
+        slot: &Slot,
+        bounds: &[Option<(u32, u32)>],
+    ) -> Result<()> {
+        let capacity = self.near_keys;
+        self.near.resize_with(bounds.len(), || NearKeys::with_capacity(capacity));
+        for (near, bounds) in self.near.iter_mut().zip(bounds) {
+            bounds.iter().for_each(|&(low, high)| near.reset(low, high));
+        }
+        for (from, length) in tiles(chunk) {
+            self.load_base(plan, chunk, slot, from, length);
+            for &(model, piece) in merged(plan, chunk).models {
+                if bounds[model as usize].is_some() {
+                    self.task_vector(plan, chunk, slot, (model as usize, piece), from, length)?;
+                    self.near[model as usize].add(self.isa, &self.tiles.inputs[model as usize][..length]);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The keys of `model`'s task vector in every `stride`-th tile of the chunk (1 for all), for selection in memory.
+    /// `ordinal` counts the chunks of a unit, so that many short ones are sampled evenly too.
     pub(super) fn keys(
         &mut self,
         plan: &Plan,
         chunk: Chunk,
         slot: &Slot,
         model: (usize, Piece),
-        stride: usize,
+        (ordinal, stride): (usize, usize),
     ) -> Result<&mut Vec<u32>> {
         self.keys.clear();
         self.keys.reserve_exact(SMALL_UNIT_ELEMENTS.min(chunk.count) as usize);
-        for (from, length) in tiles(chunk).step_by(stride) {
+        let first = (stride - ordinal % stride) % stride;
+        for (from, length) in tiles(chunk).skip(first).step_by(stride) {
             self.load_base(plan, chunk, slot, from, length);
             self.task_vector(plan, chunk, slot, model, from, length)?;
             self.keys.extend(self.tiles.inputs[model.0][..length].iter().copied().map(kernels::key));
         }
-        debug_assert!(self.keys.len() as u64 <= SMALL_UNIT_ELEMENTS);
         Ok(&mut self.keys)
     }
 
@@ -574,13 +605,13 @@ impl Worker {
 }
 
 /// The merge of a chunk's tensor.
-struct Merge<'a> {
+pub(super) struct Merge<'a> {
     base: Option<Piece>,
-    models: &'a [(u32, Piece)],
+    pub models: &'a [(u32, Piece)],
     oracle: Option<Piece>,
 }
 
-fn merged(plan: &Plan, chunk: Chunk) -> Merge<'_> {
+pub(super) fn merged(plan: &Plan, chunk: Chunk) -> Merge<'_> {
     match &plan.tensors[chunk.tensor as usize].action {
         Action::Merge { base, models, oracle } => Merge { base: *base, models, oracle: *oracle },
         Action::Copy { .. } => unreachable!("copied tensors are not merged"),

@@ -11,7 +11,7 @@
 //! It does not check that slices match (the entry points in `mod.rs` do), and knows nothing of instruction sets.
 
 use super::convert::{Codec, INFINITY, bytes_of_f64, keep, key, mask, select, with_codec};
-use super::{STRAY, Ties, draw};
+use super::{Near, STRAY, Ties, draw};
 use crate::dtype::Float;
 
 /// Elements per block of the kernels that go through several models: large enough not to be unrolled into scalar
@@ -286,19 +286,62 @@ pub(super) fn histogram(tau: &[f32], low: u32, shift: u32, bins: &mut [u64]) -> 
 }
 
 /// Counts the offsets below `width`, at most 32: finds them as the bits of a word, then visits only those.
-///
-/// A slice, not an array: a loop of known length would be unrolled into scalar code.
 #[inline(always)]
 fn scatter(offsets: &[u32], width: u32, shift: u32, bins: &mut [u64]) {
-    let mut found = 0;
-    for (offset, bit) in offsets.iter().zip(&BITS) {
-        found |= if *offset < width { *bit } else { 0 };
-    }
+    let mut found = bits_below(offsets, width);
     while found != 0 {
         let offset = offsets[found.trailing_zeros() as usize];
         count_offset(offset, shift, bins);
         found &= found - 1;
     }
+}
+
+#[inline(always)]
+pub(super) fn collect(tau: &[f32], low: u32, high: u32, between: &mut [u32]) -> Near {
+    let mut near = Near::default();
+    // Keys up to `low` wrap to offsets beyond any width.
+    let first = low + 1;
+    let width = high.saturating_sub(first);
+    for block in tau.chunks(LANES) {
+        let mut offsets = [u32::MAX; LANES];
+        let (mut any, mut above, mut at_high, mut at_low) = (0, 0, 0, 0);
+        for (offset, tau) in offsets.iter_mut().zip(block) {
+            let key = key(*tau);
+            *offset = key.wrapping_sub(first);
+            any |= mask(*offset < width);
+            above += mask(key > high) & 1;
+            at_high += mask(key == high) & 1;
+            at_low += mask(key == low) & 1;
+        }
+        near.above += u64::from(above);
+        near.at_high += u64::from(at_high);
+        near.at_low += u64::from(at_low);
+        if any != 0 {
+            for group in offsets[..block.len()].chunks(32) {
+                let mut found = bits_below(group, width);
+                while found != 0 {
+                    if let Some(slot) = between.get_mut(near.between as usize) {
+                        *slot = first + group[found.trailing_zeros() as usize];
+                    }
+                    near.between += 1;
+                    found &= found - 1;
+                }
+            }
+        }
+    }
+    near
+}
+
+/// The offsets below `width`, at most 32, as the bits of a word.
+///
+/// A slice, not an array: a loop of known length would be unrolled into scalar code.
+#[inline(always)]
+fn bits_below(offsets: &[u32], width: u32) -> u32 {
+    let mut found = 0;
+    for (offset, bit) in offsets.iter().zip(&BITS) {
+        found |= if *offset < width { *bit } else { 0 };
+    }
+    found
 }
 
 /// Counts one key by its distance from the first bin's first key, and marks a bin in which it is not the first.

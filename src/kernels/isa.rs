@@ -8,7 +8,7 @@
 //! The only unsafe code of the kernels is the call into a variant. It does not know what the kernels compute.
 #![allow(unsafe_code)]
 
-use super::{Ties, body};
+use super::{Near, Ties, body};
 use crate::dtype::Float;
 
 /// An instruction set that this CPU has.
@@ -88,7 +88,7 @@ macro_rules! kernels {
     ($(fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
         #[cfg(target_arch = "x86_64")]
         mod avx2 {
-            use super::{Float, Ties, body};
+            use super::{Float, Near, Ties, body};
             $(
                 #[target_feature(enable = "avx2")]
                 pub(super) fn $name($($arg: $type),*) $(-> $result)? {
@@ -99,7 +99,7 @@ macro_rules! kernels {
 
         #[cfg(target_arch = "x86_64")]
         mod avx512 {
-            use super::{Float, Ties, body};
+            use super::{Float, Near, Ties, body};
             $(
                 #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512cd")]
                 pub(super) fn $name($($arg: $type),*) $(-> $result)? {
@@ -139,6 +139,7 @@ kernels! {
     fn trim_lowest(tau: &mut [f32], ties: Ties, quota: u64) -> (u64, u64);
     fn count_ties(tau: &[f32], ties: Ties) -> u64;
     fn histogram(tau: &[f32], low: u32, shift: u32, bins: &mut [u64]) -> u64;
+    fn collect(tau: &[f32], low: u32, high: u32, between: &mut [u32]) -> Near;
     fn elect_mass(taus: &[&[f32]], weights: &[f32], gamma: &mut [f32]);
     fn elect_count(taus: &[&[f32]], gamma: &mut [f32]);
     fn sign_of(values: &[f32], gamma: &mut [f32]);

@@ -190,6 +190,28 @@ pub fn histogram(isa: Isa, tau: &[f32], low: u32, shift: u32, bins: &mut [u64]) 
     isa::histogram(isa, tau, low, shift, bins)
 }
 
+/// Numbers of keys about two bounds; see [`collect`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Near {
+    /// Above the upper bound.
+    pub above: u64,
+    /// Equal to the upper bound.
+    pub at_high: u64,
+    /// Between the bounds, whether they found room or not.
+    pub between: u64,
+    /// Equal to the lower bound, unless it is the upper one too.
+    pub at_low: u64,
+}
+
+/// Counts keys about `low` and `high`, and writes those between them to `between`, in order, as far as there is room.
+///
+/// Bounds that a sample suggests are often keys that many entries share: these are counted, not written.
+pub fn collect(isa: Isa, tau: &[f32], low: u32, high: u32, between: &mut [u32]) -> Near {
+    assert!(low <= high && high < 1 << 31, "a range of keys");
+    let near = isa::collect(isa, tau, low, high, between);
+    if low < high { near } else { Near { at_low: 0, ..near } }
+}
+
 // ---- Elect --------------------------------------------------------------------------------------------------------
 
 /// γ = sgn(Σ_t w_t τ_t), as -1.0, 0.0 or +1.0; 0.0 where the sum is NaN.

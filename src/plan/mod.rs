@@ -12,6 +12,7 @@ mod summary;
 
 use std::sync::Arc;
 
+pub(crate) use schedule::near_keys;
 pub use schedule::{Chunk, Run, Schedule, Unit, UnitKind};
 pub use summary::{InputSummary, PassSummary, PlanSummary};
 

@@ -12,11 +12,15 @@ use super::{Action, Plan};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::limits::{
-    CHUNK_ELEMENTS, MIN_CHUNK_ELEMENTS, OUT_ELEMENTS, PROBE_BLOCK, PROBE_GROUPS, PROBE_MIN_ELEMENTS, PROBE_SHARE,
-    PROCESS_BYTES, RESIDENT_CHUNKS, SKETCH_BINS_MAX, SKETCH_BINS_MIN, SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS,
-    TILE_ELEMENTS,
+    CHUNK_ELEMENTS, MIN_CHUNK_ELEMENTS, NEAR_KEYS, NEAR_SHARE, OUT_ELEMENTS, PROBE_BLOCK, PROBE_GROUPS,
+    PROBE_MIN_ELEMENTS, PROBE_SHARE, PROCESS_BYTES, RESIDENT_BYTES, RESIDENT_WINDOWS, SKETCH_BINS_MAX, SKETCH_BINS_MIN,
+    SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS, TILE_ELEMENTS,
 };
 use crate::recipe::{Scope, ThresholdKind};
+use crate::storage::Window;
+
+/// What keeping track of one window costs, with the allocator's own needs.
+const WINDOW_BYTES: u64 = size_of::<Window>() as u64 + 32;
 
 /// How a run is to be done: changes speed and memory, never output bytes.
 #[derive(Debug, Clone, Copy)]
@@ -119,14 +123,12 @@ impl Schedule {
             memory_limit: run.memory_bytes,
             passes: Vec::new(),
         };
-        let resident: u64 = schedule
-            .units
-            .iter()
-            .filter(|u| u.kind == UnitKind::Resident && plan.scope == Scope::Model)
-            .map(|u| bytes_of(plan, &u.tensors, true))
-            .sum();
-        if resident > 0 {
-            schedule.memory.push(("inputs held between the passes".into(), resident));
+        let resident = |u: &&Unit| u.kind == UnitKind::Resident && plan.scope == Scope::Model;
+        for unit in schedule.units.iter().filter(resident) {
+            let chunks = Self::chunks(plan, &unit.tensors, unit.chunk_elements).count() as u64;
+            let windows = chunks * schedule.widths.len() as u64 * WINDOW_BYTES;
+            let bytes = bytes_of(plan, &unit.tensors, true) + windows;
+            schedule.memory.push(("inputs held between the passes".into(), bytes));
         }
         schedule.passes = schedule.passes(plan);
         Ok(schedule)
@@ -343,7 +345,11 @@ impl Demand {
         if self.trims {
             // Each worker's sketches, and the sum of them.
             let sketches = (n + 1) * self.models * bins as u64 * 8;
-            let keys = if self.tensor_scope { n * 4 * SMALL_UNIT_ELEMENTS.min(slot_elements) } else { 0 };
+            // A worker's sample and the keys near each threshold; samples of a unit that all workers share.
+            let sample = SMALL_UNIT_ELEMENTS.min(slot_elements);
+            let keys =
+                n * 4 * (sample + self.models * near_keys(slot_elements)) + self.models * 4 * SMALL_UNIT_ELEMENTS;
+            let keys = if self.exact { keys } else { 0 };
             let probe = if self.exact { PROBE_GROUPS as u64 * self.models * SKETCH_BINS_MIN as u64 * 4 } else { 0 };
             terms.push(("magnitude sketches".to_string(), sketches + keys + probe));
         }
@@ -358,11 +364,11 @@ impl Demand {
         let elements = |tensors: &[u32]| tensors.iter().map(|&t| plan.length(t)).sum::<u64>();
         if !self.tensor_scope {
             let used: u64 = cut.terms.iter().map(|(_, b)| b).sum();
-            let chunks = Schedule::chunks(plan, &self.grouped, streamed_chunk).take(RESIDENT_CHUNKS + 1).count();
-            // Worth it for small models, whose probe would be a large part of them; a large one's second read comes from
-            // the page cache where there is memory for it, and faster.
+            let chunks = Schedule::chunks(plan, &self.grouped, streamed_chunk);
+            let windows = chunks.take(RESIDENT_WINDOWS as usize + 1).count() as u64 * self.widths.len() as u64;
             let bytes = bytes_of(plan, &self.grouped, true);
-            let fits = bytes <= limit / 4 && used + bytes <= limit && chunks <= RESIDENT_CHUNKS;
+            let held = bytes + windows * WINDOW_BYTES;
+            let fits = bytes <= RESIDENT_BYTES && windows <= RESIDENT_WINDOWS && used + held <= limit;
             return vec![Unit {
                 elements: elements(&self.grouped),
                 tensors: self.grouped.clone(),
@@ -382,6 +388,11 @@ impl Demand {
         };
         self.grouped.iter().map(unit).collect()
     }
+}
+
+/// Most keys that a worker with windows of `slot_elements` lists near one threshold.
+pub fn near_keys(slot_elements: u64) -> u64 {
+    NEAR_KEYS.min(slot_elements / NEAR_SHARE).max(1)
 }
 
 /// What the catalogues of all checkpoints and the plan itself hold, from the sizes of their entries.

@@ -7,12 +7,15 @@
 //!   of the same bracket merge by addition, in any order.
 //! - [`Selector`]: finds the k-th largest key from a sequence of sketches, each over all the data: exact, with as few
 //!   looks as the first bracket's luck allows.
+//! - [`NearKeys`]: the same for data in memory, where the few keys near the threshold can be listed.
 //! - [`Probe`]: places that first bracket from a sample, so that one look at the data is enough.
 
+mod near;
 mod probe;
 mod select;
 
-pub use probe::{Probe, bracket_of_sample};
+pub use near::NearKeys;
+pub use probe::{Probe, bounds_of_sample};
 pub use select::{Selector, Threshold, select_in_place};
 
 use crate::kernels::{self, Isa, STRAY};
@@ -35,6 +38,11 @@ pub struct Bracket {
 }
 
 impl Bracket {
+    /// From bounds on a threshold, both included, with the narrowest bins that `max_bins` allows; all keys for `None`.
+    pub fn within(bounds: Option<(u32, u32)>, max_bins: usize) -> Self {
+        bounds.map_or(Self::COARSE, |(low, high)| Self::over(low, u64::from(high) + 1, max_bins))
+    }
+
     /// All keys, 2^15 per bin: about 0.4 % of a magnitude.
     pub const COARSE: Self = Self { low: 0, shift: COARSE_SHIFT, bins: SKETCH_BINS_MIN };
 

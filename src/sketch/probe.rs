@@ -60,15 +60,16 @@ impl Probe {
     }
 }
 
-/// A bracket for data in memory from a sample of its keys, taken in blocks of `block` neighbours. The sample is
-/// reordered and doubled in length on the way. A miss costs another look but no reading, so it may be likelier here.
-pub fn bracket_of_sample(keys: &mut Vec<u32>, block: usize, fraction: f64, max_bins: usize) -> Bracket {
+/// Bounds (smallest and largest key) about the value at `fraction` (from the top) of data in memory, from a sample of its
+/// keys taken in blocks of `block` neighbours; `None` if the sample says nothing. The sample is reordered and doubled
+/// in length on the way. A miss costs another look but no reading, so it may be likelier here.
+pub fn bounds_of_sample(keys: &mut Vec<u32>, block: usize, fraction: f64) -> Option<(u32, u32)> {
     /// Half width of the bracket in standard errors.
     const HALF_WIDTH: f64 = 3.0;
     let n = keys.len();
     let rank = |share: f64| (share.max(0.0) * n as f64) as usize;
     if rank(fraction) >= n {
-        return Bracket::COARSE;
+        return None;
     }
     let descending = |a: &u32, b: &u32| b.cmp(a);
     keys.extend_from_within(..);
@@ -78,14 +79,14 @@ pub fn bracket_of_sample(keys: &mut Vec<u32>, block: usize, fraction: f64, max_b
     let half = HALF_WIDTH * standard_error(sample.chunks(block).map(share), fraction, n as f64);
     let (upper, lower) = (rank(fraction - half), rank(fraction + half));
     if lower >= n {
-        return Bracket::COARSE;
+        return None;
     }
     let (larger, &mut low, _) = sample.select_nth_unstable_by(lower, descending);
-    let end = match upper {
-        0 => KEYS,
-        _ => u64::from(*larger.select_nth_unstable_by(upper.min(lower - 1), descending).1) + 1,
+    let high = match upper {
+        0 => KEYS as u32 - 1,
+        _ => *larger.select_nth_unstable_by(upper.min(lower - 1), descending).1,
     };
-    Bracket::over(low, end, max_bins)
+    Some((low, high))
 }
 
 /// Standard error of a share of `samples` values, from the shares in the groups they were taken in: at least that of
@@ -173,12 +174,12 @@ mod tests {
         sorted.sort_unstable_by(|a, b| b.cmp(a));
         for fraction in [1e-4, 0.2, 0.5, 0.9999] {
             let mut sample: Vec<u32> = keys.chunks(1000).step_by(10).flatten().copied().collect();
-            let bracket = bracket_of_sample(&mut sample, 1000, fraction, 1 << 18);
+            let (low, high) = bounds_of_sample(&mut sample, 1000, fraction).unwrap();
             let key = sorted[(fraction * 1e6) as usize - 1];
-            assert!(bracket.low <= key && u64::from(key) < bracket.end(), "{fraction}: {bracket:?} misses {key}");
+            assert!(low <= key && key <= high, "{fraction}: {low} to {high} misses {key}");
         }
-        assert_eq!(bracket_of_sample(&mut vec![5; 3], 1, 0.5, 1 << 16), Bracket::COARSE);
-        assert_eq!(bracket_of_sample(&mut vec![5; 100_000], 10, 0.5, 1 << 16), Bracket { low: 5, shift: 0, bins: 1 });
+        assert_eq!(bounds_of_sample(&mut vec![5; 3], 1, 0.5), None);
+        assert_eq!(bounds_of_sample(&mut vec![5; 100_000], 10, 0.5), Some((5, 5)));
     }
 
     #[test]

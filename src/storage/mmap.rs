@@ -10,14 +10,14 @@
 
 use std::fs::File;
 
-use memmap2::{Mmap, MmapOptions};
+use memmap2::{Mmap, MmapMut, MmapOptions};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Bytes of a file, read or mapped. See the module's documentation.
 #[derive(Debug, Default)]
 pub struct Window {
-    buffer: Vec<u8>,
+    buffer: Option<MmapMut>,
     capacity: usize,
     length: usize,
     mapping: Option<Mmap>,
@@ -33,7 +33,7 @@ impl Window {
     pub fn bytes(&self) -> &[u8] {
         match &self.mapping {
             Some(mapping) => mapping,
-            None => &self.buffer[..self.length],
+            None => self.buffer.as_deref().map_or(&[], |buffer| &buffer[..self.length]),
         }
     }
 
@@ -51,11 +51,14 @@ impl Window {
     /// Shows `length` bytes that `read` puts into the buffer.
     pub(super) fn fill_from(&mut self, length: usize, read: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
         self.clear();
-        if self.buffer.len() < length {
-            // Zeroed memory comes from the system untouched: only what is read becomes resident.
-            self.buffer = vec![0; self.capacity.max(length)];
+        if length > 0 {
+            if self.buffer.as_ref().is_none_or(|buffer| buffer.len() < length) {
+                self.buffer = Some(allocate(self.capacity.max(length))?);
+            }
+            if let Some(buffer) = &mut self.buffer {
+                read(&mut buffer[..length])?;
+            }
         }
-        read(&mut self.buffer[..length])?;
         self.length = length;
         Ok(())
     }
@@ -84,6 +87,24 @@ impl Window {
     }
 }
 
+/// Memory straight from the system, so that running out of it is an error, and in huge pages where it has them, which
+/// cost a fraction of the faults and of the address translation.
+fn allocate(bytes: usize) -> Result<MmapMut> {
+    let memory = MmapMut::map_anon(bytes).map_err(|e| {
+        Error::failed(format!("no memory for a buffer of {bytes} bytes: {e}")).help("use less --memory")
+    })?;
+    #[cfg(target_os = "linux")]
+    if bytes >= HUGE_PAGE_BYTES {
+        // Only a hint.
+        let _ = memory.advise(memmap2::Advice::HugePage);
+    }
+    Ok(memory)
+}
+
+/// Buffers shorter than this would mostly be padding in huge pages.
+#[cfg(target_os = "linux")]
+const HUGE_PAGE_BYTES: usize = 4 << 20;
+
 /// Reads the mapped pages now; false if that fails, as it does where the file has ended or the disk has a fault.
 #[cfg(target_os = "linux")]
 fn populate(mapping: &Mmap) -> bool {
@@ -104,7 +125,6 @@ mod tests {
     use std::io::Write as _;
 
     use super::*;
-    use crate::error::Error;
 
     fn file(content: &[u8]) -> File {
         let mut file = tempfile::tempfile().unwrap();
@@ -129,7 +149,7 @@ mod tests {
             assert!(window.map(&file, offset as u64, length));
             assert_eq!(window.bytes(), &content[offset..offset + length]);
         }
-        assert_eq!(window.buffer.capacity(), 0);
+        assert!(window.buffer.is_none());
         assert_eq!(window.capacity(), 10_000);
     }
 
