@@ -84,7 +84,7 @@ fn kernels(data: &Data) -> Vec<Kernel> {
             "task_vector bf16",
             10,
             Box::new(move |isa, data, tile| {
-                bench::task_vector(isa, BF16, &data.stored[tile], &data.base[tile], &mut b)
+                bench::task_vector(isa, BF16, &data.stored[tile], &data.base[tile], &mut b);
             }),
         ),
         (

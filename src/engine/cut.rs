@@ -65,6 +65,15 @@ impl Cut {
         Self::Sample { ties, accept, draw_key: u64::from_le_bytes(*first) }
     }
 
+    /// The smallest key that survives, where that is all there is to it.
+    pub(super) fn min_key(&self) -> Option<u32> {
+        match *self {
+            Self::NonZero => Some(1),
+            Self::Keep { min_key } => Some(min_key),
+            _ => None,
+        }
+    }
+
     /// Trims `tau`, whose first element has index `first` in its tensor; `seen` counts the ties before it, for rules
     /// that go by position. Returns the number of survivors that are not zero.
     pub(super) fn apply(&self, isa: Isa, tau: &mut [f32], first: u64, seen: &mut u64) -> u64 {

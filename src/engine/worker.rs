@@ -16,16 +16,22 @@ use crate::plan::{NonFinite, Overflow, near_keys};
 use crate::sketch::{Bracket, MagnitudeSketch, NearKeys};
 use crate::storage::Window;
 
+/// More than a core's share of the caches.
+const DISTANT_BYTES: u64 = 6 << 20;
+
 /// Windows on one chunk of every checkpoint.
 #[derive(Default)]
 pub(super) struct Slot {
     windows: Vec<Window>,
+    /// What is loaded is too much for the caches: tiles are asked for ahead of their use.
+    distant: bool,
 }
 
 impl Slot {
     /// Windows that hold `elements` elements of each checkpoint's widest type.
     pub(super) fn new(widths: &[u64], elements: u64) -> Self {
-        Self { windows: widths.iter().map(|&w| Window::with_capacity((w * elements) as usize)).collect() }
+        let windows = widths.iter().map(|&w| Window::with_capacity((w * elements) as usize)).collect();
+        Self { windows, distant: false }
     }
 
     /// Windows that hold exactly `chunk`.
@@ -34,7 +40,7 @@ impl Slot {
         for piece in plan.pieces(chunk.tensor, true) {
             bytes[piece.checkpoint as usize] = locate(plan, chunk, piece).2;
         }
-        Self { windows: bytes.into_iter().map(|b| Window::with_capacity(b as usize)).collect() }
+        Self { windows: bytes.into_iter().map(|b| Window::with_capacity(b as usize)).collect(), distant: false }
     }
 
     /// Loads `pieces` of `chunk`; returns the bytes loaded.
@@ -46,6 +52,7 @@ impl Slot {
                 .map_err(|e| e.tensor(&plan.tensors[chunk.tensor as usize].name))?;
             total += bytes;
         }
+        self.distant = total > DISTANT_BYTES;
         Ok(total)
     }
 
@@ -56,6 +63,10 @@ impl Slot {
     /// The bytes of elements `[from, from + length)` of the chunk in `piece`.
     fn tile(&self, plan: &Plan, piece: Piece, from: usize, length: usize) -> (Float, &[u8]) {
         let float = float_of(plan, piece);
+        if self.distant {
+            let next = (from + length) * float.width();
+            kernels::prefetch(self.bytes(piece).get(next..next + TILE_ELEMENTS * float.width()).unwrap_or_default());
+        }
         (float, &self.bytes(piece)[from * float.width()..(from + length) * float.width()])
     }
 }
@@ -246,8 +257,7 @@ impl Worker {
         let kept = self.tally.kept.clone();
         self.set_weights(plan, chunk);
         for (from, length) in tiles(chunk) {
-            self.load_inputs(plan, chunk, slot, from, length)?;
-            self.trim(plan, chunk, from, length, cuts, seen);
+            self.load_inputs(plan, chunk, slot, (from, length), cuts, seen)?;
             let Tiles { inputs, oracle, scratch, .. } = &mut self.tiles;
             let merge = merged(plan, chunk);
             with_refs(inputs, merge.models, length, |inputs| {
@@ -275,8 +285,7 @@ impl Worker {
         let float = Float::from_dtype(plan.tensors[chunk.tensor as usize].dtype).expect("merged tensors are floats");
         self.set_weights(plan, chunk);
         self.in_blocks(plan, chunk, float, sink, |worker, from, length, encoded| {
-            let clean = worker.load_inputs(plan, chunk, slot, from, length)?;
-            worker.trim(plan, chunk, from, length, cuts, seen);
+            let clean = worker.load_inputs(plan, chunk, slot, (from, length), cuts, seen)?;
             worker.combine(plan, chunk, length, majority);
             worker.finish(plan, chunk, slot, (from, length), clean, encoded)
         })?;
@@ -379,14 +388,49 @@ impl Worker {
         let (float, bytes) = slot.tile(plan, piece, from, length);
         let (base_float, base_bytes) = slot.tile(plan, base, from, length);
         let tau = &mut self.tiles.inputs[model][..length];
-        if float == Float::F64 || base_float == Float::F64 {
+        let finite = if float == Float::F64 || base_float == Float::F64 {
             kernels::task_vector_f64(self.isa, float, bytes, base_float, base_bytes, tau);
+            kernels::all_finite(self.isa, tau)
         } else {
-            kernels::task_vector(self.isa, float, bytes, &self.tiles.base[..length], tau);
+            kernels::task_vector(self.isa, float, bytes, &self.tiles.base[..length], tau)
+        };
+        if !finite {
+            self.settle_input(plan, chunk, slot, model, from, length)?;
         }
-        self.settle_input(plan, chunk, slot, model, from, length)
+        Ok(finite)
     }
 
+    /// τ̂ of one model into its input tile, counting survivors; otherwise like [`Self::task_vector`].
+    #[allow(clippy::too_many_arguments)]
+    fn trimmed_task_vector(
+        &mut self,
+        plan: &Plan,
+        chunk: Chunk,
+        slot: &Slot,
+        (model, piece): (usize, Piece),
+        from: usize,
+        length: usize,
+        cut: &Cut,
+        seen: &mut u64,
+    ) -> Result<bool> {
+        let base = merged(plan, chunk).base.expect("task vectors need a base");
+        let (float, bytes) = slot.tile(plan, piece, from, length);
+        let narrow = float != Float::F64 && float_of(plan, base) != Float::F64;
+        if let Some(min_key) = cut.min_key().filter(|_| narrow) {
+            let Tiles { base, inputs, .. } = &mut self.tiles;
+            let tau = &mut inputs[model][..length];
+            if let Some(kept) = kernels::trimmed_task_vector(self.isa, float, bytes, &base[..length], min_key, tau) {
+                self.tally.kept[model] += kept;
+                return Ok(true);
+            }
+        }
+        let finite = self.task_vector(plan, chunk, slot, (model, piece), from, length)?;
+        let tau = &mut self.tiles.inputs[model][..length];
+        self.tally.kept[model] += cut.apply(self.isa, tau, chunk.start + from as u64, seen);
+        Ok(finite)
+    }
+
+    /// Deals with an input tile that is not finite everywhere.
     fn settle_input(
         &mut self,
         plan: &Plan,
@@ -395,37 +439,52 @@ impl Worker {
         model: usize,
         from: usize,
         length: usize,
-    ) -> Result<bool> {
-        let input = &mut self.tiles.inputs[model][..length];
-        if kernels::all_finite(self.isa, input) {
-            return Ok(true);
-        }
+    ) -> Result<()> {
         if plan.non_finite == NonFinite::Error {
             return Err(self.non_finite_error(plan, chunk, slot, from, length));
         }
-        kernels::zero_non_finite(self.isa, input);
-        Ok(false)
+        kernels::zero_non_finite(self.isa, &mut self.tiles.inputs[model][..length]);
+        Ok(())
     }
 
-    /// Fills base, input and oracle tiles; returns whether every input was finite.
-    fn load_inputs(&mut self, plan: &Plan, chunk: Chunk, slot: &Slot, from: usize, length: usize) -> Result<bool> {
+    /// Fills base, input (trimmed, where the method asks for that) and oracle tiles; returns whether every input was
+    /// finite.
+    fn load_inputs(
+        &mut self,
+        plan: &Plan,
+        chunk: Chunk,
+        slot: &Slot,
+        (from, length): (usize, usize),
+        cuts: &[Cut],
+        seen: &mut TieCounts,
+    ) -> Result<bool> {
         let merge = merged(plan, chunk);
         self.load_base(plan, chunk, slot, from, length);
         let mut clean = true;
         for &(model, piece) in merge.models {
-            clean &= if plan.merger.needs().inputs == Inputs::Weights {
-                let (float, bytes) = slot.tile(plan, piece, from, length);
-                kernels::load(self.isa, float, bytes, &mut self.tiles.inputs[model as usize][..length]);
-                self.settle_input(plan, chunk, slot, model as usize, from, length)?
-            } else {
-                self.task_vector(plan, chunk, slot, (model as usize, piece), from, length)?
+            let model = model as usize;
+            clean &= match plan.merger.needs().inputs {
+                Inputs::Weights => {
+                    let (float, bytes) = slot.tile(plan, piece, from, length);
+                    let input = &mut self.tiles.inputs[model][..length];
+                    kernels::load(self.isa, float, bytes, input);
+                    let finite = kernels::all_finite(self.isa, input);
+                    if !finite {
+                        self.settle_input(plan, chunk, slot, model, from, length)?;
+                    }
+                    finite
+                }
+                Inputs::TaskVectors => self.task_vector(plan, chunk, slot, (model, piece), from, length)?,
+                Inputs::TrimmedTaskVectors => {
+                    let (cut, seen) = (&cuts[model], &mut seen[model]);
+                    self.trimmed_task_vector(plan, chunk, slot, (model, piece), from, length, cut, seen)?
+                }
             };
         }
         if let Some(piece) = merge.oracle {
             let (float, bytes) = slot.tile(plan, piece, from, length);
             let base = &self.tiles.base[..length];
-            kernels::task_vector(self.isa, float, bytes, base, &mut self.tiles.scratch[..length]);
-            if !kernels::all_finite(self.isa, &self.tiles.scratch[..length]) {
+            if !kernels::task_vector(self.isa, float, bytes, base, &mut self.tiles.scratch[..length]) {
                 if plan.non_finite == NonFinite::Error {
                     return Err(self.non_finite_error(plan, chunk, slot, from, length));
                 }
@@ -435,18 +494,6 @@ impl Worker {
             kernels::sign_of(self.isa, &self.tiles.scratch[..length], &mut self.tiles.oracle[..length]);
         }
         Ok(clean)
-    }
-
-    /// Trims the input tiles and counts survivors.
-    fn trim(&mut self, plan: &Plan, chunk: Chunk, from: usize, length: usize, cuts: &[Cut], seen: &mut TieCounts) {
-        if plan.merger.needs().inputs != Inputs::TrimmedTaskVectors {
-            return;
-        }
-        for &(model, _) in merged(plan, chunk).models {
-            let model = model as usize;
-            let tau = &mut self.tiles.inputs[model][..length];
-            self.tally.kept[model] += cuts[model].apply(self.isa, tau, chunk.start + from as u64, &mut seen[model]);
-        }
     }
 
     /// Runs the method on the input tiles; the result is in the out tile.
@@ -550,23 +597,25 @@ impl Worker {
     ) -> Result<()> {
         let clamp = plan.overflow == Overflow::Clamp;
         let values = &mut self.tiles.out[..length];
+        if kernels::store(self.isa, float, values, encoded, clamp) {
+            return Ok(());
+        }
         let exempt = &self.tiles.exempt;
         let mut lost = None;
-        if !kernels::all_finite(self.isa, values) {
-            for (i, value) in values.iter_mut().enumerate().filter(|(i, v)| !v.is_finite() && !exempt[*i]) {
-                if clamp && value.is_infinite() {
-                    *value = f32::MAX.copysign(*value);
-                } else {
-                    lost = lost.or(Some((i, *value)));
-                }
+        for (i, value) in values.iter_mut().enumerate().filter(|(i, v)| !v.is_finite() && !exempt[*i]) {
+            if clamp && value.is_infinite() {
+                *value = f32::MAX.copysign(*value);
+            } else {
+                lost = lost.or(Some((i, *value)));
             }
         }
-        if kernels::store(self.isa, float, values, encoded, clamp) && !clamp {
+        if !clamp {
             let mut one = [0u8; 8];
-            let overflows = |value: f32| kernels::store(self.isa, float, &[value], &mut one[..float.width()], false);
-            let first = values.iter().copied().map(overflows).position(|over| over);
+            let mut fits = |value: f32| kernels::store(self.isa, float, &[value], &mut one[..float.width()], false);
+            let first = values.iter().position(|&value| value.is_finite() && !fits(value));
             lost = lost.or(first.map(|i| (i, values[i])));
         }
+        kernels::store(self.isa, float, values, encoded, clamp);
         match lost {
             None => Ok(()),
             Some((i, value)) => Err(Error::input(format!(

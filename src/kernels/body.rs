@@ -59,14 +59,50 @@ pub(super) fn load(float: Float, bytes: &[u8], out: &mut [f32]) {
 }
 
 #[inline(always)]
-pub(super) fn task_vector(float: Float, bytes: &[u8], base: &[f32], out: &mut [f32]) {
+pub(super) fn task_vector(float: Float, bytes: &[u8], base: &[f32], out: &mut [f32]) -> bool {
     #[inline(always)]
-    fn subtract<C: Codec<W>, const W: usize>(bytes: &[u8], base: &[f32], out: &mut [f32]) {
+    fn subtract<C: Codec<W>, const W: usize>(bytes: &[u8], base: &[f32], out: &mut [f32]) -> bool {
+        let mut found = 0;
         for ((bytes, base), out) in bytes.as_chunks::<W>().0.iter().zip(base).zip(out) {
-            *out = C::widen(*bytes) - base;
+            let tau = C::widen(*bytes) - base;
+            *out = tau;
+            found |= mask(key(tau) >= INFINITY);
         }
+        found == 0
     }
     with_codec!(float, C => subtract::<C, _>(bytes, base, out))
+}
+
+#[inline(always)]
+pub(super) fn trimmed_task_vector(
+    float: Float,
+    bytes: &[u8],
+    base: &[f32],
+    min_key: u32,
+    out: &mut [f32],
+) -> Option<u64> {
+    #[inline(always)]
+    fn subtract<C: Codec<W>, const W: usize>(bytes: &[u8], base: &[f32], min_key: u32, out: &mut [f32]) -> (u32, u32) {
+        let (mut found, mut count) = (0, 0);
+        for ((bytes, base), out) in bytes.as_chunks::<W>().0.iter().zip(base).zip(out) {
+            let tau = C::widen(*bytes) - base;
+            let kept = mask(key(tau) >= min_key);
+            *out = keep(kept, tau);
+            found |= mask(key(tau) >= INFINITY);
+            count += kept & 1;
+        }
+        (found, count)
+    }
+    let mut survivors = 0;
+    let stretches = bytes.chunks(STRETCH * float.width()).zip(base.chunks(STRETCH));
+    for ((bytes, base), out) in stretches.zip(out.chunks_mut(STRETCH)) {
+        let (found, count) = with_codec!(float, C => subtract::<C, _>(bytes, base, min_key, out));
+        if found != 0 {
+            return None;
+        }
+        survivors += u64::from(count);
+    }
+    Some(survivors)
 }
 
 /// Widens up to [`LANES`] elements to f64.
@@ -100,16 +136,32 @@ pub(super) fn task_vector_f64(float: Float, bytes: &[u8], base_float: Float, bas
 pub(super) fn store(float: Float, values: &[f32], out: &mut [u8], clamp: bool) -> bool {
     #[inline(always)]
     fn narrow<C: Codec<W>, const W: usize>(values: &[f32], out: &mut [u8], clamp: bool) -> bool {
-        // A bool, because LLVM recognises the disjunction of masks as no reduction and would not vectorise.
-        let mut overflow = false;
-        for (value, out) in values.iter().zip(out.as_chunks_mut::<W>().0) {
-            let (bytes, beyond) = C::narrow(*value, clamp);
-            *out = bytes;
-            overflow |= beyond;
+        let mut finite = true;
+        for (values, out) in values.chunks(LANES).zip(out.as_chunks_mut::<W>().0.chunks_mut(LANES)) {
+            let mut special = 0;
+            for (value, out) in values.iter().zip(&mut *out) {
+                let (bytes, beyond) = C::narrow_finite(*value);
+                *out = bytes;
+                special |= beyond;
+            }
+            if special != 0 {
+                finite &= settle::<C, W>(values, out, clamp);
+            }
         }
-        overflow
+        finite
     }
     with_codec!(float, C => narrow::<C, _>(values, out, clamp))
+}
+
+/// Stores a block in which some value may not be finite; whether everything stored is.
+fn settle<C: Codec<W>, const W: usize>(values: &[f32], out: &mut [[u8; W]], clamp: bool) -> bool {
+    let mut finite = true;
+    for (value, out) in values.iter().zip(out) {
+        let (bytes, overflow) = C::narrow(*value, clamp);
+        *out = bytes;
+        finite &= value.is_finite() && (clamp || !overflow);
+    }
+    finite
 }
 
 #[inline(always)]

@@ -52,6 +52,13 @@ pub(super) trait Codec<const W: usize> {
     /// The value as stored, and whether it is finite but too large for the type. Such a value becomes the largest
     /// finite one of its sign with `clamp`, else an infinity (E4M3: NaN).
     fn narrow(value: f32, clamp: bool) -> ([u8; W], bool);
+
+    /// The value as stored, and zero if that holds: all ones if the value is not finite or may be too large.
+    #[inline(always)]
+    fn narrow_finite(value: f32) -> ([u8; W], u32) {
+        let (bytes, overflow) = Self::narrow(value, false);
+        (bytes, mask(overflow) | mask(key(value) >= INFINITY))
+    }
 }
 
 /// IEEE 754 binary64.
@@ -94,6 +101,11 @@ impl Codec<4> for Binary32 {
     fn narrow(value: f32, _clamp: bool) -> ([u8; 4], bool) {
         let nan = mask(key(value) > INFINITY);
         (select(nan, CANONICAL_NAN, value.to_bits()).to_le_bytes(), false)
+    }
+
+    #[inline(always)]
+    fn narrow_finite(value: f32) -> ([u8; 4], u32) {
+        (value.to_le_bytes(), mask(key(value) >= INFINITY))
     }
 }
 
@@ -221,9 +233,31 @@ macro_rules! small_codec {
     )*};
 }
 
+impl Codec<2> for BFloat16 {
+    #[inline(always)]
+    fn widen(bytes: [u8; 2]) -> f32 {
+        widen::<Self>(u32::from(u16::from_le_bytes(bytes)))
+    }
+
+    #[inline(always)]
+    fn narrow(value: f32, clamp: bool) -> ([u8; 2], bool) {
+        let (code, overflow) = narrow::<Self>(value, clamp);
+        ((code as u16).to_le_bytes(), overflow)
+    }
+
+    #[inline(always)]
+    fn narrow_finite(value: f32) -> ([u8; 2], u32) {
+        /// The smallest key that rounds beyond the largest finite value.
+        const LIMIT: u32 = 0x7f7f_8000;
+        let bits = value.to_bits();
+        // The carry of rounding to nearest even cannot reach the sign below the limit.
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+        (((rounded >> 16) as u16).to_le_bytes(), mask(key(value) >= LIMIT))
+    }
+}
+
 small_codec! {
     Binary16: u16, 2;
-    BFloat16: u16, 2;
     E4M3: u8, 1;
     E5M2: u8, 1;
 }

@@ -128,7 +128,8 @@ macro_rules! kernels {
 
 kernels! {
     fn load(float: Float, bytes: &[u8], out: &mut [f32]);
-    fn task_vector(float: Float, bytes: &[u8], base: &[f32], out: &mut [f32]);
+    fn task_vector(float: Float, bytes: &[u8], base: &[f32], out: &mut [f32]) -> bool;
+    fn trimmed_task_vector(float: Float, bytes: &[u8], base: &[f32], min_key: u32, out: &mut [f32]) -> Option<u64>;
     fn task_vector_f64(float: Float, bytes: &[u8], base_float: Float, base_bytes: &[u8], out: &mut [f32]);
     fn store(float: Float, values: &[f32], out: &mut [u8], clamp: bool) -> bool;
     fn store_sum_f64(base_float: Float, base_bytes: &[u8], values: &[f32], out: &mut [u8]);
@@ -153,4 +154,17 @@ kernels! {
     fn divide(values: &mut [f32], divisor: f32);
     fn add(values: &mut [f32], other: &[f32]);
     fn add_scaled(acc: &mut [f32], factor: f32, values: &[f32]);
+}
+
+/// Asks for `bytes` to be brought into the second-level cache. Changes no result.
+#[inline]
+pub(super) fn prefetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch of any address is harmless, and this one lies in a slice; SSE is in the baseline.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
 }

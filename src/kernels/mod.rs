@@ -105,11 +105,32 @@ pub fn load(isa: Isa, float: Float, bytes: &[u8], out: &mut [f32]) {
     isa::load(isa, float, bytes, out);
 }
 
-/// τ = θ − θ0 with θ stored as `float` and θ0 = `base` in f32.
-pub fn task_vector(isa: Isa, float: Float, bytes: &[u8], base: &[f32], out: &mut [f32]) {
+/// Hints that `bytes` will be loaded soon.
+pub fn prefetch(bytes: &[u8]) {
+    isa::prefetch(bytes);
+}
+
+/// τ = θ − θ0 with θ stored as `float` and θ0 = `base` in f32; returns whether all of it is finite.
+pub fn task_vector(isa: Isa, float: Float, bytes: &[u8], base: &[f32], out: &mut [f32]) -> bool {
     assert_stored(float, bytes, out.len());
     assert_eq!(base.len(), out.len());
-    isa::task_vector(isa, float, bytes, base, out);
+    isa::task_vector(isa, float, bytes, base, out)
+}
+
+/// [`task_vector`] and [`trim`] at once: the number of survivors, or `None`, and no meaning in `out`, if some entry of
+/// the task vector is not finite.
+pub fn trimmed_task_vector(
+    isa: Isa,
+    float: Float,
+    bytes: &[u8],
+    base: &[f32],
+    min_key: u32,
+    out: &mut [f32],
+) -> Option<u64> {
+    assert_stored(float, bytes, out.len());
+    assert_eq!(base.len(), out.len());
+    assert!(min_key >= 1, "zeros never survive a trim");
+    isa::trimmed_task_vector(isa, float, bytes, base, min_key, out)
 }
 
 /// τ = θ − θ0 subtracted in f64 and rounded once to f32, for checkpoints with f64 tensors.
@@ -119,12 +140,12 @@ pub fn task_vector_f64(isa: Isa, float: Float, bytes: &[u8], base_float: Float, 
     isa::task_vector_f64(isa, float, bytes, base_float, base_bytes, out);
 }
 
-/// Rounds to nearest even and stores, little-endian. True if a finite value was too large for the type.
+/// Rounds to nearest even and stores, little-endian. Returns whether everything stored is finite.
 ///
-/// Such a value becomes the largest finite one of its sign with `clamp`, else an infinity, or NaN in E4M3, which has
-/// no infinities. "Too large" is what rounds, with an unlimited exponent, beyond the largest finite value: from 65520
-/// in F16, above 464 in E4M3. Infinities stay infinities (E4M3: NaN) and NaN becomes the type's positive quiet NaN;
-/// neither counts as too large.
+/// A finite value that is too large for the type becomes the largest finite one of its sign with `clamp`, else an
+/// infinity, or NaN in E4M3, which has no infinities. "Too large" is what rounds, with an unlimited exponent, beyond the
+/// largest finite value: from 65520 in F16, above 464 in E4M3. Infinities stay infinities (E4M3: NaN) and NaN becomes
+/// the type's positive quiet NaN.
 pub fn store(isa: Isa, float: Float, values: &[f32], out: &mut [u8], clamp: bool) -> bool {
     assert_stored(float, out, values.len());
     isa::store(isa, float, values, out, clamp)

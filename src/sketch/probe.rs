@@ -78,13 +78,17 @@ pub fn bounds_of_sample(keys: &mut Vec<u32>, block: usize, fraction: f64) -> Opt
     let share = |block: &[u32]| block.iter().filter(|&&key| key > middle).count() as f64 / block.len() as f64;
     let half = HALF_WIDTH * standard_error(sample.chunks(block).map(share), fraction, n as f64);
     let (upper, lower) = (rank(fraction - half), rank(fraction + half));
-    if lower >= n {
-        return None;
-    }
-    let (larger, &mut low, _) = sample.select_nth_unstable_by(lower, descending);
+    let (larger, low) = match lower {
+        // Beyond the sample's smallest there may be anything.
+        beyond if beyond >= n => (sample, 0),
+        _ => {
+            let (larger, low, _) = sample.select_nth_unstable_by(lower, descending);
+            (larger, *low)
+        }
+    };
     let high = match upper {
         0 => KEYS as u32 - 1,
-        _ => *larger.select_nth_unstable_by(upper.min(lower - 1), descending).1,
+        _ => *larger.select_nth_unstable_by(upper.min(larger.len() - 1), descending).1,
     };
     Some((low, high))
 }
@@ -178,7 +182,8 @@ mod tests {
             let key = sorted[(fraction * 1e6) as usize - 1];
             assert!(low <= key && key <= high, "{fraction}: {low} to {high} misses {key}");
         }
-        assert_eq!(bounds_of_sample(&mut vec![5; 3], 1, 0.5), None);
+        assert_eq!(bounds_of_sample(&mut Vec::new(), 1, 0.5), None);
+        assert_eq!(bounds_of_sample(&mut vec![5; 3], 1, 0.5), Some((0, KEYS as u32 - 1)), "too few to say anything");
         assert_eq!(bounds_of_sample(&mut vec![5; 100_000], 10, 0.5), Some((5, 5)));
     }
 

@@ -23,35 +23,38 @@ fn span(float: Float, tile: &Range<usize>) -> Range<usize> {
     tile.start * float.width()..tile.end * float.width()
 }
 
-/// Stores on every instruction set, in tiles; the bytes and the overflow of each stretch of `group` elements.
+/// Stores on every instruction set, in tiles; the bytes and whether all that is stored is finite.
 fn store_everywhere(float: Float, values: &[f32], clamp: bool) -> (Vec<u8>, bool) {
     everywhere(values.len(), |isa, tiles| {
         let mut out = vec![0xa5; values.len() * float.width() + 1];
-        let mut overflow = false;
+        let mut finite = true;
         for tile in tiles {
-            overflow |= store(isa, float, &values[tile.clone()], &mut out[1..][span(float, tile)], clamp);
+            finite &= store(isa, float, &values[tile.clone()], &mut out[1..][span(float, tile)], clamp);
         }
-        (out, overflow)
+        (out, finite)
     })
 }
 
-/// Checks the stored bytes, and the overflow of short groups, against the oracle.
+/// Checks the stored bytes, and the finiteness of short groups, against the oracle.
 fn assert_stores(float: Float, values: &[f32], clamp: bool) {
     let oracle: Vec<_> = values.iter().map(|value| naive::encode(float, f64::from(*value), clamp)).collect();
     let expected = stored(float, oracle.iter().map(|(code, _)| *code));
     let width = float.width();
     let mut out = vec![0; values.len() * width];
+    let fits = |values: &[f32], oracle: &[(u64, bool)]| {
+        values.iter().zip(oracle).all(|(value, (_, overflow))| value.is_finite() && (clamp || !overflow))
+    };
     for isa in Isa::available() {
-        let overflow = store(isa, float, values, &mut out, clamp);
-        assert_eq!(overflow, oracle.iter().any(|(_, overflow)| *overflow));
+        let finite = store(isa, float, values, &mut out, clamp);
+        assert_eq!(finite, fits(values, &oracle));
         if out != expected[1..] {
             let at = (0..values.len()).find(|at| out[at * width..][..width] != expected[1 + at * width..][..width]);
             let at = at.expect("some element differs");
             panic!("{float:?} {}: {:?} at {at}: {:x?}", isa.name(), values[at], &out[at * width..][..width]);
         }
         for (values, oracle) in values.chunks(7).zip(oracle.chunks(7)) {
-            let overflow = store(isa, float, values, &mut out[..values.len() * width], clamp);
-            assert_eq!(overflow, oracle.iter().any(|(_, overflow)| *overflow), "{float:?} {values:?}");
+            let finite = store(isa, float, values, &mut out[..values.len() * width], clamp);
+            assert_eq!(finite, fits(values, oracle), "{float:?} {values:?}");
         }
     }
 }
@@ -81,7 +84,7 @@ fn every_code_survives_a_round_trip() {
             if value.is_nan() { naive::encode(float, value, false).0 } else { code }
         };
         let mut out = vec![0; bytes.len() - 1];
-        assert!(!store(isa, float, &values, &mut out, false));
+        assert_eq!(store(isa, float, &values, &mut out, false), values.iter().all(|value| value.is_finite()));
         assert!(out == stored(float, codes(float).map(canonical))[1..], "{float:?}");
     }
 }
@@ -138,17 +141,17 @@ fn limits_of_each_type() {
         let top = naive::encode(float, f64::from(largest), false).0;
         let one = |value: f32, clamp| {
             let mut out = [0; 8];
-            let overflow = store(isa, float, &[value], &mut out[..float.width()], clamp);
-            (u64::from_le_bytes(out), overflow)
+            let finite = store(isa, float, &[value], &mut out[..float.width()], clamp);
+            (u64::from_le_bytes(out), finite)
         };
         for clamp in [false, true] {
-            assert_eq!(one(last, clamp), (top, false), "{float:?}");
+            assert_eq!(one(last, clamp), (top, true), "{float:?}");
             assert_eq!(one(f32::INFINITY, clamp), (infinity, false), "{float:?}");
             assert_eq!(one(f32::NAN, clamp), (nan, false), "{float:?}");
             assert_eq!(one(-f32::NAN, clamp), (nan, false), "{float:?}");
             assert_eq!(one(f32::from_bits(0x7f80_0001), clamp), (nan, false), "{float:?}");
         }
-        assert_eq!(one(first, false), (infinity, true), "{float:?}");
+        assert_eq!(one(first, false), (infinity, false), "{float:?}");
         assert_eq!(one(first, true), (top, true), "{float:?}");
         assert_eq!(one(f32::MAX, true), (top, true), "{float:?}");
     }
@@ -160,8 +163,8 @@ fn wide_types_store_what_they_are_given() {
     let values = wild(500, 11, false);
     for float in [Float::F32, Float::F64] {
         assert_stores(float, &values, false);
-        let (out, overflow) = store_everywhere(float, &values, true);
-        assert!(!overflow);
+        let (out, finite) = store_everywhere(float, &values, true);
+        assert_eq!(finite, values.iter().all(|value| value.is_finite()));
         let back = everywhere(values.len(), |isa, tiles| {
             let mut back = vec![0.0; values.len()];
             for tile in tiles {
@@ -211,13 +214,44 @@ fn task_vectors() {
                 for tile in tiles {
                     let (bytes, base) = (&bytes[1..][span(float, tile)], &base[tile.clone()]);
                     load(isa, float, bytes, &mut model[tile.clone()]);
-                    task_vector(isa, float, bytes, base, &mut tau[tile.clone()]);
+                    assert!(task_vector(isa, float, bytes, base, &mut tau[tile.clone()]));
                 }
                 (model, tau)
             });
             for at in 0..len {
                 // One f64 operation on f32 operands, then f32: rounded like the f32 operation.
                 assert_eq!(tau[at], (f64::from(model[at]) - f64::from(base[at])) as f32);
+            }
+        }
+    }
+}
+
+#[test]
+fn task_vectors_can_be_trimmed_on_the_way() {
+    for float in Float::ALL {
+        for len in LENGTHS {
+            for finite in [true, false] {
+                let base = wild(len, 1, finite).into_iter().map(|value| value * 1e-30).collect::<Vec<_>>();
+                let (bytes, _) = store_everywhere(float, &coarse(len, 2), false);
+                for min_key in [1, key(1e-3), key(0.5)] {
+                    everywhere(len, |isa, tiles| {
+                        let mut all = Vec::new();
+                        for tile in tiles {
+                            let (bytes, base) = (&bytes[1..][span(float, tile)], &base[tile.clone()]);
+                            let (mut two, mut one) = (vec![0.0; tile.len()], vec![0.0; tile.len()]);
+                            let clean = task_vector(isa, float, bytes, base, &mut two);
+                            assert_eq!(clean, all_finite(isa, &two));
+                            let kept = trim(isa, &mut two, min_key);
+                            let fused = trimmed_task_vector(isa, float, bytes, base, min_key, &mut one);
+                            assert_eq!(fused, clean.then_some(kept));
+                            if clean {
+                                assert_eq!(bits(&one), bits(&two));
+                                all.extend(bits(&one));
+                            }
+                        }
+                        if finite { all } else { Vec::new() }
+                    });
+                }
             }
         }
     }

@@ -34,7 +34,9 @@ fn rates() {
                 store(isa, float, taus[0], &mut bytes[1..], false);
             });
             time(&format!("load {float:?}"), &mut || load(isa, float, &bytes[1..], &mut out));
-            time(&format!("task_vector {float:?}"), &mut || task_vector(isa, float, &bytes[1..], taus[1], &mut out));
+            time(&format!("task_vector {float:?}"), &mut || {
+                task_vector(isa, float, &bytes[1..], taus[1], &mut out);
+            });
         }
         time("all_finite", &mut || {
             std::hint::black_box(all_finite(isa, taus[0]));

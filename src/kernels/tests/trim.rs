@@ -161,6 +161,44 @@ fn counters_do_not_overflow_within_long_slices() {
 }
 
 #[test]
+fn keys_about_two_bounds_are_counted_and_listed() {
+    let half = 0x3f00_0000;
+    let bounds = [(0, 0), (0, 1), (0, half), (half, half), (half - 1, half), (half - 5000, half + 5000)];
+    let more = [(0, 0x7fff_ffff), (0x7f80_0000, 0x7fff_ffff), (0x3c00_0000, 0x3f80_0000), (7, 0x7f7f_ffff)];
+    for len in LENGTHS {
+        for tau in data(len).into_iter().chain([noise(len, 31), vec![0.5; len]]) {
+            for (low, high) in bounds.into_iter().chain(more) {
+                let keys = || tau.iter().map(|tau| key(*tau));
+                let listed: Vec<u32> = keys().filter(|key| (low + 1..high).contains(key)).collect();
+                let expected = Near {
+                    above: keys().filter(|&key| key > high).count() as u64,
+                    at_high: keys().filter(|&key| key == high).count() as u64,
+                    between: listed.len() as u64,
+                    at_low: keys().filter(|&key| key == low && low < high).count() as u64,
+                };
+                for room in [len, listed.len() / 2] {
+                    let (near, list) = everywhere(len, |isa, tiles| {
+                        let (mut sum, mut list) = (Near::default(), vec![u32::MAX; room]);
+                        for tile in tiles {
+                            let room = list.get_mut(sum.between as usize..).unwrap_or_default();
+                            let near = collect(isa, &tau[tile.clone()], low, high, room);
+                            sum.above += near.above;
+                            sum.at_high += near.at_high;
+                            sum.between += near.between;
+                            sum.at_low += near.at_low;
+                        }
+                        (sum, list)
+                    });
+                    assert_eq!(near, expected, "{len} elements, {low:#x} to {high:#x}");
+                    let listed = listed.iter().chain(std::iter::repeat(&u32::MAX)).take(room);
+                    assert!(list.iter().eq(listed), "{len} elements, {low:#x} to {high:#x}, room for {room}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn histograms_count_every_key_once() {
     let half = 0x3f00_0000;
     // (low, shift, bins): wide, narrow around the ties, past the last key, empty, from beyond any key.
