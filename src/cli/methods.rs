@@ -44,8 +44,8 @@ fn describe_param(spec: &ParamSpec) -> Value {
     match spec.kind {
         ParamKind::Number { default, min, max } => {
             value["default"] = json!(default);
-            value["min"] = json!(Some(min).filter(|&min| min > f64::MIN));
-            value["max"] = json!(Some(max).filter(|&max| max < f64::MAX));
+            value["min"] = json!(Some(min).filter(|&min| min > f64::from(f32::MIN)));
+            value["max"] = json!(Some(max).filter(|&max| max < f64::from(f32::MAX)));
         }
         ParamKind::Choice(words) => {
             value["default"] = json!(words[0]);
@@ -85,7 +85,7 @@ fn values(kind: ParamKind) -> (String, String) {
     match kind {
         ParamKind::Choice(words) => (words[0].to_string(), words.join(" | ")),
         ParamKind::Number { default, min, max } => {
-            let range = match (min > f64::MIN, max < f64::MAX) {
+            let range = match (min > f64::from(f32::MIN), max < f64::from(f32::MAX)) {
                 (true, true) => format!("{min} to {max}"),
                 (true, false) => format!("at least {min}"),
                 (false, true) => format!("at most {max}"),

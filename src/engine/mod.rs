@@ -6,6 +6,7 @@
 mod cut;
 mod diff;
 mod elements;
+mod exceptions;
 mod inspect;
 mod output;
 mod passes;
@@ -13,6 +14,8 @@ mod pool;
 mod select;
 mod shard_hash;
 mod side_files;
+mod slot;
+
 mod worker;
 
 pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};

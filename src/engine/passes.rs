@@ -12,7 +12,8 @@ use super::output::ShardWriter;
 use super::pool;
 use super::select::{Goal, Thresholds, UnitThresholds};
 use super::select::{cuts, goals, observe, sample_stride, solo_thresholds, tensor_cuts};
-use super::worker::{Slot, Tally, Worker, locate, merged};
+use super::slot::{Loaded, Slot, locate};
+use super::worker::{Tally, Worker};
 use crate::error::{Result, printable};
 use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::plan::{Action, Chunk, Plan, Schedule, Trim, Unit, UnitKind};
@@ -152,7 +153,7 @@ impl<'a> Passes<'a> {
         resident: &mut Option<Resident>,
         oracle: bool,
         chain: Option<&TieChain>,
-        work: impl Fn(&mut Worker, usize, Chunk, &Slot) -> Result<()> + Sync,
+        work: impl Fn(&mut Worker, usize, Loaded<'_>) -> Result<()> + Sync,
     ) -> Result<()> {
         let plan = self.plan;
         let chunks = Schedule::chunks(plan, &unit.tensors, unit.chunk_elements);
@@ -168,21 +169,19 @@ impl<'a> Passes<'a> {
         };
         let lookahead = lookahead(self.schedule, unit.chunk_elements);
         pool::run(&mut self.workers, items, lookahead, ahead, |worker, ordinal, item| {
-            let mut own = std::mem::take(&mut worker.slot);
-            let slot = item.slot.unwrap_or(&mut own);
-            let mut result = Ok(());
-            if !loaded {
-                // A unit held in memory is loaded with all that later passes need.
-                result = slot.load(plan, item.chunk, plan.pieces(item.chunk.tensor, oracle || held)).map(|bytes| {
-                    worker.tally.bytes_read += bytes;
-                    observer.advance(bytes);
-                });
-            }
-            let result = result.and_then(|()| work(worker, ordinal, item.chunk, slot));
+            let chunk = item.chunk;
+            // A unit held in memory is loaded with all that later passes need.
+            let pieces = plan.pieces(chunk.tensor, oracle || held);
+            let result = match item.slot {
+                Some(slot) if loaded => work(worker, ordinal, Loaded { plan, chunk, slot }),
+                Some(slot) => worker
+                    .load_into(slot, plan, chunk, pieces, observer)
+                    .and_then(|()| work(worker, ordinal, Loaded { plan, chunk, slot })),
+                None => worker.load(plan, chunk, pieces, observer, |worker, data| work(worker, ordinal, data)),
+            };
             if let (Err(_), Some(chain)) = (&result, chain) {
                 chain.abort(ordinal);
             }
-            worker.slot = own;
             result
         })?;
         if let Some(resident) = resident {
@@ -251,13 +250,12 @@ impl<'a> Passes<'a> {
 
     /// Loads a resident unit, and samples the keys of the models that need a threshold.
     fn sample(&mut self, unit: &Unit, resident: &mut Option<Resident>, goals: &[Goal]) -> Result<Vec<Vec<u32>>> {
-        let plan = self.plan;
         let stride = sample_stride(unit.elements);
         let samples = Mutex::new(vec![Vec::new(); goals.len()]);
-        self.each_chunk(unit, resident, false, None, |worker, ordinal, chunk, slot| {
-            for &(model, piece) in merged(plan, chunk).models {
+        self.each_chunk(unit, resident, false, None, |worker, ordinal, data| {
+            for &(model, piece) in data.merge().models {
                 if let Goal::Keep { .. } = goals[model as usize] {
-                    let keys = worker.keys(plan, chunk, slot, (model as usize, piece), (ordinal, stride))?;
+                    let keys = worker.keys(data, (model as usize, piece), (ordinal, stride))?;
                     let sample = &mut lock(&samples)[model as usize];
                     // Uneven chunks can give more than planned: a sample need not be complete.
                     let room = SMALL_UNIT_ELEMENTS as usize - sample.len();
@@ -276,11 +274,8 @@ impl<'a> Passes<'a> {
         resident: &mut Option<Resident>,
         brackets: &[Option<Bracket>],
     ) -> Result<Vec<MagnitudeSketch>> {
-        let plan = self.plan;
         self.workers.iter_mut().for_each(|worker| worker.set_brackets(brackets));
-        self.each_chunk(unit, resident, false, None, |worker, _, chunk, slot| {
-            worker.sketch(plan, chunk, slot, brackets)
-        })?;
+        self.each_chunk(unit, resident, false, None, |worker, _, data| worker.sketch(data, brackets))?;
         let (first, rest) = self.workers.split_first_mut().expect("at least one worker");
         for worker in rest {
             for (sum, sketch) in first.sketches.iter_mut().zip(&worker.sketches) {
@@ -304,16 +299,10 @@ impl<'a> Passes<'a> {
             |_| (),
             |worker, _, group| {
                 worker.set_brackets(&brackets);
-                let mut slot = std::mem::take(&mut worker.slot);
-                let result =
-                    Schedule::probe_blocks(plan, unit).skip(group).step_by(PROBE_GROUPS).try_for_each(|block| {
-                        let bytes = slot.load(plan, block, plan.pieces(block.tensor, false))?;
-                        worker.tally.bytes_read += bytes;
-                        observer.advance(bytes);
-                        worker.sketch(plan, block, &slot, &brackets)
-                    });
-                worker.slot = slot;
-                result?;
+                for block in Schedule::probe_blocks(plan, unit).skip(group).step_by(PROBE_GROUPS) {
+                    let pieces = plan.pieces(block.tensor, false);
+                    worker.load(plan, block, pieces, observer, |worker, data| worker.sketch(data, &brackets))?;
+                }
                 let mut probes = lock(&probes);
                 for (probe, sketch) in probes.iter_mut().zip(&worker.sketches) {
                     probe.add_group(sketch);
@@ -333,10 +322,10 @@ impl<'a> Passes<'a> {
         self.announce("vote", self.pass_bytes("vote"));
         let sum = AtomicI64::new(0);
         let chain = TieChain::new(plan.models());
-        self.each_chunk(unit, resident, true, Some(&chain), |worker, ordinal, chunk, slot| {
-            let cuts = tensor_cuts(plan, chunk, cuts);
-            let mut seen = ties_before(plan, worker, &chain, ordinal, chunk, slot, &cuts)?;
-            sum.fetch_add(worker.vote(plan, chunk, slot, &cuts, &mut seen)?, Ordering::Relaxed);
+        self.each_chunk(unit, resident, true, Some(&chain), |worker, ordinal, data| {
+            let cuts = tensor_cuts(plan, data.chunk, cuts);
+            let mut seen = ties_before(worker, &chain, ordinal, data, &cuts)?;
+            sum.fetch_add(worker.vote(data, &cuts, &mut seen)?, Ordering::Relaxed);
             Ok(())
         })?;
         Ok(sum.into_inner().signum() as f32)
@@ -345,11 +334,11 @@ impl<'a> Passes<'a> {
     fn merge_unit(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut], majority: f32) -> Result<()> {
         let (plan, writer) = (self.plan, self.writer);
         let chain = TieChain::new(plan.models());
-        self.each_chunk(unit, resident, true, Some(&chain), |worker, ordinal, chunk, slot| {
-            let cuts = tensor_cuts(plan, chunk, cuts);
-            let mut seen = ties_before(plan, worker, &chain, ordinal, chunk, slot, &cuts)?;
-            let mut sink = |offset, bytes: &[u8]| writer.write(chunk.tensor, offset, bytes);
-            worker.merge(plan, chunk, slot, &cuts, &mut seen, majority, &mut sink)
+        self.each_chunk(unit, resident, true, Some(&chain), |worker, ordinal, data| {
+            let cuts = tensor_cuts(plan, data.chunk, cuts);
+            let mut seen = ties_before(worker, &chain, ordinal, data, &cuts)?;
+            let mut sink = |offset, bytes: &[u8]| writer.write(data.chunk.tensor, offset, bytes);
+            worker.merge(data, &cuts, &mut seen, majority, &mut sink)
         })
     }
 
@@ -362,26 +351,17 @@ impl<'a> Passes<'a> {
         let bins = self.schedule.sketch_bins;
         pool::run(&mut self.workers, items, 1, ahead, |worker, _, unit| {
             let (chunk, goals) = (whole(unit), goals(plan, unit));
-            let mut slot = std::mem::take(&mut worker.slot);
-            let mut alone = || {
-                let bytes = slot.load(plan, chunk, plan.pieces(chunk.tensor, true))?;
-                worker.tally.bytes_read += bytes;
-                observer.advance(bytes);
-                let found = solo_thresholds(plan, worker, chunk, &slot, &goals, bins)?;
+            worker.load(plan, chunk, plan.pieces(chunk.tensor, true), observer, |worker, data| {
+                let found = solo_thresholds(worker, data, &goals, bins)?;
                 lock(&thresholds).record(UnitThresholds::new(unit, &goals, &found));
                 let cuts = tensor_cuts(plan, chunk, &cuts(plan, &goals, &found));
                 let mut majority = 0.0;
                 if plan.merger.needs().majority_sign {
-                    let mut seen = vec![0; plan.models()];
-                    majority = worker.vote(plan, chunk, &slot, &cuts, &mut seen)?.signum() as f32;
+                    majority = worker.vote(data, &cuts, &mut vec![0; plan.models()])?.signum() as f32;
                 }
-                let mut seen = vec![0; plan.models()];
                 let mut sink = |offset, bytes: &[u8]| writer.write(chunk.tensor, offset, bytes);
-                worker.merge(plan, chunk, &slot, &cuts, &mut seen, majority, &mut sink)
-            };
-            let result = alone();
-            worker.slot = slot;
-            result
+                worker.merge(data, &cuts, &mut vec![0; plan.models()], majority, &mut sink)
+            })
         })?;
         Ok(())
     }
@@ -399,29 +379,21 @@ impl<'a> Passes<'a> {
             lookahead,
             |&chunk| prefetch(plan, chunk, true),
             |worker, _, chunk| {
-                let mut slot = std::mem::take(&mut worker.slot);
-                let mut work = || {
-                    let bytes = slot.load(plan, chunk, plan.pieces(chunk.tensor, true))?;
-                    worker.tally.bytes_read += bytes;
-                    observer.advance(bytes);
+                worker.load(plan, chunk, plan.pieces(chunk.tensor, true), observer, |worker, data| {
                     let mut sink = |offset, bytes: &[u8]| writer.write(chunk.tensor, offset, bytes);
                     match &plan.tensors[chunk.tensor as usize].action {
                         Action::Copy { source, compared } if plan.is_raw_copy(chunk.tensor) => {
-                            if !worker.copy(&slot, *source, compared, &mut sink, chunk.start)? {
+                            if !worker.copy(data.slot, *source, compared, &mut sink, chunk.start)? {
                                 lock(&differing).insert(chunk.tensor);
                             }
                             Ok(())
                         }
-                        Action::Copy { source, .. } => worker.convert(plan, chunk, &slot, *source, &mut sink),
+                        Action::Copy { source, .. } => worker.convert(data, *source, &mut sink),
                         Action::Merge { .. } => {
-                            let mut seen = vec![0; plan.models()];
-                            worker.merge(plan, chunk, &slot, &no_cuts, &mut seen, 0.0, &mut sink)
+                            worker.merge(data, &no_cuts, &mut vec![0; plan.models()], 0.0, &mut sink)
                         }
                     }
-                };
-                let result = work();
-                worker.slot = slot;
-                result
+                })
             },
         )?;
         let differing = differing.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -443,18 +415,16 @@ fn whole(unit: &Unit) -> Chunk {
 
 /// Ties before the chunk, per model, where a cut goes by position.
 fn ties_before(
-    plan: &Plan,
     worker: &mut Worker,
     chain: &TieChain,
     ordinal: usize,
-    chunk: Chunk,
-    slot: &Slot,
+    data: Loaded<'_>,
     cuts: &[Cut],
 ) -> Result<TieCounts> {
     if !cuts.iter().any(|cut| matches!(cut, Cut::Lowest { .. })) {
-        return Ok(vec![0; plan.models()]);
+        return Ok(vec![0; cuts.len()]);
     }
-    let own = worker.count_ties(plan, chunk, slot, cuts)?;
+    let own = worker.count_ties(data, cuts)?;
     chain.pass(ordinal, &own)
 }
 

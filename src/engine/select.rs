@@ -1,7 +1,8 @@
 //! From densities to cuts: what has to be selected in a unit, and what survives once it is known.
 
 use super::cut::Cut;
-use super::worker::{Slot, Worker};
+use super::slot::Loaded;
+use super::worker::Worker;
 use crate::error::Result;
 use crate::limits::{LISTED_UNITS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::plan::{Action, Chunk, Plan, Unit};
@@ -98,27 +99,25 @@ fn elements(plan: &Plan, unit: &Unit, model: usize) -> u64 {
 
 /// Thresholds of a unit that one worker holds in memory.
 pub(super) fn solo_thresholds(
-    plan: &Plan,
     worker: &mut Worker,
-    chunk: Chunk,
-    slot: &Slot,
+    data: Loaded<'_>,
     goals: &[Goal],
     bins: usize,
 ) -> Result<Vec<Option<Threshold>>> {
-    let Action::Merge { models, .. } = &plan.tensors[chunk.tensor as usize].action else { return Ok(Vec::new()) };
+    let (plan, chunk) = (data.plan, data.chunk);
     let coarse = plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Sketch);
     let stride = sample_stride(chunk.count);
     let mut found = vec![None; goals.len()];
     let mut bounds = vec![None; goals.len()];
     let mut selectors = vec![None; goals.len()];
-    for &(model, piece) in models {
+    for &(model, piece) in data.merge().models {
         let model = model as usize;
         let Goal::Keep { keep, .. } = goals[model] else { continue };
         if coarse {
             selectors[model] = Some(Selector::coarse(keep));
             continue;
         }
-        let keys = worker.keys(plan, chunk, slot, (model, piece), (0, stride))?;
+        let keys = worker.keys(data, (model, piece), (0, stride))?;
         if stride == 1 {
             found[model] = Some(select_in_place(keys, keep));
         } else {
@@ -129,7 +128,7 @@ pub(super) fn solo_thresholds(
     }
     // All models in one look, which loads base once.
     if bounds.iter().any(Option::is_some) {
-        worker.list_near(plan, chunk, slot, &bounds)?;
+        worker.list_near(data, &bounds)?;
         for (model, goal) in goals.iter().enumerate() {
             if let (Goal::Keep { keep, .. }, Some(_)) = (goal, bounds[model]) {
                 found[model] = worker.near[model].threshold(*keep);
@@ -143,7 +142,7 @@ pub(super) fn solo_thresholds(
             break;
         }
         worker.set_brackets(&brackets);
-        worker.sketch(plan, chunk, slot, &brackets)?;
+        worker.sketch(data, &brackets)?;
         observe(&mut selectors, &worker.sketches);
     }
     for (found, selector) in found.iter_mut().zip(&selectors) {

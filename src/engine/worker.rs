@@ -5,82 +5,18 @@
 //!   happens in the first-level cache.
 //! - A chunk's result depends on the plan, the cuts and the chunk's own bytes: never on the worker or its history.
 
+use super::Observer;
 use super::cut::{Cut, TieCounts};
+use super::exceptions::narrow;
+use super::slot::{Loaded, Slot, Span};
 use crate::dtype::Float;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::{self, Isa};
 use crate::limits::{OUT_ELEMENTS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::method::{Inputs, Tile};
-use crate::plan::{Action, Chunk, Piece, Plan, Schedule};
-use crate::plan::{NonFinite, Overflow, near_keys};
+use crate::plan::near_keys;
+use crate::plan::{Chunk, Piece, Plan, Schedule};
 use crate::sketch::{Bracket, MagnitudeSketch, NearKeys};
-use crate::storage::Window;
-
-/// More than a core's share of the caches.
-const DISTANT_BYTES: u64 = 6 << 20;
-
-/// Windows on one chunk of every checkpoint.
-#[derive(Default)]
-pub(super) struct Slot {
-    windows: Vec<Window>,
-    /// What is loaded is too much for the caches: tiles are asked for ahead of their use.
-    distant: bool,
-}
-
-impl Slot {
-    /// Windows that hold `elements` elements of each checkpoint's widest type.
-    pub(super) fn new(widths: &[u64], elements: u64) -> Self {
-        let windows = widths.iter().map(|&w| Window::with_capacity((w * elements) as usize)).collect();
-        Self { windows, distant: false }
-    }
-
-    /// Windows that hold exactly `chunk`.
-    pub(super) fn for_chunk(plan: &Plan, chunk: Chunk) -> Self {
-        let mut bytes = vec![0; plan.checkpoints.len()];
-        for piece in plan.pieces(chunk.tensor, true) {
-            bytes[piece.checkpoint as usize] = locate(plan, chunk, piece).2;
-        }
-        Self { windows: bytes.into_iter().map(|b| Window::with_capacity(b as usize)).collect(), distant: false }
-    }
-
-    /// Loads `pieces` of `chunk`; returns the bytes loaded.
-    pub(super) fn load(&mut self, plan: &Plan, chunk: Chunk, pieces: impl Iterator<Item = Piece>) -> Result<u64> {
-        let mut total = 0;
-        for piece in pieces {
-            let (file, offset, bytes) = locate(plan, chunk, piece);
-            file.load(&mut self.windows[piece.checkpoint as usize], offset, bytes as usize)
-                .map_err(|e| e.tensor(&plan.tensors[chunk.tensor as usize].name))?;
-            total += bytes;
-        }
-        self.distant = total > DISTANT_BYTES;
-        Ok(total)
-    }
-
-    fn bytes(&self, piece: Piece) -> &[u8] {
-        self.windows[piece.checkpoint as usize].bytes()
-    }
-
-    /// The bytes of elements `[from, from + length)` of the chunk in `piece`.
-    fn tile(&self, plan: &Plan, piece: Piece, from: usize, length: usize) -> (Float, &[u8]) {
-        let float = float_of(plan, piece);
-        if self.distant {
-            let next = (from + length) * float.width();
-            kernels::prefetch(self.bytes(piece).get(next..next + TILE_ELEMENTS * float.width()).unwrap_or_default());
-        }
-        (float, &self.bytes(piece)[from * float.width()..(from + length) * float.width()])
-    }
-}
-
-/// Where `chunk` of `piece` lies: file, offset and length in bytes.
-pub(super) fn locate(plan: &Plan, chunk: Chunk, piece: Piece) -> (&dyn crate::storage::InputFile, u64, u64) {
-    let (entry, file) = plan.source(piece);
-    let width = if plan.is_raw_copy(chunk.tensor) { 1 } else { plan.float_width(piece) };
-    (file, entry.offset + chunk.start * width, chunk.count * width)
-}
-
-fn float_of(plan: &Plan, piece: Piece) -> Float {
-    Float::from_dtype(plan.source(piece).0.dtype).expect("the plan merges floats only")
-}
 
 /// What a worker counts.
 #[derive(Debug, Clone, Default)]
@@ -96,22 +32,22 @@ pub(super) struct Tally {
 }
 
 /// f32 views of one tile.
-struct Tiles {
-    base: Vec<f32>,
-    inputs: Vec<Vec<f32>>,
-    oracle: Vec<f32>,
-    out: Vec<f32>,
-    scratch: Vec<f32>,
+pub(super) struct Tiles {
+    pub base: Vec<f32>,
+    pub inputs: Vec<Vec<f32>>,
+    pub oracle: Vec<f32>,
+    pub out: Vec<f32>,
+    pub scratch: Vec<f32>,
     /// Elements of the tile that some non-finite input takes out of the merge.
-    exempt: Vec<bool>,
+    pub exempt: Vec<bool>,
 }
 
 /// One thread's buffers and counts.
 pub(super) struct Worker {
-    isa: Isa,
+    pub isa: Isa,
     /// The worker's own windows, for chunks that nobody holds in memory.
     pub slot: Slot,
-    tiles: Tiles,
+    pub tiles: Tiles,
     weights: Vec<f32>,
     encoded: Vec<u8>,
     /// One sketch per model, where the plan trims.
@@ -152,6 +88,37 @@ impl Worker {
         }
     }
 
+    /// Loads `pieces` of `chunk` into the worker's own windows and runs `work` on them.
+    pub(super) fn load(
+        &mut self,
+        plan: &Plan,
+        chunk: Chunk,
+        pieces: impl Iterator<Item = Piece>,
+        observer: &dyn Observer,
+        work: impl FnOnce(&mut Self, Loaded<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let mut slot = std::mem::take(&mut self.slot);
+        let result = self.load_into(&mut slot, plan, chunk, pieces, observer);
+        let result = result.and_then(|()| work(self, Loaded { plan, chunk, slot: &slot }));
+        self.slot = slot;
+        result
+    }
+
+    /// Loads `pieces` of `chunk` into `slot`.
+    pub(super) fn load_into(
+        &mut self,
+        slot: &mut Slot,
+        plan: &Plan,
+        chunk: Chunk,
+        pieces: impl Iterator<Item = Piece>,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        let bytes = slot.load(plan, chunk, pieces)?;
+        self.tally.bytes_read += bytes;
+        observer.advance(bytes);
+        Ok(())
+    }
+
     /// Gives every model's sketch its bracket; models without one are not sketched.
     pub(super) fn set_brackets(&mut self, brackets: &[Option<Bracket>]) {
         self.sketches.resize_with(brackets.len(), || MagnitudeSketch::new(Bracket { low: 0, shift: 0, bins: 0 }));
@@ -161,19 +128,13 @@ impl Worker {
     }
 
     /// Counts the magnitudes of the chunk's task vectors in the sketches of the models that have a bracket.
-    pub(super) fn sketch(
-        &mut self,
-        plan: &Plan,
-        chunk: Chunk,
-        slot: &Slot,
-        brackets: &[Option<Bracket>],
-    ) -> Result<()> {
-        for (from, length) in tiles(chunk) {
-            self.load_base(plan, chunk, slot, from, length);
-            for &(model, piece) in merged(plan, chunk).models {
+    pub(super) fn sketch(&mut self, data: Loaded<'_>, brackets: &[Option<Bracket>]) -> Result<()> {
+        for span in data.tiles() {
+            self.load_base(span);
+            for &(model, piece) in span.data.merge().models {
                 if brackets[model as usize].is_some() {
-                    self.task_vector(plan, chunk, slot, (model as usize, piece), from, length)?;
-                    let tau = &self.tiles.inputs[model as usize][..length];
+                    self.task_vector(span, (model as usize, piece))?;
+                    let tau = &self.tiles.inputs[model as usize][..span.length];
                     self.sketches[model as usize].add(self.isa, tau);
                 }
             }
@@ -182,24 +143,18 @@ impl Worker {
     }
 
     /// Lists the keys of the chunk's task vectors about the bounds of the models that have any.
-    pub(super) fn list_near(
-        &mut self,
-        plan: &Plan,
-        chunk: Chunk,
-        slot: &Slot,
-        bounds: &[Option<(u32, u32)>],
-    ) -> Result<()> {
+    pub(super) fn list_near(&mut self, data: Loaded<'_>, bounds: &[Option<(u32, u32)>]) -> Result<()> {
         let capacity = self.near_keys;
         self.near.resize_with(bounds.len(), || NearKeys::with_capacity(capacity));
         for (near, bounds) in self.near.iter_mut().zip(bounds) {
             bounds.iter().for_each(|&(low, high)| near.reset(low, high));
         }
-        for (from, length) in tiles(chunk) {
-            self.load_base(plan, chunk, slot, from, length);
-            for &(model, piece) in merged(plan, chunk).models {
+        for span in data.tiles() {
+            self.load_base(span);
+            for &(model, piece) in span.data.merge().models {
                 if bounds[model as usize].is_some() {
-                    self.task_vector(plan, chunk, slot, (model as usize, piece), from, length)?;
-                    self.near[model as usize].add(self.isa, &self.tiles.inputs[model as usize][..length]);
+                    self.task_vector(span, (model as usize, piece))?;
+                    self.near[model as usize].add(self.isa, &self.tiles.inputs[model as usize][..span.length]);
                 }
             }
         }
@@ -210,60 +165,51 @@ impl Worker {
     /// `ordinal` counts the chunks of a unit, so that many short ones are sampled evenly too.
     pub(super) fn keys(
         &mut self,
-        plan: &Plan,
-        chunk: Chunk,
-        slot: &Slot,
+        data: Loaded<'_>,
         model: (usize, Piece),
         (ordinal, stride): (usize, usize),
     ) -> Result<&mut Vec<u32>> {
         self.keys.clear();
-        self.keys.reserve_exact(SMALL_UNIT_ELEMENTS.min(chunk.count) as usize);
+        self.keys.reserve_exact(SMALL_UNIT_ELEMENTS.min(data.chunk.count) as usize);
         let first = (stride - ordinal % stride) % stride;
-        for (from, length) in tiles(chunk).skip(first).step_by(stride) {
-            self.load_base(plan, chunk, slot, from, length);
-            self.task_vector(plan, chunk, slot, model, from, length)?;
-            self.keys.extend(self.tiles.inputs[model.0][..length].iter().copied().map(kernels::key));
+        for span in data.tiles().skip(first).step_by(stride) {
+            self.load_base(span);
+            self.task_vector(span, model)?;
+            self.keys.extend(self.tiles.inputs[model.0][..span.length].iter().copied().map(kernels::key));
         }
         Ok(&mut self.keys)
     }
 
     /// Counts, per model, the entries of the chunk that are tied with a threshold whose ties are kept by position.
-    pub(super) fn count_ties(&mut self, plan: &Plan, chunk: Chunk, slot: &Slot, cuts: &[Cut]) -> Result<TieCounts> {
+    pub(super) fn count_ties(&mut self, data: Loaded<'_>, cuts: &[Cut]) -> Result<TieCounts> {
         let mut counts = vec![0; cuts.len()];
-        for (from, length) in tiles(chunk) {
-            self.load_base(plan, chunk, slot, from, length);
-            for &(model, piece) in merged(plan, chunk).models {
+        for span in data.tiles() {
+            self.load_base(span);
+            for &(model, piece) in span.data.merge().models {
                 if let Cut::Lowest { ties, .. } = cuts[model as usize] {
-                    self.task_vector(plan, chunk, slot, (model as usize, piece), from, length)?;
+                    self.task_vector(span, (model as usize, piece))?;
                     counts[model as usize] +=
-                        kernels::count_ties(self.isa, &self.tiles.inputs[model as usize][..length], ties);
+                        kernels::count_ties(self.isa, &self.tiles.inputs[model as usize][..span.length], ties);
                 }
             }
         }
         Ok(counts)
     }
 
-    /// Sum of the elected signs over the chunk.
-    pub(super) fn vote(
-        &mut self,
-        plan: &Plan,
-        chunk: Chunk,
-        slot: &Slot,
-        cuts: &[Cut],
-        seen: &mut TieCounts,
-    ) -> Result<i64> {
+    /// Sum of the elected signs over the data.chunk.
+    pub(super) fn vote(&mut self, data: Loaded<'_>, cuts: &[Cut], seen: &mut TieCounts) -> Result<i64> {
         let mut sum = 0;
         // Survivors are counted once, when they are merged.
         let kept = self.tally.kept.clone();
-        self.set_weights(plan, chunk);
-        for (from, length) in tiles(chunk) {
-            self.load_inputs(plan, chunk, slot, (from, length), cuts, seen)?;
+        self.set_weights(data);
+        for span in data.tiles() {
+            self.load_inputs(span, cuts, seen)?;
             let Tiles { inputs, oracle, scratch, .. } = &mut self.tiles;
-            let merge = merged(plan, chunk);
-            with_refs(inputs, merge.models, length, |inputs| {
-                let oracle = merge.oracle.is_some().then_some(&oracle[..length]);
+            let merge = span.data.merge();
+            with_refs(inputs, merge.models, span.length, |inputs| {
+                let oracle = merge.oracle.is_some().then_some(&oracle[..span.length]);
                 let tile = Tile { isa: self.isa, inputs, weights: &self.weights, oracle, majority: 0.0 };
-                sum += plan.merger.sum_of_signs(&tile, &mut scratch[..length]);
+                sum += data.plan.merger.sum_of_signs(&tile, &mut scratch[..span.length]);
             });
         }
         self.tally.kept = kept;
@@ -271,52 +217,42 @@ impl Worker {
     }
 
     /// Merges the chunk and hands the encoded result to `sink`, piece by piece.
-    #[allow(clippy::too_many_arguments)]
     pub(super) fn merge(
         &mut self,
-        plan: &Plan,
-        chunk: Chunk,
-        slot: &Slot,
+        data: Loaded<'_>,
         cuts: &[Cut],
         seen: &mut TieCounts,
         majority: f32,
         sink: Sink<'_>,
     ) -> Result<()> {
-        let float = Float::from_dtype(plan.tensors[chunk.tensor as usize].dtype).expect("merged tensors are floats");
-        self.set_weights(plan, chunk);
-        self.in_blocks(plan, chunk, float, sink, |worker, from, length, encoded| {
-            let clean = worker.load_inputs(plan, chunk, slot, (from, length), cuts, seen)?;
-            worker.combine(plan, chunk, length, majority);
-            worker.finish(plan, chunk, slot, (from, length), clean, encoded)
+        self.set_weights(data);
+        self.in_blocks(data, sink, |worker, span, encoded| {
+            let clean = worker.load_inputs(span, cuts, seen)?;
+            worker.combine(span, majority);
+            worker.finish(span, clean, encoded)
         })?;
-        self.tally.merged += chunk.count;
+        self.tally.merged += data.chunk.count;
         Ok(())
     }
 
     /// Converts a chunk of a copied tensor to the output type.
-    pub(super) fn convert(
-        &mut self,
-        plan: &Plan,
-        chunk: Chunk,
-        slot: &Slot,
-        source: Piece,
-        sink: Sink<'_>,
-    ) -> Result<()> {
-        let float = Float::from_dtype(plan.tensors[chunk.tensor as usize].dtype).expect("only floats are converted");
-        self.in_blocks(plan, chunk, float, sink, |worker, from, length, encoded| {
-            let (stored, bytes) = slot.tile(plan, source, from, length);
+    pub(super) fn convert(&mut self, data: Loaded<'_>, source: Piece, sink: Sink<'_>) -> Result<()> {
+        let float = data.output();
+        self.in_blocks(data, sink, |worker, span, encoded| {
+            let (stored, bytes) = span.stored(source);
+            let out = &mut worker.tiles.out[..span.length];
             if stored == Float::F64 {
-                for (value, bytes) in worker.tiles.out.iter_mut().zip(bytes.as_chunks::<8>().0) {
+                for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<8>().0) {
                     *value = narrow(f64::from_le_bytes(*bytes), float);
                 }
             } else {
-                kernels::load(worker.isa, stored, bytes, &mut worker.tiles.out[..length]);
+                kernels::load(worker.isa, stored, bytes, out);
             }
             // What was not finite before the conversion did not overflow in it.
-            for (exempt, value) in worker.tiles.exempt.iter_mut().zip(&worker.tiles.out[..length]) {
-                *exempt = !value.is_finite();
+            for (i, exempt) in worker.tiles.exempt[..span.length].iter_mut().enumerate() {
+                *exempt = !out[i].is_finite() && !span.value(source, i).is_finite();
             }
-            worker.encode(plan, chunk, from, length, float, encoded)
+            worker.encode(span, encoded)
         })
     }
 
@@ -337,340 +273,174 @@ impl Worker {
     /// Calls `tile` for every tile of the chunk and passes on what it encoded in blocks of [`OUT_ELEMENTS`].
     fn in_blocks(
         &mut self,
-        plan: &Plan,
-        chunk: Chunk,
-        float: Float,
+        data: Loaded<'_>,
         sink: Sink<'_>,
-        mut tile: impl FnMut(&mut Self, usize, usize, &mut [u8]) -> Result<()>,
+        mut tile: impl FnMut(&mut Self, Span<'_>, &mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        let width = float.width();
+        let (chunk, width) = (data.chunk, data.output().width());
         let mut encoded = std::mem::take(&mut self.encoded);
         let block = OUT_ELEMENTS.min((encoded.len() / width) as u64).max(1);
         let (mut start, mut result) = (0, Ok(()));
         while start < chunk.count && result.is_ok() {
-            let count = plan.aligned(chunk.tensor, chunk.start + start, block).min(chunk.count - start);
-            let part = Chunk { start: 0, count, ..chunk };
-            result = tiles(part)
-                .try_for_each(|(from, length)| {
-                    tile(self, start as usize + from, length, &mut encoded[from * width..(from + length) * width])
-                })
-                .and_then(|()| sink((chunk.start + start) * width as u64, &encoded[..count as usize * width]));
+            let count = data.plan.aligned(chunk.tensor, chunk.start + start, block).min(chunk.count - start);
+            let block = &mut encoded[..count as usize * width];
+            let spans = data.tiles_of(start as usize..(start + count) as usize);
+            result = spans
+                .zip(block.chunks_mut(TILE_ELEMENTS * width))
+                .try_for_each(|(span, encoded)| tile(self, span, encoded))
+                .and_then(|()| sink((chunk.start + start) * width as u64, block));
             start += count;
         }
         self.encoded = encoded;
         result
     }
 
-    fn set_weights(&mut self, plan: &Plan, chunk: Chunk) {
+    fn set_weights(&mut self, data: Loaded<'_>) {
         self.weights.clear();
-        self.weights.extend(merged(plan, chunk).models.iter().map(|&(model, _)| plan.weights[model as usize]));
+        self.weights.extend(data.merge().models.iter().map(|&(model, _)| data.plan.weights[model as usize]));
     }
 
-    fn load_base(&mut self, plan: &Plan, chunk: Chunk, slot: &Slot, from: usize, length: usize) {
-        if let Some(piece) = merged(plan, chunk).base {
-            let (float, bytes) = slot.tile(plan, piece, from, length);
-            kernels::load(self.isa, float, bytes, &mut self.tiles.base[..length]);
+    fn load_base(&mut self, span: Span<'_>) {
+        if let Some(piece) = span.data.merge().base {
+            let (float, bytes) = span.stored(piece);
+            kernels::load(self.isa, float, bytes, &mut self.tiles.base[..span.length]);
         }
     }
 
     /// τ of one model into its input tile, finite everywhere: what is not finite is an error or, where the recipe says
     /// otherwise, zero. The base tile must be loaded. Returns whether all was finite.
-    fn task_vector(
-        &mut self,
-        plan: &Plan,
-        chunk: Chunk,
-        slot: &Slot,
-        (model, piece): (usize, Piece),
-        from: usize,
-        length: usize,
-    ) -> Result<bool> {
-        let base = merged(plan, chunk).base.expect("task vectors need a base");
-        let (float, bytes) = slot.tile(plan, piece, from, length);
-        let (base_float, base_bytes) = slot.tile(plan, base, from, length);
-        let tau = &mut self.tiles.inputs[model][..length];
-        let finite = if float == Float::F64 || base_float == Float::F64 {
-            kernels::task_vector_f64(self.isa, float, bytes, base_float, base_bytes, tau);
-            kernels::all_finite(self.isa, tau)
-        } else {
-            kernels::task_vector(self.isa, float, bytes, &self.tiles.base[..length], tau)
-        };
+    fn task_vector(&mut self, span: Span<'_>, (model, piece): (usize, Piece)) -> Result<bool> {
+        let Tiles { base, inputs, .. } = &mut self.tiles;
+        let finite = subtract(self.isa, span, piece, base, &mut inputs[model][..span.length]);
         if !finite {
-            self.settle_input(plan, chunk, slot, model, from, length)?;
+            self.settle_input(span, (model, piece))?;
         }
         Ok(finite)
     }
 
     /// τ̂ of one model into its input tile, counting survivors; otherwise like [`Self::task_vector`].
-    #[allow(clippy::too_many_arguments)]
     fn trimmed_task_vector(
         &mut self,
-        plan: &Plan,
-        chunk: Chunk,
-        slot: &Slot,
+        span: Span<'_>,
         (model, piece): (usize, Piece),
-        from: usize,
-        length: usize,
         cut: &Cut,
         seen: &mut u64,
     ) -> Result<bool> {
-        let base = merged(plan, chunk).base.expect("task vectors need a base");
-        let (float, bytes) = slot.tile(plan, piece, from, length);
-        let narrow = float != Float::F64 && float_of(plan, base) != Float::F64;
+        let base = span.data.merge().base.expect("task vectors need a base");
+        let (float, bytes) = span.stored(piece);
+        let narrow = float != Float::F64 && span.data.float(base) != Float::F64;
         if let Some(min_key) = cut.min_key().filter(|_| narrow) {
             let Tiles { base, inputs, .. } = &mut self.tiles;
-            let tau = &mut inputs[model][..length];
-            if let Some(kept) = kernels::trimmed_task_vector(self.isa, float, bytes, &base[..length], min_key, tau) {
+            let tau = &mut inputs[model][..span.length];
+            if let Some(kept) = kernels::trimmed_task_vector(self.isa, float, bytes, &base[..span.length], min_key, tau)
+            {
                 self.tally.kept[model] += kept;
                 return Ok(true);
             }
         }
-        let finite = self.task_vector(plan, chunk, slot, (model, piece), from, length)?;
-        let tau = &mut self.tiles.inputs[model][..length];
-        self.tally.kept[model] += cut.apply(self.isa, tau, chunk.start + from as u64, seen);
+        let finite = self.task_vector(span, (model, piece))?;
+        let tau = &mut self.tiles.inputs[model][..span.length];
+        self.tally.kept[model] += cut.apply(self.isa, tau, span.element(0), seen);
         Ok(finite)
-    }
-
-    /// Deals with an input tile that is not finite everywhere.
-    fn settle_input(
-        &mut self,
-        plan: &Plan,
-        chunk: Chunk,
-        slot: &Slot,
-        model: usize,
-        from: usize,
-        length: usize,
-    ) -> Result<()> {
-        if plan.non_finite == NonFinite::Error {
-            return Err(self.non_finite_error(plan, chunk, slot, from, length));
-        }
-        kernels::zero_non_finite(self.isa, &mut self.tiles.inputs[model][..length]);
-        Ok(())
     }
 
     /// Fills base, input (trimmed, where the method asks for that) and oracle tiles; returns whether every input was
     /// finite.
-    fn load_inputs(
-        &mut self,
-        plan: &Plan,
-        chunk: Chunk,
-        slot: &Slot,
-        (from, length): (usize, usize),
-        cuts: &[Cut],
-        seen: &mut TieCounts,
-    ) -> Result<bool> {
-        let merge = merged(plan, chunk);
-        self.load_base(plan, chunk, slot, from, length);
+    fn load_inputs(&mut self, span: Span<'_>, cuts: &[Cut], seen: &mut TieCounts) -> Result<bool> {
+        let merge = span.data.merge();
+        self.load_base(span);
         let mut clean = true;
         for &(model, piece) in merge.models {
             let model = model as usize;
-            clean &= match plan.merger.needs().inputs {
+            clean &= match span.data.plan.merger.needs().inputs {
                 Inputs::Weights => {
-                    let (float, bytes) = slot.tile(plan, piece, from, length);
-                    let input = &mut self.tiles.inputs[model][..length];
+                    let (float, bytes) = span.stored(piece);
+                    let input = &mut self.tiles.inputs[model][..span.length];
                     kernels::load(self.isa, float, bytes, input);
                     let finite = kernels::all_finite(self.isa, input);
                     if !finite {
-                        self.settle_input(plan, chunk, slot, model, from, length)?;
+                        self.settle_input(span, (model, piece))?;
                     }
                     finite
                 }
-                Inputs::TaskVectors => self.task_vector(plan, chunk, slot, (model, piece), from, length)?,
+                Inputs::TaskVectors => self.task_vector(span, (model, piece))?,
                 Inputs::TrimmedTaskVectors => {
                     let (cut, seen) = (&cuts[model], &mut seen[model]);
-                    self.trimmed_task_vector(plan, chunk, slot, (model, piece), from, length, cut, seen)?
+                    self.trimmed_task_vector(span, (model, piece), cut, seen)?
                 }
             };
         }
         if let Some(piece) = merge.oracle {
-            let (float, bytes) = slot.tile(plan, piece, from, length);
-            let base = &self.tiles.base[..length];
-            if !kernels::task_vector(self.isa, float, bytes, base, &mut self.tiles.scratch[..length]) {
-                if plan.non_finite == NonFinite::Error {
-                    return Err(self.non_finite_error(plan, chunk, slot, from, length));
-                }
-                kernels::zero_non_finite(self.isa, &mut self.tiles.scratch[..length]);
-                clean = false;
-            }
-            kernels::sign_of(self.isa, &self.tiles.scratch[..length], &mut self.tiles.oracle[..length]);
+            clean &= self.load_oracle(span, piece)?;
         }
         Ok(clean)
     }
 
+    /// Fills the oracle tile with the signs of the oracle's task vector; returns whether all of it was finite.
+    fn load_oracle(&mut self, span: Span<'_>, piece: Piece) -> Result<bool> {
+        let Tiles { base, scratch, .. } = &mut self.tiles;
+        let tau = &mut scratch[..span.length];
+        let finite = subtract(self.isa, span, piece, base, tau);
+        if !finite {
+            self.settle_oracle(span, piece)?;
+        }
+        let Tiles { oracle, scratch, .. } = &mut self.tiles;
+        kernels::sign_of(self.isa, &scratch[..span.length], &mut oracle[..span.length]);
+        Ok(finite)
+    }
+
     /// Runs the method on the input tiles; the result is in the out tile.
-    fn combine(&mut self, plan: &Plan, chunk: Chunk, length: usize, majority: f32) {
-        let merge = merged(plan, chunk);
+    fn combine(&mut self, span: Span<'_>, majority: f32) {
+        let (merge, length) = (span.data.merge(), span.length);
+        let merger = &span.data.plan.merger;
         let Tiles { inputs, oracle, out, scratch, .. } = &mut self.tiles;
         with_refs(inputs, merge.models, length, |inputs| {
-            if plan.merger.needs().inputs != Inputs::Weights {
+            if merger.needs().inputs != Inputs::Weights {
                 self.tally.conflicts += kernels::conflicts(self.isa, inputs);
             }
             let oracle = merge.oracle.is_some().then_some(&oracle[..length]);
             let tile = Tile { isa: self.isa, inputs, weights: &self.weights, oracle, majority };
-            plan.merger.merge(&tile, &mut out[..length], &mut scratch[..length]);
+            merger.merge(&tile, &mut out[..length], &mut scratch[..length]);
         });
     }
 
     /// From the method's result to encoded output: adds base, settles elements with non-finite inputs, encodes.
-    fn finish(
-        &mut self,
-        plan: &Plan,
-        chunk: Chunk,
-        slot: &Slot,
-        (from, length): (usize, usize),
-        clean: bool,
-        encoded: &mut [u8],
-    ) -> Result<()> {
-        let merge = merged(plan, chunk);
-        let float = Float::from_dtype(plan.tensors[chunk.tensor as usize].dtype).expect("merged tensors are floats");
-        let delta = plan.merger.needs().inputs != Inputs::Weights;
-        let double_base = merge.base.map(|piece| slot.tile(plan, piece, from, length));
-        let double_base = double_base.filter(|&(base, _)| delta && base == Float::F64).map(|(_, bytes)| bytes);
-        self.tiles.exempt[..length].fill(false);
-        match double_base {
+    fn finish(&mut self, span: Span<'_>, clean: bool, encoded: &mut [u8]) -> Result<()> {
+        let float = span.data.output();
+        let delta = span.data.plan.merger.needs().inputs != Inputs::Weights;
+        let base = span.data.merge().base.filter(|_| delta).map(|piece| span.stored(piece));
+        self.tiles.exempt[..span.length].fill(false);
+        let Tiles { base: base_tile, out, .. } = &mut self.tiles;
+        let out = &mut out[..span.length];
+        match base {
             // Base has more digits than f32: the sum is taken in f64, and rounded once.
-            Some(base) if float == Float::F64 => {
-                let out = &self.tiles.out[..length];
-                kernels::store_sum_f64(self.isa, Float::F64, base, out, encoded);
-                if !clean {
-                    self.settle_exempt(plan, chunk, slot, from, length);
-                    let kept = plan.non_finite == NonFinite::CopyBase;
-                    for i in (0..length).filter(|&i| self.tiles.exempt[i]) {
-                        let value = f64::from(self.tiles.out[i]).to_le_bytes();
-                        encoded[i * 8..i * 8 + 8].copy_from_slice(if kept { &base[i * 8..i * 8 + 8] } else { &value });
-                    }
-                }
-                return Ok(());
-            }
-            Some(base) => {
-                for (value, base) in self.tiles.out.iter_mut().zip(base.as_chunks::<8>().0) {
+            Some((Float::F64, base)) if float == Float::F64 => return self.finish_f64(span, clean, base, encoded),
+            Some((Float::F64, base)) => {
+                for (value, base) in out.iter_mut().zip(base.as_chunks::<8>().0) {
                     *value = narrow(f64::from_le_bytes(*base) + f64::from(*value), float);
                 }
             }
-            None if delta => kernels::add(self.isa, &mut self.tiles.out[..length], &self.tiles.base[..length]),
+            Some(_) => kernels::add(self.isa, out, &base_tile[..span.length]),
             None => {}
         }
         if !clean {
-            self.settle_exempt(plan, chunk, slot, from, length);
+            self.settle_exempt(span);
         }
-        self.encode(plan, chunk, from, length, float, encoded)
-    }
-
-    /// Gives every element with a non-finite input the value that the recipe asks for.
-    fn settle_exempt(&mut self, plan: &Plan, chunk: Chunk, slot: &Slot, from: usize, length: usize) {
-        let merge = merged(plan, chunk);
-        let base = merge.base.filter(|_| plan.merger.needs().inputs != Inputs::Weights);
-        let models = merge.models.iter().map(|&(_, piece)| piece);
-        let mut sums = [0.0f32; TILE_ELEMENTS];
-        for piece in base.into_iter().chain(models).chain(merge.oracle) {
-            let (float, bytes) = slot.tile(plan, piece, from, length);
-            let values = &mut self.tiles.scratch[..length];
-            kernels::load(self.isa, float, bytes, values);
-            let finite = |i: usize, value: f32| match float {
-                // A double beyond the range of f32 is a number all the same.
-                Float::F64 => f64::from_le_bytes(bytes.as_chunks::<8>().0[i]).is_finite(),
-                _ => value.is_finite(),
-            };
-            for (i, &mut value) in values.iter_mut().enumerate() {
-                if !finite(i, value) {
-                    sums[i] += value;
-                    self.tiles.exempt[i] = true;
-                }
-            }
-        }
-        for (i, sum) in sums.iter().enumerate().take(length).filter(|&(i, _)| self.tiles.exempt[i]) {
-            self.tiles.out[i] = match plan.non_finite {
-                NonFinite::CopyBase => self.tiles.base[i],
-                _ => *sum,
-            };
-        }
-    }
-
-    /// Encodes the out tile as `float`, refusing (or clamping) results that the type cannot hold.
-    fn encode(
-        &mut self,
-        plan: &Plan,
-        chunk: Chunk,
-        from: usize,
-        length: usize,
-        float: Float,
-        encoded: &mut [u8],
-    ) -> Result<()> {
-        let clamp = plan.overflow == Overflow::Clamp;
-        let values = &mut self.tiles.out[..length];
-        if kernels::store(self.isa, float, values, encoded, clamp) {
-            return Ok(());
-        }
-        let exempt = &self.tiles.exempt;
-        let mut lost = None;
-        for (i, value) in values.iter_mut().enumerate().filter(|(i, v)| !v.is_finite() && !exempt[*i]) {
-            if clamp && value.is_infinite() {
-                *value = f32::MAX.copysign(*value);
-            } else {
-                lost = lost.or(Some((i, *value)));
-            }
-        }
-        if !clamp {
-            let mut one = [0u8; 8];
-            let mut fits = |value: f32| kernels::store(self.isa, float, &[value], &mut one[..float.width()], false);
-            let first = values.iter().position(|&value| value.is_finite() && !fits(value));
-            lost = lost.or(first.map(|i| (i, values[i])));
-        }
-        kernels::store(self.isa, float, values, encoded, clamp);
-        match lost {
-            None => Ok(()),
-            Some((i, value)) => Err(Error::input(format!(
-                "the result at element {} is {value:e}, which {} cannot hold",
-                chunk.start + (from + i) as u64,
-                float.torch_name()
-            ))
-            .tensor(&plan.tensors[chunk.tensor as usize].name)
-            .help("use --overflow clamp, a wider --dtype, or a smaller --lambda")),
-        }
-    }
-
-    /// The first non-finite input of the tile, or an overflowing task vector, as an error.
-    fn non_finite_error(&mut self, plan: &Plan, chunk: Chunk, slot: &Slot, from: usize, length: usize) -> Error {
-        let merge = merged(plan, chunk);
-        let name = &plan.tensors[chunk.tensor as usize].name;
-        let base = merge.base.map(|piece| ("base".to_string(), piece));
-        let models = merge.models.iter().map(|&(model, piece)| (format!("model {}", model + 1), piece));
-        let oracle = merge.oracle.map(|piece| ("the sign checkpoint".to_string(), piece));
-        for (who, piece) in base.into_iter().chain(models).chain(oracle) {
-            let (float, bytes) = slot.tile(plan, piece, from, length);
-            kernels::load(self.isa, float, bytes, &mut self.tiles.scratch[..length]);
-            if let Some(i) = self.tiles.scratch[..length].iter().position(|v| !v.is_finite()) {
-                let value = self.tiles.scratch[i];
-                return Error::input(format!("{value} in {who} at element {}", chunk.start + (from + i) as u64))
-                    .at(plan.source(piece).1.path())
-                    .tensor(name)
-                    .help("repair the checkpoint, or use --non-finite copy-base or --non-finite propagate");
-            }
-        }
-        let first = chunk.start + from as u64;
-        Error::input(format!("a task vector overflows float32 at elements {first} to {}", first + length as u64 - 1))
-            .tensor(name)
-            .help("the models are too far from base to be merged")
+        self.encode(span, encoded)
     }
 }
 
-/// The merge of a chunk's tensor.
-pub(super) struct Merge<'a> {
-    base: Option<Piece>,
-    pub models: &'a [(u32, Piece)],
-    oracle: Option<Piece>,
-}
-
-pub(super) fn merged(plan: &Plan, chunk: Chunk) -> Merge<'_> {
-    match &plan.tensors[chunk.tensor as usize].action {
-        Action::Merge { base, models, oracle } => Merge { base: *base, models, oracle: *oracle },
-        Action::Copy { .. } => unreachable!("copied tensors are not merged"),
+/// τ of `piece` into `out`; `base` is the base tile. Returns whether all of it is finite.
+fn subtract(isa: Isa, span: Span<'_>, piece: Piece, base: &[f32], out: &mut [f32]) -> bool {
+    let base_piece = span.data.merge().base.expect("task vectors need a base");
+    let (float, bytes) = span.stored(piece);
+    let (base_float, base_bytes) = span.stored(base_piece);
+    if float == Float::F64 || base_float == Float::F64 {
+        kernels::task_vector_f64(isa, float, bytes, base_float, base_bytes, out);
+        kernels::all_finite(isa, out)
+    } else {
+        kernels::task_vector(isa, float, bytes, &base[..span.length], out)
     }
-}
-
-/// The tiles of a chunk: (first element, number of elements), relative to the chunk.
-fn tiles(chunk: Chunk) -> impl Iterator<Item = (usize, usize)> {
-    let count = chunk.count as usize;
-    (0..count).step_by(TILE_ELEMENTS).map(move |from| (from, TILE_ELEMENTS.min(count - from)))
 }
 
 /// Calls `f` with the first `length` elements of the tiles of `models`, without allocating.
@@ -680,39 +450,4 @@ fn with_refs<R>(tiles: &[Vec<f32>], models: &[(u32, Piece)], length: usize, f: i
         *slot = &tiles[model as usize][..length];
     }
     f(&refs[..models.len()])
-}
-
-/// `value` as the f32 that rounds to `float` as `value` itself does: nearest for f32; for narrower types, rounded to odd,
-/// which keeps what was cut off from being rounded twice (Boldo and Melquiond 2008).
-fn narrow(value: f64, float: Float) -> f32 {
-    let nearest = value as f32;
-    if float == Float::F32 || !value.is_finite() || f64::from(nearest) == value {
-        return nearest;
-    }
-    let beyond = f64::from(nearest).abs() > value.abs();
-    f32::from_bits((nearest.to_bits() - u32::from(beyond)) | 1)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn doubles_are_rounded_once_to_half_precision() {
-        let to = |float: Float, value: f64| {
-            let mut bytes = [0; 2];
-            kernels::store(Isa::detect(), float, &[narrow(value, float)], &mut bytes, false);
-            u16::from_le_bytes(bytes)
-        };
-        let tiny = 2f64.powi(-40);
-        // Halfway between two f16, or a hair beside it.
-        assert_eq!(to(Float::F16, 1.0 + 2f64.powi(-11)), 0x3c00);
-        assert_eq!(to(Float::F16, 1.0 + 2f64.powi(-11) + tiny), 0x3c01);
-        assert_eq!(to(Float::F16, 1.0 + 3.0 * 2f64.powi(-11) - tiny), 0x3c01);
-        assert_eq!(to(Float::BF16, -1.0 - 2f64.powi(-8) - tiny), 0xbf81);
-        assert_eq!(to(Float::BF16, -1.0 - 2f64.powi(-8)), 0xbf80);
-        assert_eq!(narrow(1.0 + tiny, Float::F32), 1.0);
-        assert_eq!(narrow(f64::MAX, Float::BF16), f32::MAX);
-        assert!(narrow(f64::NAN, Float::F16).is_nan());
-    }
 }

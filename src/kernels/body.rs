@@ -192,13 +192,6 @@ pub(super) fn all_finite(values: &[f32]) -> bool {
     true
 }
 
-#[inline(always)]
-pub(super) fn zero_non_finite(values: &mut [f32]) {
-    for value in values {
-        *value = keep(mask(key(*value) < INFINITY), *value);
-    }
-}
-
 // ---- Trim ---------------------------------------------------------------------------------------------------------
 
 #[inline(always)]

@@ -134,7 +134,6 @@ kernels! {
     fn store(float: Float, values: &[f32], out: &mut [u8], clamp: bool) -> bool;
     fn store_sum_f64(base_float: Float, base_bytes: &[u8], values: &[f32], out: &mut [u8]);
     fn all_finite(values: &[f32]) -> bool;
-    fn zero_non_finite(values: &mut [f32]);
     fn trim(tau: &mut [f32], min_key: u32) -> u64;
     fn trim_sample(tau: &mut [f32], ties: Ties, draw_key: u64, first_index: u64, accept: u64) -> u64;
     fn trim_lowest(tau: &mut [f32], ties: Ties, quota: u64) -> (u64, u64);

@@ -163,11 +163,6 @@ pub fn all_finite(isa: Isa, values: &[f32]) -> bool {
     isa::all_finite(isa, values)
 }
 
-/// Replaces NaN and infinities by +0.0.
-pub fn zero_non_finite(isa: Isa, values: &mut [f32]) {
-    isa::zero_non_finite(isa, values);
-}
-
 // ---- Trim ---------------------------------------------------------------------------------------------------------
 
 /// Zeroes every entry whose key is below `min_key` (at least 1) and returns the number of the others.

@@ -29,7 +29,7 @@ impl Method for Linear {
         &[ParamSpec {
             name: "weight",
             per_model: true,
-            kind: ParamKind::Number { default: 1.0, min: f64::MIN, max: f64::MAX },
+            kind: ParamKind::ANY,
             help: "weight of a model; the weights must not sum to zero",
         }]
     }

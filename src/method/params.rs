@@ -42,6 +42,11 @@ pub enum ParamKind {
     Choice(&'static [&'static str]),
 }
 
+impl ParamKind {
+    /// Any number that float32, in which methods compute, can hold; 1 unless given.
+    pub const ANY: Self = Self::Number { default: 1.0, min: f32::MIN as f64, max: f32::MAX as f64 };
+}
+
 /// One parameter of a method.
 #[derive(Debug, Clone, Copy)]
 pub struct ParamSpec {
@@ -84,10 +89,10 @@ impl ParamSpec {
 }
 
 fn range(min: f64, max: f64) -> String {
-    match (min > f64::MIN, max < f64::MAX) {
+    match (min > f64::from(f32::MIN), max < f64::from(f32::MAX)) {
         (true, true) => format!("between {min} and {max}"),
         (true, false) => format!("at or above {min}"),
-        _ => "within the finite numbers".into(),
+        _ => "within the finite numbers of float32".into(),
     }
 }
 
@@ -203,6 +208,9 @@ mod tests {
             let error = Settings::resolve(find("ties").unwrap(), &given(&[("density", bad)]), &[]).unwrap_err();
             assert!(error.to_string().contains("density"), "{error}");
         }
+        let bad = given(&[("lambda", Value::Number(1e39))]);
+        let error = Settings::resolve(find("ties").unwrap(), &bad, &[]).unwrap_err().to_string();
+        assert!(error.contains("within the finite numbers of float32"), "{error}");
         let bad = given(&[("elect", Value::Word("vote".into()))]);
         assert!(Settings::resolve(find("ties").unwrap(), &bad, &[]).unwrap_err().to_string().contains("mass, count"));
     }

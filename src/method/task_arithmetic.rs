@@ -8,8 +8,6 @@ use crate::kernels;
 /// See the module's documentation.
 pub(super) struct TaskArithmetic;
 
-const ANY: ParamKind = ParamKind::Number { default: 1.0, min: f64::MIN, max: f64::MAX };
-
 impl Method for TaskArithmetic {
     fn name(&self) -> &'static str {
         "task_arithmetic"
@@ -29,11 +27,16 @@ impl Method for TaskArithmetic {
 
     fn params(&self) -> &'static [ParamSpec] {
         &[
-            ParamSpec { name: "weight", per_model: true, kind: ANY, help: "weight of a model's task vector" },
+            ParamSpec {
+                name: "weight",
+                per_model: true,
+                kind: ParamKind::ANY,
+                help: "weight of a model's task vector",
+            },
             ParamSpec {
                 name: "lambda",
                 per_model: false,
-                kind: ANY,
+                kind: ParamKind::ANY,
                 help: "scale of the sum (the TIES paper without validation data: 0.4)",
             },
         ]

@@ -14,8 +14,6 @@ use crate::kernels;
 /// See the module's documentation.
 pub(super) struct Ties;
 
-const ANY: ParamKind = ParamKind::Number { default: 1.0, min: f64::MIN, max: f64::MAX };
-
 impl Method for Ties {
     fn name(&self) -> &'static str {
         "ties"
@@ -35,14 +33,24 @@ impl Method for Ties {
 
     fn params(&self) -> &'static [ParamSpec] {
         &[
-            ParamSpec { name: "weight", per_model: true, kind: ANY, help: "weight of a model in election and mean" },
+            ParamSpec {
+                name: "weight",
+                per_model: true,
+                kind: ParamKind::ANY,
+                help: "weight of a model in election and mean",
+            },
             ParamSpec {
                 name: "density",
                 per_model: true,
                 kind: ParamKind::Number { default: 0.2, min: 0.0, max: 1.0 },
                 help: "fraction of each task vector kept, by magnitude",
             },
-            ParamSpec { name: "lambda", per_model: false, kind: ANY, help: "scale of the merged task vector" },
+            ParamSpec {
+                name: "lambda",
+                per_model: false,
+                kind: ParamKind::ANY,
+                help: "scale of the merged task vector",
+            },
             ParamSpec {
                 name: "elect",
                 per_model: false,

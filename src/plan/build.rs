@@ -325,8 +325,8 @@ impl Reconciler<'_> {
 
     fn check_weight_sum(&self, tensor: &TensorEntry, models: &[(u32, Piece)], weights: &[f32]) -> Result<()> {
         let sum: f32 = models.iter().map(|&(model, _)| weights[model as usize]).sum();
-        if self.inputs == Inputs::Weights && sum == 0.0 {
-            return Err(Error::usage("the models' weights sum to 0, so there is no average")
+        if self.inputs == Inputs::Weights && (sum == 0.0 || !sum.is_finite()) {
+            return Err(Error::usage(format!("the models' weights sum to {sum}, so there is no average"))
                 .tensor(&tensor.name)
                 .help("use weights with another sum, or task_arithmetic"));
         }

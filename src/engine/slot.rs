@@ -1,0 +1,158 @@
+//! What is loaded of one chunk: windows on the inputs, and views of their tiles.
+//!
+//! Knows where elements lie in files and windows; computes nothing.
+
+use std::ops::Range;
+
+use crate::dtype::Float;
+use crate::error::Result;
+use crate::kernels::{self, Isa};
+use crate::limits::TILE_ELEMENTS;
+use crate::plan::{Action, Chunk, Piece, Plan};
+use crate::storage::{InputFile, Window};
+
+/// More than a core's share of the caches.
+const DISTANT_BYTES: u64 = 6 << 20;
+
+/// Windows on one chunk of every checkpoint.
+#[derive(Default)]
+pub(super) struct Slot {
+    windows: Vec<Window>,
+    /// What is loaded is too much for the caches: tiles are asked for ahead of their use.
+    distant: bool,
+}
+
+impl Slot {
+    /// Windows that hold `elements` elements of each checkpoint's widest type.
+    pub(super) fn new(widths: &[u64], elements: u64) -> Self {
+        let windows = widths.iter().map(|&w| Window::with_capacity((w * elements) as usize)).collect();
+        Self { windows, distant: false }
+    }
+
+    /// Windows that hold exactly `chunk`.
+    pub(super) fn for_chunk(plan: &Plan, chunk: Chunk) -> Self {
+        let mut bytes = vec![0; plan.checkpoints.len()];
+        for piece in plan.pieces(chunk.tensor, true) {
+            bytes[piece.checkpoint as usize] = locate(plan, chunk, piece).2;
+        }
+        Self { windows: bytes.into_iter().map(|b| Window::with_capacity(b as usize)).collect(), distant: false }
+    }
+
+    /// Loads `pieces` of `chunk`; returns the bytes loaded.
+    pub(super) fn load(&mut self, plan: &Plan, chunk: Chunk, pieces: impl Iterator<Item = Piece>) -> Result<u64> {
+        let mut total = 0;
+        for piece in pieces {
+            let (file, offset, bytes) = locate(plan, chunk, piece);
+            file.load(&mut self.windows[piece.checkpoint as usize], offset, bytes as usize)
+                .map_err(|e| e.tensor(&plan.tensors[chunk.tensor as usize].name))?;
+            total += bytes;
+        }
+        self.distant = total > DISTANT_BYTES;
+        Ok(total)
+    }
+
+    pub(super) fn bytes(&self, piece: Piece) -> &[u8] {
+        self.windows[piece.checkpoint as usize].bytes()
+    }
+
+    /// The bytes of elements `[from, from + length)` of the chunk in `piece`.
+    fn tile(&self, float: Float, piece: Piece, from: usize, length: usize) -> &[u8] {
+        if self.distant {
+            let next = (from + length) * float.width();
+            kernels::prefetch(self.bytes(piece).get(next..next + TILE_ELEMENTS * float.width()).unwrap_or_default());
+        }
+        &self.bytes(piece)[from * float.width()..(from + length) * float.width()]
+    }
+}
+
+/// Where `chunk` of `piece` lies: file, offset and length in bytes.
+pub(super) fn locate(plan: &Plan, chunk: Chunk, piece: Piece) -> (&dyn InputFile, u64, u64) {
+    let (entry, file) = plan.source(piece);
+    let width = if plan.is_raw_copy(chunk.tensor) { 1 } else { plan.float_width(piece) };
+    (file, entry.offset + chunk.start * width, chunk.count * width)
+}
+
+/// The merge of a chunk's tensor.
+pub(super) struct Merge<'a> {
+    pub base: Option<Piece>,
+    pub models: &'a [(u32, Piece)],
+    pub oracle: Option<Piece>,
+}
+
+/// A chunk of a merged tensor and the windows that show it.
+#[derive(Clone, Copy)]
+pub(super) struct Loaded<'a> {
+    pub plan: &'a Plan,
+    pub chunk: Chunk,
+    pub slot: &'a Slot,
+}
+
+impl<'a> Loaded<'a> {
+    /// What is merged.
+    pub(super) fn merge(&self) -> Merge<'a> {
+        match &self.plan.tensors[self.chunk.tensor as usize].action {
+            Action::Merge { base, models, oracle } => Merge { base: *base, models, oracle: *oracle },
+            Action::Copy { .. } => unreachable!("copied tensors are not merged"),
+        }
+    }
+
+    /// The stored type of `piece`.
+    pub(super) fn float(&self, piece: Piece) -> Float {
+        Float::from_dtype(self.plan.source(piece).0.dtype).expect("the plan merges floats only")
+    }
+
+    /// The tiles of the chunk.
+    pub(super) fn tiles(self) -> impl Iterator<Item = Span<'a>> {
+        self.tiles_of(0..self.chunk.count as usize)
+    }
+
+    /// The tiles of a range of the chunk.
+    pub(super) fn tiles_of(self, range: Range<usize>) -> impl Iterator<Item = Span<'a>> {
+        let end = range.end;
+        range.step_by(TILE_ELEMENTS).map(move |from| Span { data: self, from, length: TILE_ELEMENTS.min(end - from) })
+    }
+
+    /// The output's type.
+    pub(super) fn output(&self) -> Float {
+        let dtype = self.plan.tensors[self.chunk.tensor as usize].dtype;
+        Float::from_dtype(dtype).expect("merged tensors are floats")
+    }
+
+    /// Name of the tensor.
+    pub(super) fn name(&self) -> &'a str {
+        &self.plan.tensors[self.chunk.tensor as usize].name
+    }
+}
+
+/// One tile of a chunk: at most [`TILE_ELEMENTS`] elements from element `from` of the chunk on.
+#[derive(Clone, Copy)]
+pub(super) struct Span<'a> {
+    pub data: Loaded<'a>,
+    pub from: usize,
+    pub length: usize,
+}
+
+impl<'a> Span<'a> {
+    /// The stored type and the bytes of the tile in `piece`.
+    pub(super) fn stored(&self, piece: Piece) -> (Float, &'a [u8]) {
+        let float = self.data.float(piece);
+        (float, self.data.slot.tile(float, piece, self.from, self.length))
+    }
+
+    /// The `index`-th value of the tile in `piece`, exactly.
+    pub(super) fn value(&self, piece: Piece, index: usize) -> f64 {
+        let (float, bytes) = self.stored(piece);
+        let bytes = &bytes[index * float.width()..(index + 1) * float.width()];
+        if let (Float::F64, Ok(bytes)) = (float, bytes.try_into()) {
+            return f64::from_le_bytes(bytes);
+        }
+        let mut value = [0.0];
+        kernels::load(Isa::baseline(), float, bytes, &mut value);
+        f64::from(value[0])
+    }
+
+    /// Index in the tensor of the `index`-th element of the tile.
+    pub(super) fn element(&self, index: usize) -> u64 {
+        self.data.chunk.start + (self.from + index) as u64
+    }
+}
