@@ -326,7 +326,7 @@ impl<'a> Passes<'a> {
 
     /// Sign of the sum of all elected signs of the unit, where the method asks for it.
     fn majority(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut]) -> Result<f32> {
-        if !self.plan.merger.needs().majority_sign {
+        if !self.plan.needs().majority_sign {
             return Ok(0.0);
         }
         let plan = self.plan;
@@ -371,7 +371,7 @@ impl<'a> Passes<'a> {
                 lock(&thresholds).record(UnitThresholds::new(unit, &goals, &found));
                 let cuts = tensor_cuts(plan, chunk, &cuts(plan, &goals, &found));
                 let mut majority = 0.0;
-                if plan.merger.needs().majority_sign {
+                if plan.needs().majority_sign {
                     let mut seen = vec![0; plan.models()];
                     majority = worker.vote(plan, chunk, &slot, &cuts, &mut seen)?.signum() as f32;
                 }

@@ -253,7 +253,7 @@ impl Worker {
             with_refs(inputs, merge.models, length, |inputs| {
                 let oracle = merge.oracle.is_some().then_some(&oracle[..length]);
                 let tile = Tile { isa: self.isa, inputs, weights: &self.weights, oracle, majority: 0.0 };
-                sum += plan.merger.sum_of_signs(&tile, &mut scratch[..length]);
+                sum += plan.params_of(chunk.tensor).merger.sum_of_signs(&tile, &mut scratch[..length]);
             });
         }
         self.tally.kept = kept;
@@ -354,7 +354,8 @@ impl Worker {
 
     fn set_weights(&mut self, plan: &Plan, chunk: Chunk) {
         self.weights.clear();
-        self.weights.extend(merged(plan, chunk).models.iter().map(|&(model, _)| plan.weights[model as usize]));
+        let weights = &plan.params_of(chunk.tensor).weights;
+        self.weights.extend(merged(plan, chunk).models.iter().map(|&(model, _)| weights[model as usize]));
     }
 
     fn load_base(&mut self, plan: &Plan, chunk: Chunk, slot: &Slot, from: usize, length: usize) {
@@ -413,7 +414,7 @@ impl Worker {
         self.load_base(plan, chunk, slot, from, length);
         let mut clean = true;
         for &(model, piece) in merge.models {
-            clean &= if plan.merger.needs().inputs == Inputs::Weights {
+            clean &= if plan.needs().inputs == Inputs::Weights {
                 let (float, bytes) = slot.tile(plan, piece, from, length);
                 kernels::load(self.isa, float, bytes, &mut self.tiles.inputs[model as usize][..length]);
                 self.settle_input(plan, chunk, slot, model as usize, from, length)?
@@ -439,7 +440,7 @@ impl Worker {
 
     /// Trims the input tiles and counts survivors.
     fn trim(&mut self, plan: &Plan, chunk: Chunk, from: usize, length: usize, cuts: &[Cut], seen: &mut TieCounts) {
-        if plan.merger.needs().inputs != Inputs::TrimmedTaskVectors {
+        if plan.needs().inputs != Inputs::TrimmedTaskVectors {
             return;
         }
         for &(model, _) in merged(plan, chunk).models {
@@ -454,12 +455,12 @@ impl Worker {
         let merge = merged(plan, chunk);
         let Tiles { inputs, oracle, out, scratch, .. } = &mut self.tiles;
         with_refs(inputs, merge.models, length, |inputs| {
-            if plan.merger.needs().inputs != Inputs::Weights {
+            if plan.needs().inputs != Inputs::Weights {
                 self.tally.conflicts += kernels::conflicts(self.isa, inputs);
             }
             let oracle = merge.oracle.is_some().then_some(&oracle[..length]);
             let tile = Tile { isa: self.isa, inputs, weights: &self.weights, oracle, majority };
-            plan.merger.merge(&tile, &mut out[..length], &mut scratch[..length]);
+            plan.params_of(chunk.tensor).merger.merge(&tile, &mut out[..length], &mut scratch[..length]);
         });
     }
 
@@ -475,7 +476,7 @@ impl Worker {
     ) -> Result<()> {
         let merge = merged(plan, chunk);
         let float = Float::from_dtype(plan.tensors[chunk.tensor as usize].dtype).expect("merged tensors are floats");
-        let delta = plan.merger.needs().inputs != Inputs::Weights;
+        let delta = plan.needs().inputs != Inputs::Weights;
         let double_base = merge.base.map(|piece| slot.tile(plan, piece, from, length));
         let double_base = double_base.filter(|&(base, _)| delta && base == Float::F64).map(|(_, bytes)| bytes);
         self.tiles.exempt[..length].fill(false);
@@ -511,7 +512,7 @@ impl Worker {
     /// Gives every element with a non-finite input the value that the recipe asks for.
     fn settle_exempt(&mut self, plan: &Plan, chunk: Chunk, slot: &Slot, from: usize, length: usize) {
         let merge = merged(plan, chunk);
-        let base = merge.base.filter(|_| plan.merger.needs().inputs != Inputs::Weights);
+        let base = merge.base.filter(|_| plan.needs().inputs != Inputs::Weights);
         let models = merge.models.iter().map(|&(_, piece)| piece);
         let mut sums = [0.0f32; TILE_ELEMENTS];
         for piece in base.into_iter().chain(models).chain(merge.oracle) {
