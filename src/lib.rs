@@ -55,8 +55,11 @@ pub use engine::{
 };
 pub use error::{Error, ErrorKind, Result, printable};
 pub use method::{METHODS, Method, ParamKind, ParamSpec, Value};
-pub use plan::{InputSummary, PassSummary, Plan, PlanSummary, Run, Schedule};
-pub use recipe::{Missing, ModelInput, NonFinite, Overflow, Recipe, Scope, ThresholdKind, TrimTies};
+pub use plan::{InputSummary, PassSummary, Plan, PlanSummary, Run, Schedule, Spread};
+pub use recipe::{
+    BaseLayers, Case, Filter, LayerSource, Missing, ModelInput, NonFinite, Overflow, Params, Recipe, Scope, Setting,
+    Slice, ThresholdKind, TrimTies,
+};
 pub use storage::{Disk, IoMode, Storage};
 
 /// What the benchmarks measure. No part of the API: it changes without notice.

@@ -44,7 +44,7 @@ pub fn recipe(args: &MergeArgs, verb: &str) -> Result<Recipe> {
         ("zero_sum", word(&args.method.zero_sum)),
     ];
     for (name, value) in given {
-        recipe.params.extend(value.map(|value| (name.to_string(), value)));
+        recipe.params.extend(value.map(|value| (name.to_string(), value.into())));
     }
     Ok(recipe)
 }

@@ -2,9 +2,7 @@
 //!
 //! Every message says what is accepted; clap puts the value and the option in front of it.
 
-use std::collections::BTreeMap;
-
-use tiesmith::{METHODS, ModelInput, ParamKind, ParamSpec, Value};
+use tiesmith::{METHODS, ModelInput, ParamKind, ParamSpec, Params, Value};
 
 /// Units of sizes: name in lower case, bytes.
 const UNITS: [(&str, u64); 10] = [
@@ -104,14 +102,14 @@ pub fn tolerance(text: &str) -> Result<f64, String> {
 /// `CKPT[,weight=W][,density=D]...`: only trailing `,key=value` parts are split off, for a path may contain commas.
 pub fn model(text: &str) -> Result<ModelInput, String> {
     let mut source = text;
-    let mut params = BTreeMap::new();
+    let mut params = Params::new();
     while let Some((rest, key, value)) = last_assignment(source) {
         let name = key.replace('-', "_");
         let Some(spec) = per_model_params().find(|spec| spec.name == name) else {
             return Err(unknown_key(key, source));
         };
         let value = param_value(spec, value).map_err(|e| format!("{key}={value}: {e}"))?;
-        if params.insert(name, value).is_some() {
+        if params.insert(name, value.into()).is_some() {
             return Err(format!("{key} is given twice"));
         }
         source = rest;

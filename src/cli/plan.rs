@@ -144,6 +144,7 @@ mod tests {
     use super::*;
     use std::collections::BTreeMap;
     use tiesmith::PassSummary;
+    use tiesmith::Spread;
 
     fn words(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
         pairs.iter().map(|(name, value)| ((*name).to_string(), (*value).to_string())).collect()
@@ -160,7 +161,7 @@ mod tests {
             elements: 6_738_415_616,
             bytes: 13_476_831_232,
             dtypes: vec!["BF16".into()],
-            params: params.iter().map(|(name, value)| ((*name).to_string(), *value)).collect(),
+            params: params.iter().map(|(name, value)| ((*name).to_string(), Spread::One(*value))).collect(),
         }
     }
 

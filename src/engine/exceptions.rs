@@ -20,7 +20,7 @@ impl Worker {
     /// Deals with the input tile of `model`, which is not finite everywhere: an error or, where the recipe says
     /// otherwise, zeros.
     pub(super) fn settle_input(&mut self, span: Span<'_>, (model, piece): (usize, Piece)) -> Result<()> {
-        let deltas = span.data.plan.merger.needs().inputs != Inputs::Weights;
+        let deltas = span.data.plan.needs().inputs != Inputs::Weights;
         let base = span.data.merge().base.filter(|_| deltas);
         let input = &mut self.tiles.inputs[model][..span.length];
         for (i, value) in input.iter_mut().enumerate().filter(|(_, value)| !value.is_finite()) {
@@ -58,7 +58,7 @@ impl Worker {
     /// Gives every element with a non-finite input the value that the recipe asks for, in the out tile, and marks it.
     pub(super) fn settle_exempt(&mut self, span: Span<'_>) {
         let merge = span.data.merge();
-        let base = merge.base.filter(|_| span.data.plan.merger.needs().inputs != Inputs::Weights);
+        let base = merge.base.filter(|_| span.data.plan.needs().inputs != Inputs::Weights);
         let models = merge.models.iter().map(|&(_, piece)| piece);
         let mut sums = [0.0f32; TILE_ELEMENTS];
         for piece in base.into_iter().chain(models).chain(merge.oracle) {

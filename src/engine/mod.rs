@@ -168,12 +168,13 @@ fn check_inputs_unchanged(plan: &Plan) -> Result<()> {
 
 fn report(plan: &Plan, dir: &OutputDir, tally: &Tally, thresholds: &Thresholds, mut warnings: Vec<String>) -> Report {
     let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
-    let trims = plan.merger.needs().inputs == Inputs::TrimmedTaskVectors;
+    let trims = plan.needs().inputs == Inputs::TrimmedTaskVectors;
     let kept_fraction: Vec<f64> = (0..plan.models())
         .map(|model| if trims { share(tally.kept[model], plan.merged_elements(model)) } else { 1.0 })
         .collect();
-    if let Some(trim) = &plan.trim {
-        warnings.extend(tie_warnings(&trim.density, &kept_fraction, plan));
+    if plan.trim.is_some() {
+        let densities: Vec<f64> = (0..plan.models()).map(|model| plan.mean_density(model)).collect();
+        warnings.extend(tie_warnings(&densities, &kept_fraction, plan));
     }
     Report {
         out: dir.dir.display().to_string(),

@@ -315,7 +315,7 @@ impl<'a> Passes<'a> {
 
     /// Sign of the sum of all elected signs of the unit, where the method asks for it.
     fn majority(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut]) -> Result<f32> {
-        if !self.plan.merger.needs().majority_sign {
+        if !self.plan.needs().majority_sign {
             return Ok(0.0);
         }
         let plan = self.plan;
@@ -356,7 +356,7 @@ impl<'a> Passes<'a> {
                 lock(&thresholds).record(UnitThresholds::new(unit, &goals, &found));
                 let cuts = tensor_cuts(plan, chunk, &cuts(plan, &goals, &found));
                 let mut majority = 0.0;
-                if plan.merger.needs().majority_sign {
+                if plan.needs().majority_sign {
                     majority = worker.vote(data, &cuts, &mut vec![0; plan.models()])?.signum() as f32;
                 }
                 let mut sink = |offset, bytes: &[u8]| writer.write(chunk.tensor, offset, bytes);

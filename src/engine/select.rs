@@ -75,11 +75,15 @@ impl Thresholds {
 
 /// The goal of each model.
 pub(super) fn goals(plan: &Plan, unit: &Unit) -> Vec<Goal> {
-    let Some(trim) = &plan.trim else { return vec![Goal::Settled(Cut::NonZero); plan.models()] };
+    if plan.trim.is_none() {
+        return vec![Goal::Settled(Cut::NonZero); plan.models()];
+    }
+    // In model scope densities are the same for all tensors of the unit.
+    let params = plan.params_of(unit.tensors[0]);
     let tensor_scope = plan.scope == Scope::Tensor;
     let goal = |model| {
         let elements = elements(plan, unit, model);
-        match trim.keep(model, elements, tensor_scope) {
+        match params.keep(model, elements, tensor_scope) {
             keep if keep >= elements => Goal::Settled(Cut::NonZero),
             0 => Goal::Settled(Cut::Nothing),
             keep => Goal::Keep { keep, elements },

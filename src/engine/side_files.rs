@@ -11,12 +11,14 @@ use super::output::{MANIFEST, SealedShard};
 use super::select::{Thresholds, UnitThresholds};
 use super::{PROGRAM, Report};
 use crate::error::{Error, Result, printable};
-use crate::limits::MAX_SIDE_FILE_BYTES;
-use crate::plan::{Plan, PlanSummary, Schedule};
+use crate::limits::{LISTED_UNITS, MAX_SIDE_FILE_BYTES};
+use crate::plan::{Action, LAYER_COUNT_KEYS, LayerMap, Plan, PlanSummary, Schedule};
 use crate::storage::Storage;
 
 /// Version of the manifest's format.
 const MANIFEST_VERSION: u32 = 1;
+/// Tensors that the manifest names for each set of parameters.
+const SETTINGS_TENSORS: usize = 100;
 
 /// Files that are copied from the template where it has them: what transformers and the Hub's tools look for.
 const COPIED: &[&str] = &[
@@ -73,7 +75,7 @@ fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Vec<u8>)>> 
         if storage.is_file(&path) {
             let mut content = storage.read_small(&path, MAX_SIDE_FILE_BYTES)?;
             if name == "config.json" {
-                content = with_dtype(&path, content, plan)?;
+                content = updated_config(&path, content, plan)?;
             }
             files.push((name.to_string(), content));
         }
@@ -81,22 +83,48 @@ fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Vec<u8>)>> 
     Ok(files)
 }
 
-/// `config.json` with its data type as it is in the output; other content and its order stay.
-fn with_dtype(path: &Path, content: Vec<u8>, plan: &Plan) -> Result<Vec<u8>> {
-    let Some(float) = plan.float else { return Ok(content) };
-    let mut config: Value = serde_json::from_slice(&content)
-        .map_err(|e| Error::input(format!("not valid JSON: {e}")).at(path).help("repair it, or move it away"))?;
-    let Some(object) = config.as_object_mut() else { return Ok(content) };
-    // Newer writers say `dtype`, older ones `torch_dtype`; readers accept both.
-    let keys: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(|key| object.contains_key(*key)).collect();
-    if keys.iter().all(|key| object[*key] == float.torch_name()) {
+/// `config.json` with its data type and layers as they are in the output; other content and its order stay.
+fn updated_config(path: &Path, content: Vec<u8>, plan: &Plan) -> Result<Vec<u8>> {
+    if plan.float.is_none() && plan.layers.is_none() {
         return Ok(content);
     }
-    for key in keys {
-        object.insert(key.to_string(), float.torch_name().into());
+    let mut config: Value = serde_json::from_slice(&content)
+        .map_err(|e| Error::input(format!("not valid JSON: {e}")).at(path).help("repair it, or move it away"))?;
+    let before = config.clone();
+    let Some(object) = config.as_object_mut() else { return Ok(content) };
+    // Newer writers say `dtype`, older ones `torch_dtype`; readers accept both.
+    for key in ["dtype", "torch_dtype"] {
+        if let (Some(value), Some(float)) = (object.get_mut(key), plan.float) {
+            *value = float.torch_name().into();
+        }
+    }
+    if let Some(layers) = &plan.layers {
+        set_layers(object, layers);
+        // Models of several parts describe each in an object of its own.
+        object.values_mut().filter_map(Value::as_object_mut).for_each(|part| set_layers(part, layers));
+    }
+    if config == before {
+        return Ok(content);
     }
     let text = serde_json::to_string_pretty(&config).map_err(|e| Error::failed(e.to_string()).at(path))?;
     Ok((text + "\n").into_bytes())
+}
+
+/// Brings the number of layers, and lists that have an entry per layer, in line with where layers were taken from.
+fn set_layers(config: &mut serde_json::Map<String, Value>, layers: &LayerMap) {
+    let mut described = false;
+    for key in LAYER_COUNT_KEYS {
+        if let Some(count) = config.get_mut(*key).filter(|count| count.as_u64() == Some(layers.depth)) {
+            *count = layers.from.len().into();
+            described = true;
+        }
+    }
+    for (_, value) in config.iter_mut().filter(|(key, _)| described && key.contains("layer")) {
+        if let Some(list) = value.as_array_mut().filter(|list| list.len() as u64 == layers.depth) {
+            let entry = |&from: &u64| list.get(from as usize).or(list.last()).cloned();
+            *list = layers.from.iter().filter_map(entry).collect();
+        }
+    }
 }
 
 /// The model card, as the Hub shows it.
@@ -190,13 +218,29 @@ fn manifest(
         "program": PROGRAM,
         "fingerprint": plan.fingerprint,
         "recipe": plan.recipe,
-        "settings": plan.settings,
+        "settings": settings(plan),
         "inputs": inputs,
         "thresholds": thresholds.listed.iter().map(|unit| unit_thresholds(plan, unit)).collect::<Vec<_>>(),
         "shards": shards,
         "run": { "threads": schedule.threads, "memory_limit_bytes": schedule.memory_limit },
         "report": report,
     })
+}
+
+/// The parameters after defaults: one object, or where tensors differ each set of them, and which tensors have it.
+fn settings(plan: &Plan) -> Value {
+    if let [only] = &plan.params[..] {
+        return json!(only.settings);
+    }
+    let mut tensors: Vec<Vec<&str>> = vec![Vec::new(); plan.params.len()];
+    for tensor in plan.tensors.iter().filter(|t| matches!(t.action, Action::Merge { .. })) {
+        let names = &mut tensors[tensor.params as usize];
+        if names.len() < SETTINGS_TENSORS {
+            names.push(&tensor.name);
+        }
+    }
+    let sets = plan.params.iter().zip(&tensors).take(LISTED_UNITS as usize);
+    sets.map(|(set, tensors)| json!({ "settings": set.settings, "tensors": tensors })).collect()
 }
 
 fn unit_thresholds(plan: &Plan, unit: &UnitThresholds) -> Value {

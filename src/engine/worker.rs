@@ -209,7 +209,7 @@ impl Worker {
             with_refs(inputs, merge.models, span.length, |inputs| {
                 let oracle = merge.oracle.is_some().then_some(&oracle[..span.length]);
                 let tile = Tile { isa: self.isa, inputs, weights: &self.weights, oracle, majority: 0.0 };
-                sum += data.plan.merger.sum_of_signs(&tile, &mut scratch[..span.length]);
+                sum += data.plan.params_of(data.chunk.tensor).merger.sum_of_signs(&tile, &mut scratch[..span.length]);
             });
         }
         self.tally.kept = kept;
@@ -297,7 +297,8 @@ impl Worker {
 
     fn set_weights(&mut self, data: Loaded<'_>) {
         self.weights.clear();
-        self.weights.extend(data.merge().models.iter().map(|&(model, _)| data.plan.weights[model as usize]));
+        let weights = &data.plan.params_of(data.chunk.tensor).weights;
+        self.weights.extend(data.merge().models.iter().map(|&(model, _)| weights[model as usize]));
     }
 
     fn load_base(&mut self, span: Span<'_>) {
@@ -352,7 +353,7 @@ impl Worker {
         let mut clean = true;
         for &(model, piece) in merge.models {
             let model = model as usize;
-            clean &= match span.data.plan.merger.needs().inputs {
+            clean &= match span.data.plan.needs().inputs {
                 Inputs::Weights => {
                     let (float, bytes) = span.stored(piece);
                     let input = &mut self.tiles.inputs[model][..span.length];
@@ -392,10 +393,10 @@ impl Worker {
     /// Runs the method on the input tiles; the result is in the out tile.
     fn combine(&mut self, span: Span<'_>, majority: f32) {
         let (merge, length) = (span.data.merge(), span.length);
-        let merger = &span.data.plan.merger;
+        let merger = &span.data.plan.params_of(span.data.chunk.tensor).merger;
         let Tiles { inputs, oracle, out, scratch, .. } = &mut self.tiles;
         with_refs(inputs, merge.models, length, |inputs| {
-            if merger.needs().inputs != Inputs::Weights {
+            if span.data.plan.needs().inputs != Inputs::Weights {
                 self.tally.conflicts += kernels::conflicts(self.isa, inputs);
             }
             let oracle = merge.oracle.is_some().then_some(&oracle[..length]);
@@ -407,7 +408,7 @@ impl Worker {
     /// From the method's result to encoded output: adds base, settles elements with non-finite inputs, encodes.
     fn finish(&mut self, span: Span<'_>, clean: bool, encoded: &mut [u8]) -> Result<()> {
         let float = span.data.output();
-        let delta = span.data.plan.merger.needs().inputs != Inputs::Weights;
+        let delta = span.data.plan.needs().inputs != Inputs::Weights;
         let base = span.data.merge().base.filter(|_| delta).map(|piece| span.stored(piece));
         self.tiles.exempt[..span.length].fill(false);
         let Tiles { base: base_tile, out, .. } = &mut self.tiles;

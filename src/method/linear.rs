@@ -50,6 +50,10 @@ impl Merger for LinearMerger {
         Needs { inputs: Inputs::Weights, majority_sign: false }
     }
 
+    fn divides_by_weights(&self) -> bool {
+        true
+    }
+
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {
         out.fill(0.0);
         for (input, &weight) in tile.inputs.iter().zip(tile.weights) {

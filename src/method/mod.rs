@@ -7,16 +7,20 @@
 
 mod linear;
 mod params;
+mod passthrough;
 mod task_arithmetic;
 mod ties;
 
 pub use params::{ParamKind, ParamSpec, Settings, Value};
 
+use std::ops::RangeInclusive;
+
 use crate::error::{Error, Result};
 use crate::kernels::Isa;
 
 /// Every method, in the order in which they are listed to users.
-pub const METHODS: &[&dyn Method] = &[&ties::Ties, &task_arithmetic::TaskArithmetic, &linear::Linear];
+pub const METHODS: &[&dyn Method] =
+    &[&ties::Ties, &task_arithmetic::TaskArithmetic, &linear::Linear, &passthrough::Passthrough];
 
 /// The method called `name`, or an error that lists what there is.
 pub fn find(name: &str) -> Result<&'static dyn Method> {
@@ -66,6 +70,14 @@ pub trait Method: Sync {
     fn needs_base(&self) -> bool {
         true
     }
+    /// The per-model parameter that becomes [`Tile::weights`].
+    fn weight_param(&self) -> &'static str {
+        "weight"
+    }
+    /// How many models a tensor may be merged from.
+    fn models(&self) -> RangeInclusive<usize> {
+        1..=usize::MAX
+    }
     /// The merge itself for these settings. Settings are already checked against [`Method::params`].
     fn prepare(&self, settings: &Settings) -> Box<dyn Merger>;
 }
@@ -90,6 +102,15 @@ pub trait Merger: Send + Sync {
     fn needs(&self) -> Needs;
     /// Writes the merged tile to `out`. `scratch` has the same length and arbitrary content.
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], scratch: &mut [f32]);
+    /// Whether it divides by the sum of the weights, which then must not be zero.
+    fn divides_by_weights(&self) -> bool {
+        false
+    }
+    /// Whether the result for a single model of weight `weight` is that model, bit for bit.
+    fn is_copy(&self, weight: f32) -> bool {
+        let _ = weight;
+        false
+    }
     /// Sum over the tile of the elected signs, for [`Needs::majority_sign`].
     fn sum_of_signs(&self, tile: &Tile<'_>, scratch: &mut [f32]) -> i64 {
         let _ = (tile, scratch);

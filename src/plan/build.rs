@@ -1,16 +1,18 @@
 //! Reconciles names, shapes, types and parameters: from a recipe and headers to a plan.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::{Action, Piece, Plan, PlannedTensor, Trim};
+use super::assembly::{Assembly, Input, Opened, Source, Target};
+use super::params::{ParamTable, Scopes};
+use super::{Action, ParamSet, Piece, Plan, PlannedTensor, Trim};
 use crate::checkpoint::layout::{Layout, OutputTensor};
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, Float, dtype_name};
 use crate::error::{Error, Result, printable};
 use crate::limits::MAX_MODELS;
 use crate::method::Inputs;
-use crate::recipe::{Missing, NonFinite, Recipe, TensorFilter};
+use crate::recipe::{Filter, Missing, NonFinite, Recipe, TensorFilter};
 use crate::storage::Storage;
 
 /// Changes whenever a change of the program changes output bytes.
@@ -22,33 +24,32 @@ const NAMES_LISTED: usize = 3;
 pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan> {
     let method = recipe.method()?;
     let filter = recipe.filter()?;
-    let (settings, mut warnings) = recipe.settings()?;
     check_request(recipe)?;
     // Whatever keeps an input from being opened, nothing has been written yet.
     let checkpoints = open(recipe, storage).map_err(Error::as_input)?;
     let base = recipe.base.is_some().then_some(0);
     let first_model = usize::from(base.is_some());
     let oracle = recipe.sign_from.is_some().then(|| checkpoints.len() - 1);
-    let merger = method.prepare(&settings);
-    let weights: Vec<f32> = match settings.per_model("weight") {
-        Some(weights) => weights.iter().map(|&w| w as f32).collect(),
-        None => vec![1.0; recipe.models.len()],
-    };
-    let density = settings.per_model("density").unwrap_or_default();
-    let trim = (method.trims() && density.iter().any(|&k| k < 1.0)).then_some(Trim {
-        density,
-        threshold: recipe.threshold,
-        ties: recipe.trim_ties,
-    });
+    let mut warnings = Vec::new();
     for checkpoint in &checkpoints {
         warnings.extend(checkpoint.warnings.iter().cloned());
     }
 
-    let inputs = merger.needs().inputs;
-    let mut reconciler = Reconciler { recipe, filter, checkpoints: &checkpoints, base, first_model, oracle, inputs };
-    let tensors = reconciler.tensors(&weights, &mut warnings)?;
-    reconciler.report_leftovers(&mut warnings)?;
+    let opened = Opened { recipe, checkpoints: &checkpoints, base, first_model };
+    let Assembly { targets, layers } = opened.assemble(&**storage)?;
+    let reconciler = Reconciler { recipe, filter, opened, checkpoints: &checkpoints, base, first_model, oracle };
+    let mut table = ParamTable::new(recipe)?;
+    let tensors = reconciler.tensors(&targets, &mut table, &mut warnings)?;
+    if recipe.slices.is_empty() {
+        reconciler.report_leftovers(&targets, &mut warnings)?;
+    }
     reconciler.report_idle_globs(&mut warnings)?;
+    reconciler.report_idle_filters(&targets, &mut warnings);
+    drop(targets);
+    let (params, unused) = table.finish()?;
+    warnings.extend(unused);
+    let trims = params.iter().flat_map(|set| &set.density).any(|&k| k < 1.0);
+    let trim = trims.then_some(Trim { threshold: recipe.threshold, ties: recipe.trim_ties });
 
     let float = recipe.dtype.or_else(|| commonest_float(&tensors));
     let layout = Layout::new(tensors.iter().map(output_tensor), recipe.max_shard_bytes)?;
@@ -56,9 +57,7 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
     Ok(Plan {
         recipe: recipe.clone(),
         method,
-        settings,
-        merger,
-        weights,
+        params,
         trim,
         scope: recipe.scope,
         non_finite: recipe.non_finite,
@@ -69,6 +68,7 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
         oracle,
         tensors,
         layout,
+        layers,
         float,
         warnings,
         fingerprint,
@@ -84,6 +84,21 @@ fn check_request(recipe: &Recipe) -> Result<()> {
     if recipe.models.len() > MAX_MODELS {
         return Err(Error::usage(format!("{} models, but at most {MAX_MODELS} are supported", recipe.models.len()))
             .help("merge in groups"));
+    }
+    let counts = match recipe.slices.is_empty() {
+        true => vec![recipe.models.len()],
+        false => recipe.slices.iter().map(|slice| slice.sources.len()).collect(),
+    };
+    let accepted = method.models();
+    if let Some(count) = counts.into_iter().find(|count| !accepted.contains(count)) {
+        let (least, most) = accepted.into_inner();
+        let wanted = match (least, most) {
+            (least, most) if least == most => format!("exactly {least}"),
+            (least, usize::MAX) => format!("at least {least}"),
+            (least, most) => format!("{least} to {most}"),
+        };
+        return Err(Error::usage(format!("{} merges {wanted} models at a time, not {count}", method.name()))
+            .help("base does not count"));
     }
     if method.needs_base() && recipe.base.is_none() {
         return Err(Error::usage(format!("{} works on task vectors and needs a base checkpoint", method.name()))
@@ -141,11 +156,11 @@ fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint]) -> String {
 struct Reconciler<'a> {
     recipe: &'a Recipe,
     filter: TensorFilter,
+    opened: Opened<'a>,
     checkpoints: &'a [Checkpoint],
     base: Option<usize>,
     first_model: usize,
     oracle: Option<usize>,
-    inputs: Inputs,
 }
 
 /// One party's lack of a usable tensor.
@@ -173,30 +188,32 @@ impl Reconciler<'_> {
         }
     }
 
-    /// The output tensors, in the order in which the template's files hold them: reads stay sequential.
-    fn tensors(&mut self, weights: &[f32], warnings: &mut Vec<String>) -> Result<Vec<PlannedTensor>> {
-        let template = &self.checkpoints[self.template()];
-        self.check_common_names(template)?;
-        let mut order: Vec<u32> = (0..template.tensors.len() as u32).collect();
-        order.sort_unstable_by_key(|&i| {
-            let tensor = &template.tensors[i as usize];
-            (tensor.file, tensor.offset, i)
-        });
+    /// The output tensors.
+    fn tensors(
+        &self,
+        targets: &[Target<'_>],
+        table: &mut ParamTable<'_>,
+        warnings: &mut Vec<String>,
+    ) -> Result<Vec<PlannedTensor>> {
+        if self.recipe.slices.is_empty() {
+            self.check_common_names(&self.checkpoints[self.template()])?;
+        }
         let mut differing = Vec::new();
-        let mut tensors = Vec::with_capacity(order.len());
-        for entry in order {
-            let tensor = &template.tensors[entry as usize];
-            let action = self.action(entry, tensor, weights, &mut differing)?;
+        let mut tensors = Vec::with_capacity(targets.len());
+        for target in targets {
+            let (entry, tensor) = self.find(&target.template).expect("a template exists");
+            let (action, params) = self.action(entry, tensor, target, table, &mut differing)?;
             let dtype = match (self.recipe.dtype, Float::from_dtype(tensor.dtype)) {
                 (Some(float), Some(_)) => float.dtype(),
                 _ => tensor.dtype,
             };
             tensors.push(PlannedTensor {
-                name: tensor.name.clone(),
+                name: (*target.name).into(),
                 shape: tensor.shape.clone(),
                 elements: tensor.elements(),
                 dtype,
                 action,
+                params,
             });
         }
         if !differing.is_empty() {
@@ -204,6 +221,10 @@ impl Reconciler<'_> {
             warnings.push(format!("{count} tensors are not merged everywhere: {}", list(&differing)));
         }
         Ok(tensors)
+    }
+
+    fn find(&self, input: &Input<'_>) -> Option<(u32, &TensorEntry)> {
+        self.opened.find(input.checkpoint, &input.name)
     }
 
     /// A set of checkpoints that share no name is a mistake whatever `--missing` says.
@@ -227,24 +248,43 @@ impl Reconciler<'_> {
         Ok(())
     }
 
-    fn action(&self, entry: u32, tensor: &TensorEntry, weights: &[f32], differing: &mut Vec<String>) -> Result<Action> {
-        let source = Piece { checkpoint: self.template() as u32, entry };
-        if !self.filter.merges(&tensor.name) {
-            return Ok(Action::Copy { source, compared: Box::default() });
+    /// What is done to `target`, whose template is `tensor`, and the index of its parameters.
+    fn action(
+        &self,
+        entry: u32,
+        tensor: &TensorEntry,
+        target: &Target<'_>,
+        table: &mut ParamTable<'_>,
+        differing: &mut Vec<String>,
+    ) -> Result<(Action, u32)> {
+        let template = target.template.checkpoint;
+        let source = Piece { checkpoint: template as u32, entry };
+        let copy = |compared| Ok((Action::Copy { source, compared }, 0));
+        if !self.filter.merges(&target.name) {
+            return copy(Box::default());
         }
         if Float::from_dtype(tensor.dtype).is_none() {
-            return Ok(Action::Copy { source, compared: self.comparable(tensor, differing) });
+            return copy(self.comparable(tensor, target, differing));
         }
-        self.refuse_quantised(tensor)?;
-        let mut models = Vec::with_capacity(self.recipe.models.len());
+        let scopes: Vec<_> = target.sources.iter().map(|s| (s.model, &*s.name, s.params)).collect();
+        let scopes = Scopes { name: &target.name, t: target.t, slice: target.slice, models: &scopes };
+        let params = table.index(&scopes)?;
+        let mut models = Vec::with_capacity(target.sources.len());
         let mut lacks = Vec::new();
-        for model in 0..self.recipe.models.len() {
-            match self.usable(self.model_checkpoint(model), tensor) {
-                Ok(piece) => models.push((model as u32, piece)),
+        for Source { model, name, .. } in &target.sources {
+            match self.usable(self.model_checkpoint(*model), name, &tensor.shape) {
+                Ok(piece) => models.push((*model as u32, piece)),
                 Err(lack) => lacks.push(lack),
             }
         }
-        let oracle = match self.oracle.map(|index| self.usable(index, tensor)) {
+        let set = table.get(params);
+        if let ([(model, piece)], true) = (&models[..], lacks.is_empty())
+            && set.merger.is_copy(set.weights[*model as usize])
+        {
+            return Ok((Action::Copy { source: *piece, compared: Box::default() }, params));
+        }
+        self.refuse_quantised(&self.checkpoints[template], tensor)?;
+        let oracle = match self.oracle.map(|index| self.usable(index, &target.name, &tensor.shape)) {
             None => None,
             Some(Ok(piece)) => Some(piece),
             Some(Err(lack)) => {
@@ -254,29 +294,40 @@ impl Reconciler<'_> {
                 None
             }
         };
+        let inputs = set.merger.needs().inputs;
+        let needs_base = inputs != Inputs::Weights || self.recipe.non_finite == NonFinite::CopyBase;
+        let mut base = None;
+        if let (true, Some(input)) = (needs_base, &target.base) {
+            match self.usable(input.checkpoint, &input.name, &tensor.shape) {
+                Ok(piece) => base = Some(piece),
+                Err(lack) => {
+                    lacks.push(lack);
+                    models.clear();
+                }
+            }
+        }
         if !lacks.is_empty() {
             if self.recipe.missing == Missing::Error {
-                return Err(self.lacking(tensor, &lacks));
+                return Err(self.lacking(template, tensor, &lacks));
             }
-            differing.push(format!("\"{}\" ({} {})", printable(&tensor.name), lacks[0].who, lacks[0].why));
+            differing.push(format!("\"{}\" ({} {})", printable(&target.name), lacks[0].who, lacks[0].why));
         }
         if models.is_empty() || (!lacks.is_empty() && self.recipe.missing == Missing::Base) {
-            return Ok(Action::Copy { source, compared: Box::default() });
+            return copy(Box::default());
         }
-        self.check_weight_sum(tensor, &models, weights)?;
-        let needs_base = self.inputs != Inputs::Weights || self.recipe.non_finite == NonFinite::CopyBase;
-        Ok(Action::Merge { base: needs_base.then_some(source), models: models.into(), oracle })
+        self.check_weight_sum(tensor, &models, set)?;
+        Ok((Action::Merge { base, models: models.into(), oracle }, params))
     }
 
     /// The other models' versions of a tensor that is only copied, as far as they can be compared byte for byte.
-    fn comparable(&self, tensor: &TensorEntry, differing: &mut Vec<String>) -> Box<[Piece]> {
+    fn comparable(&self, tensor: &TensorEntry, target: &Target<'_>, differing: &mut Vec<String>) -> Box<[Piece]> {
         let mut pieces = Vec::new();
-        for model in 0..self.recipe.models.len() {
-            let index = self.model_checkpoint(model);
-            if index == self.template() {
+        for source in &target.sources {
+            let index = self.model_checkpoint(source.model);
+            if index == target.template.checkpoint {
                 continue;
             }
-            match find(&self.checkpoints[index], &tensor.name) {
+            match self.opened.find(index, &source.name) {
                 Some((entry, other)) if other.dtype == tensor.dtype && other.shape == tensor.shape => {
                     pieces.push(Piece { checkpoint: index as u32, entry });
                 }
@@ -295,12 +346,11 @@ impl Reconciler<'_> {
         pieces.into()
     }
 
-    /// `tensor` in checkpoint `index`, if it can be merged with the template's.
-    fn usable(&self, index: usize, tensor: &TensorEntry) -> Result<Piece, Lack> {
+    /// Tensor `name` in checkpoint `index`, if it can be merged with tensors of `shape`.
+    fn usable(&self, index: usize, name: &str, shape: &[u64]) -> Result<Piece, Lack> {
         let lack = |why: String| Lack { who: self.role(index), why };
-        let (entry, other) =
-            find(&self.checkpoints[index], &tensor.name).ok_or_else(|| lack("does not have it".into()))?;
-        if other.shape != tensor.shape {
+        let (entry, other) = self.opened.find(index, name).ok_or_else(|| lack("does not have it".into()))?;
+        if *other.shape != *shape {
             return Err(lack(format!("has shape {:?}", other.shape)));
         }
         if Float::from_dtype(other.dtype).is_none() {
@@ -309,23 +359,22 @@ impl Reconciler<'_> {
         Ok(Piece { checkpoint: index as u32, entry })
     }
 
-    fn lacking(&self, tensor: &TensorEntry, lacks: &[Lack]) -> Error {
+    fn lacking(&self, template: usize, tensor: &TensorEntry, lacks: &[Lack]) -> Error {
         let parties: Vec<_> = lacks.iter().map(|l| format!("{} {}", l.who, l.why)).collect();
-        let template = &self.checkpoints[self.template()];
         Error::input(format!(
             "{} has it with shape {:?}, but {}",
-            self.role(self.template()),
+            self.role(template),
             tensor.shape,
             list(&parties)
         ))
-        .at(template.path_of(tensor))
+        .at(self.checkpoints[template].path_of(tensor))
         .tensor(&tensor.name)
         .help("--missing base keeps base's tensor, --missing skip merges the models that have it, --exclude leaves it out")
     }
 
-    fn check_weight_sum(&self, tensor: &TensorEntry, models: &[(u32, Piece)], weights: &[f32]) -> Result<()> {
-        let sum: f32 = models.iter().map(|&(model, _)| weights[model as usize]).sum();
-        if self.inputs == Inputs::Weights && (sum == 0.0 || !sum.is_finite()) {
+    fn check_weight_sum(&self, tensor: &TensorEntry, models: &[(u32, Piece)], set: &ParamSet) -> Result<()> {
+        let sum: f32 = models.iter().map(|&(model, _)| set.weights[model as usize]).sum();
+        if set.merger.divides_by_weights() && (sum == 0.0 || !sum.is_finite()) {
             return Err(Error::usage(format!("the models' weights sum to {sum}, so there is no average"))
                 .tensor(&tensor.name)
                 .help("use weights with another sum, or task_arithmetic"));
@@ -334,11 +383,10 @@ impl Reconciler<'_> {
     }
 
     /// A quantised checkpoint's 8-bit floats mean nothing without their scales.
-    fn refuse_quantised(&self, tensor: &TensorEntry) -> Result<()> {
+    fn refuse_quantised(&self, template: &Checkpoint, tensor: &TensorEntry) -> Result<()> {
         if !matches!(tensor.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2) {
             return Ok(());
         }
-        let template = &self.checkpoints[self.template()];
         for suffix in ["_scale", "_scale_inv", ".scale"] {
             let companion = format!("{}{suffix}", tensor.name);
             if template.get(&companion).is_some() {
@@ -356,13 +404,13 @@ impl Reconciler<'_> {
 
     /// Tensors that only models have do not reach the output: that is said, and refused where there is no base to
     /// decide what the output holds.
-    fn report_leftovers(&self, warnings: &mut Vec<String>) -> Result<()> {
-        let template = &self.checkpoints[self.template()];
+    fn report_leftovers(&self, targets: &[Target<'_>], warnings: &mut Vec<String>) -> Result<()> {
+        let written: HashSet<&str> = targets.iter().map(|target| &*target.name).collect();
         for model in 0..self.recipe.models.len() {
             let index = self.model_checkpoint(model);
             let mut count = 0;
             let mut names = Vec::new();
-            for tensor in self.checkpoints[index].tensors.iter().filter(|t| template.get(&t.name).is_none()) {
+            for tensor in self.checkpoints[index].tensors.iter().filter(|t| !written.contains(&*t.name)) {
                 count += 1;
                 if names.len() < NAMES_LISTED {
                     names.push(format!("\"{}\"", printable(&tensor.name)));
@@ -397,11 +445,30 @@ impl Reconciler<'_> {
         }
         Ok(())
     }
-}
 
-fn find<'a>(checkpoint: &'a Checkpoint, name: &str) -> Option<(u32, &'a TensorEntry)> {
-    let index = checkpoint.tensors.binary_search_by(|t| (*t.name).cmp(name)).ok()?;
-    Some((index as u32, &checkpoint.tensors[index]))
+    /// A filter that is for no tensor is most likely misspelt.
+    fn report_idle_filters(&self, targets: &[Target<'_>], warnings: &mut Vec<String>) {
+        let mut filters: Vec<&Filter> = Vec::new();
+        let recipe = self.recipe;
+        let slices = recipe
+            .slices
+            .iter()
+            .flat_map(|slice| std::iter::once(&slice.params).chain(slice.sources.iter().map(|source| &source.params)));
+        let models = recipe.models.iter().map(|model| &model.params);
+        for setting in std::iter::once(&recipe.params).chain(models).chain(slices).flat_map(|params| params.values()) {
+            setting.filters(&mut |filter| {
+                if !filters.contains(&filter) {
+                    filters.push(filter);
+                }
+            });
+        }
+        for filter in filters {
+            let inputs = |t: &Target<'_>| t.sources.iter().any(|source| filter.matches(&source.name));
+            if !targets.iter().any(|target| filter.matches(&target.name) || inputs(target)) {
+                warnings.push(format!("the filter {:?} matches no tensor", printable(filter.text())));
+            }
+        }
+    }
 }
 
 /// The first few of `texts`, and how many more there are.

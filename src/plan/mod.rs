@@ -6,22 +6,26 @@
 //!
 //! Reads headers (through `checkpoint`), never tensor data.
 
+mod assembly;
 mod build;
+mod layers;
+mod params;
 mod schedule;
 mod summary;
 
 use std::sync::Arc;
 
+pub use layers::LAYER_COUNT_KEYS;
 pub(crate) use schedule::near_keys;
 pub use schedule::{Chunk, Run, Schedule, Unit, UnitKind};
-pub use summary::{InputSummary, PassSummary, PlanSummary};
+pub use summary::{InputSummary, PassSummary, PlanSummary, Spread};
 
 use crate::checkpoint::layout::Layout;
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, Float};
 use crate::error::Result;
 use crate::limits::OUT_ELEMENTS;
-use crate::method::{Merger, Method, Settings};
+use crate::method::{Merger, Method, Needs, Settings};
 use crate::recipe::Recipe;
 pub use crate::recipe::{NonFinite, Overflow, Scope, ThresholdKind, TrimTies};
 use crate::storage::{InputFile, Storage};
@@ -70,20 +74,33 @@ pub struct PlannedTensor {
     pub dtype: Dtype,
     /// What is done.
     pub action: Action,
+    /// Its parameters: index into [`Plan::params`].
+    pub params: u32,
 }
 
-/// How task vectors are trimmed.
-#[derive(Debug, Clone)]
-pub struct Trim {
-    /// Fraction kept per model, in recipe order.
+impl PlannedTensor {
+    /// Whether model `model` takes part in the merge of this tensor.
+    pub fn merges_model(&self, model: usize) -> bool {
+        match &self.action {
+            Action::Merge { models, .. } => models.iter().any(|&(m, _)| m as usize == model),
+            Action::Copy { .. } => false,
+        }
+    }
+}
+
+/// A method with its parameters fixed, shared by the tensors that have the same.
+pub struct ParamSet {
+    /// Every parameter's value.
+    pub settings: Settings,
+    /// The merge function.
+    pub merger: Box<dyn Merger>,
+    /// Weight of each model, in recipe order.
+    pub weights: Vec<f32>,
+    /// Fraction that the trim keeps of each model's task vector; empty where the method does not trim.
     pub density: Vec<f64>,
-    /// Exact or sketched threshold.
-    pub threshold: ThresholdKind,
-    /// Rule for ties.
-    pub ties: TrimTies,
 }
 
-impl Trim {
+impl ParamSet {
     /// How many of `elements` entries model `model` keeps: ⌊K·d⌋ in f64; in tensor scope at least one where K > 0.
     pub fn keep(&self, model: usize, elements: u64, tensor_scope: bool) -> u64 {
         let density = self.density[model];
@@ -92,18 +109,32 @@ impl Trim {
     }
 }
 
+/// How task vectors are trimmed.
+#[derive(Debug, Clone)]
+pub struct Trim {
+    /// Exact or sketched threshold.
+    pub threshold: ThresholdKind,
+    /// Rule for ties.
+    pub ties: TrimTies,
+}
+
+/// Where the layers of an assembled output come from.
+#[derive(Debug, Clone)]
+pub struct LayerMap {
+    /// Number of layers of the template, whose `config.json` the output gets.
+    pub depth: u64,
+    /// Per output layer, the number of the layer in its first source.
+    pub from: Vec<u64>,
+}
+
 /// The lowered request. See the module's documentation.
 pub struct Plan {
     /// What was asked, for the record.
     pub recipe: Recipe,
     /// The method.
     pub method: &'static dyn Method,
-    /// Its parameters.
-    pub settings: Settings,
-    /// The merge function.
-    pub merger: Box<dyn Merger>,
-    /// Weight of each model.
-    pub weights: Vec<f32>,
+    /// Its parameters: each different set once. All have the same needs.
+    pub params: Vec<ParamSet>,
     /// How task vectors are trimmed; `None` where nothing is cut off.
     pub trim: Option<Trim>,
     /// Where one threshold applies.
@@ -126,6 +157,8 @@ pub struct Plan {
     pub tensors: Vec<PlannedTensor>,
     /// Where they go: parallel to `tensors`.
     pub layout: Layout,
+    /// Where the output's layers come from, if it is assembled from slices.
+    pub layers: Option<LayerMap>,
     /// Output type of float tensors, for `config.json`: the type asked for, or base's commonest float type.
     pub float: Option<Float>,
     /// What the user should know.
@@ -196,6 +229,27 @@ impl Plan {
         Float::from_dtype(self.source(piece).0.dtype).map_or(1, |f| f.width() as u64)
     }
 
+    /// What the method needs, whatever the tensor.
+    pub fn needs(&self) -> Needs {
+        self.params[0].merger.needs()
+    }
+
+    /// The parameters of tensor `index`.
+    pub fn params_of(&self, index: u32) -> &ParamSet {
+        &self.params[self.tensors[index as usize].params as usize]
+    }
+
+    /// The fraction that the trim is asked to keep of model `model`, over all merged tensors.
+    pub fn mean_density(&self, model: usize) -> f64 {
+        let (mut kept, mut elements) = (0.0, 0u64);
+        for tensor in self.tensors.iter().filter(|t| t.merges_model(model)) {
+            let density = self.params[tensor.params as usize].density.get(model).copied().unwrap_or(1.0);
+            kept += density * tensor.elements as f64;
+            elements += tensor.elements;
+        }
+        if elements == 0 { 1.0 } else { kept / elements as f64 }
+    }
+
     /// Whether the trim depends on positions, so that chunks have an order.
     pub fn position_ordered(&self) -> bool {
         self.trim.as_ref().is_some_and(|t| t.ties == TrimTies::Lowest)
@@ -208,11 +262,7 @@ impl Plan {
 
     /// Merged elements that model `model` takes part in.
     pub fn merged_elements(&self, model: usize) -> u64 {
-        let has = |t: &&PlannedTensor| match &t.action {
-            Action::Merge { models, .. } => models.iter().any(|&(m, _)| m as usize == model),
-            Action::Copy { .. } => false,
-        };
-        self.tensors.iter().filter(has).map(|t| t.elements).sum()
+        self.tensors.iter().filter(|t| t.merges_model(model)).map(|t| t.elements).sum()
     }
 
     /// Number of models.

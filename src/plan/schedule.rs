@@ -173,7 +173,7 @@ impl Schedule {
     }
 
     fn passes(&self, plan: &Plan) -> Vec<PassSummary> {
-        let votes = plan.merger.needs().majority_sign;
+        let votes = plan.needs().majority_sign;
         let exact = plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact);
         let (mut probe, mut sketch, mut vote, mut merge) = (0, 0, 0, bytes_of(plan, &self.direct, true));
         for unit in &self.units {
@@ -245,7 +245,7 @@ struct Cut {
 
 impl Demand {
     fn of(plan: &Plan) -> Self {
-        let needs_units = plan.trim.is_some() || plan.merger.needs().majority_sign;
+        let needs_units = plan.trim.is_some() || plan.needs().majority_sign;
         let merged = |t: &u32| matches!(plan.tensors[*t as usize].action, Action::Merge { .. });
         let all = 0..plan.tensors.len() as u32;
         let (mut grouped, direct): (Vec<u32>, Vec<u32>) = all.partition(|t| needs_units && merged(t));

@@ -7,6 +7,9 @@ use serde::Serialize;
 use super::{Action, Plan, Schedule};
 use crate::dtype::dtype_name;
 
+/// Values of a parameter that are listed where it differs between tensors.
+const VALUES_LISTED: usize = 6;
+
 /// One input checkpoint.
 #[derive(Debug, Clone, Serialize)]
 pub struct InputSummary {
@@ -30,7 +33,26 @@ pub struct InputSummary {
     /// Element types, most elements first.
     pub dtypes: Vec<String>,
     /// Method parameters of this model (weight, density, ...).
-    pub params: BTreeMap<String, f64>,
+    pub params: BTreeMap<String, Spread>,
+}
+
+/// A parameter's value, or its least and greatest where it differs between tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Spread {
+    /// The same for all tensors.
+    One(f64),
+    /// Least and greatest.
+    Range([f64; 2]),
+}
+
+impl std::fmt::Display for Spread {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::One(value) => value.fmt(f),
+            Self::Range([least, greatest]) => write!(f, "{least}..{greatest}"),
+        }
+    }
 }
 
 /// One pass over the data.
@@ -119,7 +141,17 @@ impl PlanSummary {
 
 fn params(plan: &Plan) -> BTreeMap<String, String> {
     let global = plan.method.params().iter().filter(|spec| !spec.per_model);
-    global.map(|spec| (spec.name.to_string(), plan.settings.global(spec.name).to_string())).collect()
+    let value = |name: &str| {
+        let mut values = Vec::new();
+        for set in &plan.params {
+            let value = set.settings.global(name).to_string();
+            if !values.contains(&value) && values.len() < VALUES_LISTED {
+                values.push(value);
+            }
+        }
+        values.join("|")
+    };
+    global.map(|spec| (spec.name.to_string(), value(spec.name))).collect()
 }
 
 /// A recipe's choice in the word that users write; its own serialisation is the authority.
@@ -138,6 +170,21 @@ fn trim(plan: &Plan) -> BTreeMap<String, String> {
     ])
 }
 
+/// The values of a per-model parameter over the tensors that the model takes part in.
+fn spread(plan: &Plan, model: usize, name: &str) -> Option<Spread> {
+    let mut takes_part = vec![false; plan.params.len()];
+    for tensor in plan.tensors.iter().filter(|t| t.merges_model(model)) {
+        takes_part[tensor.params as usize] = true;
+    }
+    let none = takes_part.iter().all(|part| !part);
+    let (mut least, mut greatest) = (f64::INFINITY, f64::NEG_INFINITY);
+    for (set, _) in plan.params.iter().zip(takes_part).filter(|(_, part)| *part || none) {
+        let value = set.settings.per_model(name)?[model];
+        (least, greatest) = (least.min(value), greatest.max(value));
+    }
+    Some(if least == greatest { Spread::One(least) } else { Spread::Range([least, greatest]) })
+}
+
 fn input(plan: &Plan, index: usize) -> InputSummary {
     let checkpoint = &plan.checkpoints[index];
     let model = (index >= plan.first_model && Some(index) != plan.oracle).then(|| index - plan.first_model);
@@ -149,7 +196,7 @@ fn input(plan: &Plan, index: usize) -> InputSummary {
     dtypes.sort_unstable_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
     let own = |model: usize| {
         let specs = plan.method.params().iter().filter(|spec| spec.per_model);
-        specs.filter_map(|spec| Some((spec.name.to_string(), plan.settings.per_model(spec.name)?[model]))).collect()
+        specs.filter_map(|spec| Some((spec.name.to_string(), spread(plan, model, spec.name)?))).collect()
     };
     InputSummary {
         role: match model {

@@ -3,14 +3,18 @@
 //! - A recipe plus the inputs determine every output byte; how the run is done (threads, memory, I/O) is not in it.
 //! - It opens no checkpoint: names are only spelled here, numbers only range-checked.
 
-use std::collections::BTreeMap;
+mod setting;
+
+use std::collections::BTreeSet;
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use serde::Serialize;
 
 use crate::dtype::Float;
 use crate::error::{Error, Result};
-use crate::method::{self, Method, Settings, Value};
+use crate::method::{self, Method};
+
+pub use setting::{Case, Filter, Params, Setting};
 
 /// One threshold per task vector over the whole model, or one per tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -90,7 +94,40 @@ pub struct ModelInput {
     /// The checkpoint as the user named it.
     pub source: String,
     /// Its own parameters (`weight`, `density`, ...), overriding the recipe's.
-    pub params: BTreeMap<String, Value>,
+    pub params: Params,
+}
+
+/// Layers of the output, taken from layers of the inputs.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct Slice {
+    /// How many layers.
+    pub layers: u64,
+    /// The models that are merged in them.
+    pub sources: Vec<LayerSource>,
+    /// What the models were fine-tuned from, where the method works on task vectors.
+    pub base: Option<BaseLayers>,
+    /// Parameters of this slice, between those of a source and the recipe's.
+    pub params: Params,
+}
+
+/// A model in a slice.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct LayerSource {
+    /// Index of the model in the recipe.
+    pub model: usize,
+    /// The first of its layers.
+    pub first: u64,
+    /// Its own parameters in this slice.
+    pub params: Params,
+}
+
+/// Base in a slice.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct BaseLayers {
+    /// Index of the model in the recipe that is base here; the recipe's base if absent.
+    pub model: Option<usize>,
+    /// The first of its layers.
+    pub first: u64,
 }
 
 /// A whole request. Build one, then lower it with [`crate::Plan::new`].
@@ -103,7 +140,13 @@ pub struct Recipe {
     /// The models, in order; sums run in this order.
     pub models: Vec<ModelInput>,
     /// Method parameters for all models (`lambda`, `density`, `elect`, ...), as far as given.
-    pub params: BTreeMap<String, Value>,
+    pub params: Params,
+    /// Parameters that have no default: each merged tensor must be given one.
+    pub required: BTreeSet<String>,
+    /// The output's layers, in order; empty to merge whole models.
+    pub slices: Vec<Slice>,
+    /// Whether a head that a checkpoint lacks is its input embedding.
+    pub tied_heads: bool,
     /// Where one trim threshold applies.
     pub scope: Scope,
     /// How it is found.
@@ -138,7 +181,10 @@ impl Default for Recipe {
             method: "ties".into(),
             base: None,
             models: Vec::new(),
-            params: BTreeMap::new(),
+            params: Params::new(),
+            required: BTreeSet::new(),
+            slices: Vec::new(),
+            tied_heads: false,
             scope: Scope::default(),
             threshold: ThresholdKind::default(),
             trim_ties: TrimTies::default(),
@@ -159,13 +205,6 @@ impl Recipe {
     /// The method named, or an error that lists the closest and all names.
     pub fn method(&self) -> Result<&'static dyn Method> {
         method::find(&self.method)
-    }
-
-    /// Every parameter's value after defaults, checked against the method's specification, with warnings for
-    /// parameters that the method does not have.
-    pub fn settings(&self) -> Result<(Settings, Vec<String>)> {
-        let per_model: Vec<_> = self.models.iter().map(|m| &m.params).collect();
-        Settings::resolve(self.method()?, &self.params, &per_model)
     }
 
     /// Which tensor names are to be merged.
