@@ -34,8 +34,11 @@ pub const SMALL_UNIT_ELEMENTS: u64 = 1 << 16;
 pub const NEAR_KEYS: u64 = 1 << 18;
 /// See [`NEAR_KEYS`].
 pub const NEAR_SHARE: u64 = 8;
-/// Tensors whose own thresholds the manifest lists: enough for any dense model, bounded for mixtures of experts.
-pub const LISTED_UNITS: u32 = 10_000;
+/// Thresholds of tensors that the manifest lists, over all models: enough for any dense model, bounded for mixtures of
+/// experts.
+pub const LISTED_THRESHOLDS: usize = 20_000;
+/// What one of them takes until the manifest is written.
+pub const LISTED_BYTES: u64 = 1_000;
 /// Largest model, in bytes of all checkpoints, that model scope holds in memory: a larger one's second read costs little
 /// beside its first, and comes from the page cache where there is memory for it.
 pub const RESIDENT_BYTES: u64 = 32_000_000;

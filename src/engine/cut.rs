@@ -144,11 +144,37 @@ impl TieChain {
         Ok(before)
     }
 
-    /// Says that chunk `ordinal` failed, so that the chunks after it do not wait for it.
-    pub(super) fn abort(&self, ordinal: usize) {
+    /// Work on chunk `ordinal`: unless it is completed, by failure or panic, the chunks after it do not wait for it.
+    pub(super) fn pending(&self, ordinal: usize) -> Pending<'_> {
+        Pending { chain: self, ordinal, complete: false }
+    }
+
+    fn abort(&self, ordinal: usize) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.failed = state.failed.min(ordinal);
         self.changed.notify_all();
+    }
+}
+
+/// See [`TieChain::pending`].
+pub(super) struct Pending<'a> {
+    chain: &'a TieChain,
+    ordinal: usize,
+    complete: bool,
+}
+
+impl Pending<'_> {
+    /// The chunk is done.
+    pub(super) fn complete(&mut self) {
+        self.complete = true;
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        if !self.complete {
+            self.chain.abort(self.ordinal);
+        }
     }
 }
 
@@ -174,7 +200,7 @@ mod tests {
         std::thread::scope(|scope| {
             let later = scope.spawn(|| chain.pass(3, &vec![1]));
             let earlier = scope.spawn(|| chain.pass(1, &vec![1]));
-            chain.abort(2);
+            drop(chain.pending(2));
             assert!(later.join().unwrap().is_err());
             chain.pass(0, &vec![5]).unwrap();
             assert_eq!(earlier.join().unwrap().unwrap(), [5]);

@@ -34,7 +34,7 @@ use worker::Tally;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::method::Inputs;
-use crate::plan::{Plan, Schedule};
+use crate::plan::{Goal, Plan, Schedule};
 use crate::plan::{ThresholdKind, TrimTies};
 use crate::storage::Storage;
 
@@ -146,7 +146,7 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
         Ok(())
     })?;
     check_inputs_unchanged(plan)?;
-    let mut report = report(plan, dir, &tally, &thresholds, warnings);
+    let mut report = report(plan, schedule, dir, &tally, &thresholds, warnings);
     report.wall_seconds = begin.elapsed().as_secs_f64();
     let side_files = side_files::all(plan, schedule, &shards, &thresholds, &report, &*dir.storage)?;
     Ok((report, side_files))
@@ -166,16 +166,19 @@ fn check_inputs_unchanged(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-fn report(plan: &Plan, dir: &OutputDir, tally: &Tally, thresholds: &Thresholds, mut warnings: Vec<String>) -> Report {
-    let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
+fn report(
+    plan: &Plan,
+    schedule: &Schedule,
+    dir: &OutputDir,
+    tally: &Tally,
+    thresholds: &Thresholds,
+    mut warnings: Vec<String>,
+) -> Report {
     let trims = plan.needs().inputs == Inputs::TrimmedTaskVectors;
     let kept_fraction: Vec<f64> = (0..plan.models())
         .map(|model| if trims { share(tally.kept[model], plan.merged_elements(model)) } else { 1.0 })
         .collect();
-    if plan.trim.is_some() {
-        let densities: Vec<f64> = (0..plan.models()).map(|model| plan.mean_density(model)).collect();
-        warnings.extend(tie_warnings(&densities, &kept_fraction, plan));
-    }
+    warnings.extend(tie_warnings(plan, schedule, &tally.kept));
     Report {
         out: dir.dir.display().to_string(),
         tensors: plan.tensors.len() as u64,
@@ -187,44 +190,57 @@ fn report(plan: &Plan, dir: &OutputDir, tally: &Tally, thresholds: &Thresholds, 
         peak_memory_bytes: peak_memory_bytes(),
         resumed: false,
         chunks_reused: 0,
-        kept_interval: kept_interval(plan, thresholds, &kept_fraction),
+        kept_interval: kept_interval(plan, thresholds),
         kept_fraction,
         sign_conflict_fraction: share(tally.conflicts, tally.merged),
         warnings,
     }
 }
 
-/// A kept fraction far above the density asked for comes from ties at the threshold; that is worth knowing.
-fn tie_warnings(density: &[f64], kept: &[f64], plan: &Plan) -> Vec<String> {
-    let excessive = |(_, (density, kept)): &(usize, (&f64, &f64))| **kept > **density * 1.1 && **density > 0.0;
-    let pairs = density.iter().zip(kept).enumerate();
-    pairs
-        .filter(|_| plan.trim.as_ref().is_some_and(|t| t.ties == TrimTies::Keep))
+/// A kept fraction far above what was asked for comes from ties at the threshold; that is worth knowing.
+fn tie_warnings(plan: &Plan, schedule: &Schedule, kept: &[u64]) -> Vec<String> {
+    if plan.trim.as_ref().is_none_or(|t| t.ties != TrimTies::Keep) {
+        return Vec::new();
+    }
+    let mut wanted = vec![0; plan.models()];
+    for unit in &schedule.units {
+        for (model, goal) in plan.goals(unit).iter().enumerate() {
+            wanted[model] += match goal {
+                Goal::All => unit.tensors.iter().map(|&t| plan.merged_length(t, model)).sum(),
+                Goal::Keep { keep, .. } => *keep,
+                Goal::Nothing => 0,
+            };
+        }
+    }
+    let excessive = |(_, (wanted, kept)): &(usize, (&u64, &u64))| **kept > **wanted + **wanted / 10;
+    wanted
+        .iter()
+        .zip(kept)
+        .enumerate()
         .filter(excessive)
-        .map(|(model, (density, kept))| {
+        .map(|(model, (&wanted, &kept))| {
+            let percent = |part| share(part, plan.merged_elements(model)) * 100.0;
             format!(
                 "model {}: {:.1} % of the task vector is kept where {:.1} % were asked for, because many entries are \
                  equal to the threshold; --trim-ties sample keeps an even share of them",
                 model + 1,
-                kept * 100.0,
-                density * 100.0
+                percent(kept),
+                percent(wanted)
             )
         })
         .collect()
 }
 
 /// Certified interval of each model's kept fraction, where thresholds come from a sketch.
-fn kept_interval(plan: &Plan, thresholds: &Thresholds, kept: &[f64]) -> Option<Vec<[f64; 2]>> {
+fn kept_interval(plan: &Plan, thresholds: &Thresholds) -> Option<Vec<[f64; 2]>> {
     plan.trim.as_ref().filter(|t| t.threshold == ThresholdKind::Sketch)?;
-    let interval = |model: usize| {
-        let [above, reached, elements] = thresholds.sums[model];
-        // Units that kept all or nothing have no threshold: their share is known exactly.
-        if elements < plan.merged_elements(model) || elements == 0 {
-            return [kept[model]; 2];
-        }
-        [above as f64 / elements as f64, reached as f64 / elements as f64]
-    };
-    Some((0..plan.models()).map(interval).collect())
+    let share = |(model, bounds): (usize, &[u64; 2])| bounds.map(|n| share(n, plan.merged_elements(model)));
+    Some(thresholds.survivors.iter().enumerate().map(share).collect())
+}
+
+/// `part` of `whole`, 0 of nothing.
+fn share(part: u64, whole: u64) -> f64 {
+    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }
 
 /// Peak resident memory of this process, mapped pages included, where the system tells.

@@ -10,15 +10,14 @@ use super::Observer;
 use super::cut::{Cut, TieChain, TieCounts};
 use super::output::ShardWriter;
 use super::pool;
-use super::select::{Goal, Thresholds, UnitThresholds};
-use super::select::{cuts, goals, observe, sample_stride, solo_thresholds, tensor_cuts};
+use super::select::{Thresholds, UnitThresholds, cuts, observe, sample_stride, solo_thresholds, tensor_cuts};
 use super::slot::{Loaded, Slot, locate};
 use super::worker::{Tally, Worker};
 use crate::error::{Result, printable};
 use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
-use crate::plan::{Action, Chunk, Plan, Schedule, Trim, Unit, UnitKind};
+use crate::plan::{Action, Chunk, Goal, Plan, Schedule, Trim, Unit, UnitKind, Wanted};
 use crate::plan::{Scope, ThresholdKind};
-use crate::sketch::{Bracket, MagnitudeSketch, Probe, Selector, bounds_of_sample};
+use crate::sketch::{Bracket, MagnitudeSketch, Probe, Selector, Threshold, bounds_of_sample};
 
 /// Everything that a run shares.
 pub(super) struct Passes<'a> {
@@ -115,10 +114,15 @@ impl<'a> Passes<'a> {
     /// A unit that all workers share.
     fn shared_unit(&mut self, unit: &Unit) -> Result<()> {
         let mut resident = self.hold(unit);
-        let cuts = self.shared_cuts(unit, &mut resident)?;
+        let goals = self.plan.goals(unit);
+        let found = self.shared_thresholds(unit, &goals, &mut resident)?;
+        let cuts = cuts(self.plan, &goals, &found);
         let majority = self.majority(unit, &mut resident, &cuts)?;
         self.announce("merge", self.pass_bytes("merge"));
+        let before = self.tally().kept;
         self.merge_unit(unit, &mut resident, &cuts, majority)?;
+        let kept = difference(&self.tally().kept, &before);
+        self.thresholds.record(UnitThresholds::new(unit, &goals, &found), &kept);
         self.give_back(resident);
         Ok(())
     }
@@ -151,7 +155,7 @@ impl<'a> Passes<'a> {
         &mut self,
         unit: &Unit,
         resident: &mut Option<Resident>,
-        oracle: bool,
+        wanted: Wanted<'_>,
         chain: Option<&TieChain>,
         work: impl Fn(&mut Worker, usize, Loaded<'_>) -> Result<()> + Sync,
     ) -> Result<()> {
@@ -164,14 +168,15 @@ impl<'a> Passes<'a> {
         let observer = self.observer;
         let ahead = |item: &Item<'_>| {
             if !loaded {
-                prefetch(plan, item.chunk, oracle);
+                prefetch(plan, item.chunk, wanted);
             }
         };
         let lookahead = lookahead(self.schedule, unit.chunk_elements);
         pool::run(&mut self.workers, items, lookahead, ahead, |worker, ordinal, item| {
             let chunk = item.chunk;
             // A unit held in memory is loaded with all that later passes need.
-            let pieces = plan.pieces(chunk.tensor, oracle || held);
+            let pieces = plan.pieces(chunk.tensor, if held { Wanted::All } else { wanted });
+            let mut pending = chain.map(|chain| chain.pending(ordinal));
             let result = match item.slot {
                 Some(slot) if loaded => work(worker, ordinal, Loaded { plan, chunk, slot }),
                 Some(slot) => worker
@@ -179,8 +184,8 @@ impl<'a> Passes<'a> {
                     .and_then(|()| work(worker, ordinal, Loaded { plan, chunk, slot })),
                 None => worker.load(plan, chunk, pieces, observer, |worker, data| work(worker, ordinal, data)),
             };
-            if let (Err(_), Some(chain)) = (&result, chain) {
-                chain.abort(ordinal);
+            if let (Ok(()), Some(pending)) = (&result, &mut pending) {
+                pending.complete();
             }
             result
         })?;
@@ -190,13 +195,17 @@ impl<'a> Passes<'a> {
         Ok(())
     }
 
-    /// Finds every model's cut for a shared unit by sketching it.
-    fn shared_cuts(&mut self, unit: &Unit, resident: &mut Option<Resident>) -> Result<Vec<Cut>> {
+    /// Finds every model's threshold for a shared unit by sketching it.
+    fn shared_thresholds(
+        &mut self,
+        unit: &Unit,
+        goals: &[Goal],
+        resident: &mut Option<Resident>,
+    ) -> Result<Vec<Option<Threshold>>> {
         let plan = self.plan;
-        let goals = goals(plan, unit);
         let mut selectors: Vec<Option<Selector>> = vec![None; goals.len()];
-        if let Some(trim) = plan.trim.as_ref().filter(|_| goals.iter().any(|goal| matches!(goal, Goal::Keep { .. }))) {
-            selectors = self.selectors(unit, resident, trim, &goals)?;
+        if let Some(trim) = plan.trim.as_ref().filter(|_| goals.iter().any(Goal::needs_threshold)) {
+            selectors = self.selectors(unit, resident, trim, goals)?;
         }
         let mut round = 0;
         loop {
@@ -209,9 +218,7 @@ impl<'a> Passes<'a> {
             observe(&mut selectors, &sketches);
             round += 1;
         }
-        let found: Vec<_> = selectors.iter().map(|s| s.as_ref().and_then(Selector::threshold)).collect();
-        self.thresholds.record(UnitThresholds::new(unit, &goals, &found));
-        Ok(cuts(plan, &goals, &found))
+        Ok(selectors.iter().map(|s| s.as_ref().and_then(Selector::threshold)).collect())
     }
 
     /// Where each model's search for its threshold starts: at a bracket from a sample, which is read on its own where the
@@ -237,7 +244,7 @@ impl<'a> Passes<'a> {
             };
             samples.map(bracket).collect()
         } else {
-            let probes = self.probe(unit)?;
+            let probes = self.probe(unit, goals)?;
             let bracket = |(probe, goal): (&Probe, &Goal)| match keep(goal) {
                 Some(goal) => probe.bracket(share(goal), bins),
                 None => Bracket::COARSE,
@@ -252,9 +259,9 @@ impl<'a> Passes<'a> {
     fn sample(&mut self, unit: &Unit, resident: &mut Option<Resident>, goals: &[Goal]) -> Result<Vec<Vec<u32>>> {
         let stride = sample_stride(unit.elements);
         let samples = Mutex::new(vec![Vec::new(); goals.len()]);
-        self.each_chunk(unit, resident, false, None, |worker, ordinal, data| {
+        self.each_chunk(unit, resident, Wanted::All, None, |worker, ordinal, data| {
             for &(model, piece) in data.merge().models {
-                if let Goal::Keep { .. } = goals[model as usize] {
+                if goals[model as usize].needs_threshold() {
                     let keys = worker.keys(data, (model as usize, piece), (ordinal, stride))?;
                     let sample = &mut lock(&samples)[model as usize];
                     // Uneven chunks can give more than planned: a sample need not be complete.
@@ -275,7 +282,9 @@ impl<'a> Passes<'a> {
         brackets: &[Option<Bracket>],
     ) -> Result<Vec<MagnitudeSketch>> {
         self.workers.iter_mut().for_each(|worker| worker.set_brackets(brackets));
-        self.each_chunk(unit, resident, false, None, |worker, _, data| worker.sketch(data, brackets))?;
+        let models: Vec<bool> = brackets.iter().map(Option::is_some).collect();
+        let wanted = Wanted::TaskVectors(&models);
+        self.each_chunk(unit, resident, wanted, None, |worker, _, data| worker.sketch(data, brackets))?;
         let (first, rest) = self.workers.split_first_mut().expect("at least one worker");
         for worker in rest {
             for (sum, sketch) in first.sketches.iter_mut().zip(&worker.sketches) {
@@ -285,11 +294,12 @@ impl<'a> Passes<'a> {
         Ok(first.sketches.clone())
     }
 
-    /// Samples a streamed unit: one probe per model.
-    fn probe(&mut self, unit: &Unit) -> Result<Vec<Probe>> {
+    /// Samples a streamed unit: one probe per model, empty for those that need no threshold.
+    fn probe(&mut self, unit: &Unit, goals: &[Goal]) -> Result<Vec<Probe>> {
         let plan = self.plan;
         self.announce("probe", self.pass_bytes("probe"));
-        let brackets = vec![Some(Bracket::COARSE); plan.models()];
+        let models: Vec<bool> = goals.iter().map(Goal::needs_threshold).collect();
+        let brackets: Vec<_> = models.iter().map(|wanted| wanted.then_some(Bracket::COARSE)).collect();
         let probes = Mutex::new(vec![Probe::default(); plan.models()]);
         let observer = self.observer;
         pool::run(
@@ -300,11 +310,11 @@ impl<'a> Passes<'a> {
             |worker, _, group| {
                 worker.set_brackets(&brackets);
                 for block in Schedule::probe_blocks(plan, unit).skip(group).step_by(PROBE_GROUPS) {
-                    let pieces = plan.pieces(block.tensor, false);
+                    let pieces = plan.pieces(block.tensor, Wanted::TaskVectors(&models));
                     worker.load(plan, block, pieces, observer, |worker, data| worker.sketch(data, &brackets))?;
                 }
                 let mut probes = lock(&probes);
-                for (probe, sketch) in probes.iter_mut().zip(&worker.sketches) {
+                for (probe, sketch) in probes.iter_mut().zip(&worker.sketches).filter(|(_, s)| s.bins() > 0) {
                     probe.add_group(sketch);
                 }
                 Ok(())
@@ -315,14 +325,14 @@ impl<'a> Passes<'a> {
 
     /// Sign of the sum of all elected signs of the unit, where the method asks for it.
     fn majority(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut]) -> Result<f32> {
-        if !self.plan.needs().majority_sign {
+        if !self.plan.votes() {
             return Ok(0.0);
         }
         let plan = self.plan;
         self.announce("vote", self.pass_bytes("vote"));
         let sum = AtomicI64::new(0);
         let chain = TieChain::new(plan.models());
-        self.each_chunk(unit, resident, true, Some(&chain), |worker, ordinal, data| {
+        self.each_chunk(unit, resident, Wanted::All, Some(&chain), |worker, ordinal, data| {
             let cuts = tensor_cuts(plan, data.chunk, cuts);
             let mut seen = ties_before(worker, &chain, ordinal, data, &cuts)?;
             sum.fetch_add(worker.vote(data, &cuts, &mut seen)?, Ordering::Relaxed);
@@ -334,7 +344,7 @@ impl<'a> Passes<'a> {
     fn merge_unit(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut], majority: f32) -> Result<()> {
         let (plan, writer) = (self.plan, self.writer);
         let chain = TieChain::new(plan.models());
-        self.each_chunk(unit, resident, true, Some(&chain), |worker, ordinal, data| {
+        self.each_chunk(unit, resident, Wanted::All, Some(&chain), |worker, ordinal, data| {
             let cuts = tensor_cuts(plan, data.chunk, cuts);
             let mut seen = ties_before(worker, &chain, ordinal, data, &cuts)?;
             let mut sink = |offset, bytes: &[u8]| writer.write(data.chunk.tensor, offset, bytes);
@@ -346,21 +356,24 @@ impl<'a> Passes<'a> {
     fn solo_units(&mut self, units: &[&Unit]) -> Result<()> {
         let (plan, writer, observer) = (self.plan, self.writer, self.observer);
         let items = units.iter().filter(|unit| unit.elements > 0);
-        let ahead = |unit: &&&Unit| prefetch(plan, whole(unit), true);
+        let ahead = |unit: &&&Unit| prefetch(plan, whole(unit), Wanted::All);
         let thresholds = Mutex::new(&mut self.thresholds);
         let bins = self.schedule.sketch_bins;
         pool::run(&mut self.workers, items, 1, ahead, |worker, _, unit| {
-            let (chunk, goals) = (whole(unit), goals(plan, unit));
-            worker.load(plan, chunk, plan.pieces(chunk.tensor, true), observer, |worker, data| {
+            let (chunk, goals) = (whole(unit), plan.goals(unit));
+            worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
                 let found = solo_thresholds(worker, data, &goals, bins)?;
-                lock(&thresholds).record(UnitThresholds::new(unit, &goals, &found));
                 let cuts = tensor_cuts(plan, chunk, &cuts(plan, &goals, &found));
                 let mut majority = 0.0;
-                if plan.needs().majority_sign {
+                if plan.votes() {
                     majority = worker.vote(data, &cuts, &mut vec![0; plan.models()])?.signum() as f32;
                 }
                 let mut sink = |offset, bytes: &[u8]| writer.write(chunk.tensor, offset, bytes);
-                worker.merge(data, &cuts, &mut vec![0; plan.models()], majority, &mut sink)
+                let before = worker.tally.kept.clone();
+                worker.merge(data, &cuts, &mut vec![0; plan.models()], majority, &mut sink)?;
+                let kept = difference(&worker.tally.kept, &before);
+                lock(&thresholds).record(UnitThresholds::new(unit, &goals, &found), &kept);
+                Ok(())
             })
         })?;
         Ok(())
@@ -377,9 +390,9 @@ impl<'a> Passes<'a> {
             &mut self.workers,
             chunks,
             lookahead,
-            |&chunk| prefetch(plan, chunk, true),
+            |&chunk| prefetch(plan, chunk, Wanted::All),
             |worker, _, chunk| {
-                worker.load(plan, chunk, plan.pieces(chunk.tensor, true), observer, |worker, data| {
+                worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
                     let mut sink = |offset, bytes: &[u8]| writer.write(chunk.tensor, offset, bytes);
                     match &plan.tensors[chunk.tensor as usize].action {
                         Action::Copy { source, compared } if plan.is_raw_copy(chunk.tensor) => {
@@ -408,6 +421,11 @@ impl<'a> Passes<'a> {
     }
 }
 
+/// What was added to each count.
+fn difference(now: &[u64], before: &[u64]) -> Vec<u64> {
+    now.iter().zip(before).map(|(now, before)| now - before).collect()
+}
+
 /// The whole of a unit that is one tensor.
 fn whole(unit: &Unit) -> Chunk {
     Chunk { tensor: unit.tensors[0], start: 0, count: unit.elements }
@@ -428,8 +446,8 @@ fn ties_before(
     chain.pass(ordinal, &own)
 }
 
-fn prefetch(plan: &Plan, chunk: Chunk, oracle: bool) {
-    for piece in plan.pieces(chunk.tensor, oracle) {
+fn prefetch(plan: &Plan, chunk: Chunk, wanted: Wanted<'_>) {
+    for piece in plan.pieces(chunk.tensor, wanted) {
         let (file, offset, bytes) = locate(plan, chunk, piece);
         file.prefetch(offset, bytes);
     }

@@ -4,9 +4,8 @@ use super::cut::Cut;
 use super::slot::Loaded;
 use super::worker::Worker;
 use crate::error::Result;
-use crate::limits::{LISTED_UNITS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
-use crate::plan::{Action, Chunk, Plan, Unit};
-use crate::plan::{Scope, ThresholdKind};
+use crate::limits::{LISTED_THRESHOLDS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
+use crate::plan::{Chunk, Goal, Plan, ThresholdKind, Unit};
 use crate::sketch::{Bracket, MagnitudeSketch, Selector, Threshold, bounds_of_sample, select_in_place};
 
 /// One in so many elements of a unit in memory is sampled to bracket its threshold.
@@ -15,15 +14,6 @@ const SAMPLED_SHARE: u64 = 64;
 const SAMPLED_MIN: u64 = 1 << 14;
 /// Bins of a sketch over data in memory: they stay in the second-level cache, and another look costs no reading.
 const IN_MEMORY_BINS: usize = 1 << 18;
-
-/// What is wanted of one model in one unit.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Goal {
-    /// The `keep` largest of `elements` entries: needs a threshold.
-    Keep { keep: u64, elements: u64 },
-    /// Decided without looking at the data.
-    Settled(Cut),
-}
 
 /// Thresholds found for one unit, for the record.
 #[derive(Debug, Clone)]
@@ -38,7 +28,7 @@ impl UnitThresholds {
     pub(super) fn new(unit: &Unit, goals: &[Goal], found: &[Option<Threshold>]) -> Self {
         let one = |(goal, found): (&Goal, &Option<Threshold>)| match goal {
             Goal::Keep { elements, .. } => found.map(|threshold| (threshold, *elements)),
-            Goal::Settled(_) => None,
+            Goal::All | Goal::Nothing => None,
         };
         Self { tensor: unit.tensors[0], models: goals.iter().zip(found).map(one).collect() }
     }
@@ -47,58 +37,31 @@ impl UnitThresholds {
 /// All thresholds of a run: sums for the report, and a list for the manifest.
 #[derive(Debug, Default)]
 pub(super) struct Thresholds {
-    /// Per model, over all units: elements above the threshold, at or above it, and in all.
-    pub sums: Vec<[u64; 3]>,
-    /// The units of the first [`LISTED_UNITS`] tensors, in order.
+    /// Per model, over all units: survivors at least and at most, if a threshold bounds them.
+    pub survivors: Vec<[u64; 2]>,
+    /// The units of the first tensors, in order: [`LISTED_THRESHOLDS`] over all models.
     pub listed: Vec<UnitThresholds>,
 }
 
 impl Thresholds {
     pub(super) fn new(models: usize) -> Self {
-        Self { sums: vec![[0; 3]; models], listed: Vec::new() }
+        Self { survivors: vec![[0; 2]; models], listed: Vec::new() }
     }
 
-    /// Takes in a unit, in any order.
-    pub(super) fn record(&mut self, unit: UnitThresholds) {
-        for (sums, found) in self.sums.iter_mut().zip(&unit.models) {
-            if let Some((threshold, elements)) = found {
-                let counts = [threshold.above, threshold.above + threshold.tied, *elements];
-                sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
-            }
+    /// Takes in a unit, in any order, with the number of each model's entries that survived in it.
+    pub(super) fn record(&mut self, unit: UnitThresholds, kept: &[u64]) {
+        for ((sums, found), &kept) in self.survivors.iter_mut().zip(&unit.models).zip(kept) {
+            // Where all or nothing was kept, there is nothing uncertain.
+            let [least, most] =
+                found.map_or([kept; 2], |(threshold, _)| [threshold.above, threshold.above + threshold.tied]);
+            sums[0] += least;
+            sums[1] += most;
         }
-        if unit.tensor < LISTED_UNITS {
+        if (unit.tensor as usize) < LISTED_THRESHOLDS / unit.models.len().max(1) {
             let place = self.listed.partition_point(|other| other.tensor < unit.tensor);
             self.listed.insert(place, unit);
         }
     }
-}
-
-/// The goal of each model.
-pub(super) fn goals(plan: &Plan, unit: &Unit) -> Vec<Goal> {
-    if plan.trim.is_none() {
-        return vec![Goal::Settled(Cut::NonZero); plan.models()];
-    }
-    // In model scope densities are the same for all tensors of the unit.
-    let params = plan.params_of(unit.tensors[0]);
-    let tensor_scope = plan.scope == Scope::Tensor;
-    let goal = |model| {
-        let elements = elements(plan, unit, model);
-        match params.keep(model, elements, tensor_scope) {
-            keep if keep >= elements => Goal::Settled(Cut::NonZero),
-            0 => Goal::Settled(Cut::Nothing),
-            keep => Goal::Keep { keep, elements },
-        }
-    };
-    (0..plan.models()).map(goal).collect()
-}
-
-/// Elements of the unit that `model` has.
-fn elements(plan: &Plan, unit: &Unit, model: usize) -> u64 {
-    let has = |t: &&u32| match &plan.tensors[**t as usize].action {
-        Action::Merge { models, .. } => models.iter().any(|&(m, _)| m as usize == model),
-        Action::Copy { .. } => false,
-    };
-    unit.tensors.iter().filter(has).map(|&t| plan.length(t)).sum()
 }
 
 /// Thresholds of a unit that one worker holds in memory.
@@ -179,7 +142,8 @@ pub(super) fn cuts(plan: &Plan, goals: &[Goal], found: &[Option<Threshold>]) -> 
     let rule = plan.trim.as_ref().map(|t| t.ties).unwrap_or_default();
     let cut = |(goal, found): (&Goal, &Option<Threshold>)| match (goal, found) {
         (Goal::Keep { keep, .. }, Some(threshold)) => Cut::new(*threshold, *keep, rule),
-        (Goal::Settled(cut), _) => *cut,
+        (Goal::All, _) => Cut::NonZero,
+        (Goal::Nothing, _) => Cut::Nothing,
         (Goal::Keep { .. }, None) => unreachable!("the search ends with a threshold"),
     };
     goals.iter().zip(found).map(cut).collect()

@@ -11,12 +11,14 @@ use super::output::{MANIFEST, SealedShard};
 use super::select::{Thresholds, UnitThresholds};
 use super::{PROGRAM, Report};
 use crate::error::{Error, Result, printable};
-use crate::limits::{LISTED_UNITS, MAX_SIDE_FILE_BYTES};
+use crate::limits::MAX_SIDE_FILE_BYTES;
 use crate::plan::{Action, LAYER_COUNT_KEYS, LayerMap, Plan, PlanSummary, Schedule};
 use crate::storage::Storage;
 
 /// Version of the manifest's format.
 const MANIFEST_VERSION: u32 = 1;
+/// Sets of parameters that the manifest lists.
+const SETTINGS_LISTED: usize = 10_000;
 /// Tensors that the manifest names for each set of parameters.
 const SETTINGS_TENSORS: usize = 100;
 
@@ -239,7 +241,7 @@ fn settings(plan: &Plan) -> Value {
             names.push(&tensor.name);
         }
     }
-    let sets = plan.params.iter().zip(&tensors).take(LISTED_UNITS as usize);
+    let sets = plan.params.iter().zip(&tensors).take(SETTINGS_LISTED);
     sets.map(|(set, tensors)| json!({ "settings": set.settings, "tensors": tensors })).collect()
 }
 

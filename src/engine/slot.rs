@@ -8,7 +8,7 @@ use crate::dtype::Float;
 use crate::error::Result;
 use crate::kernels::{self, Isa};
 use crate::limits::TILE_ELEMENTS;
-use crate::plan::{Action, Chunk, Piece, Plan};
+use crate::plan::{Action, Chunk, Piece, Plan, Wanted};
 use crate::storage::{InputFile, Window};
 
 /// More than a core's share of the caches.
@@ -32,7 +32,7 @@ impl Slot {
     /// Windows that hold exactly `chunk`.
     pub(super) fn for_chunk(plan: &Plan, chunk: Chunk) -> Self {
         let mut bytes = vec![0; plan.checkpoints.len()];
-        for piece in plan.pieces(chunk.tensor, true) {
+        for piece in plan.pieces(chunk.tensor, Wanted::All) {
             bytes[piece.checkpoint as usize] = locate(plan, chunk, piece).2;
         }
         Self { windows: bytes.into_iter().map(|b| Window::with_capacity(b as usize)).collect(), distant: false }

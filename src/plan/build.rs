@@ -142,12 +142,15 @@ fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint]) -> String {
     nameless.models.iter_mut().for_each(|m| m.source.clear());
     let mut hasher = blake3::Hasher::new();
     hasher.update(&NUMERIC_VERSION.to_le_bytes());
-    hasher.update(serde_json::to_string(&nameless).unwrap_or_default().as_bytes());
-    for file in checkpoints.iter().flat_map(|c| &c.files) {
-        let identity = file.file.identity();
-        hasher.update(&file.header_hash);
-        hasher.update(&identity.bytes.to_le_bytes());
-        hasher.update(&identity.mtime_ns.to_le_bytes());
+    hasher.update(serde_json::to_string(&nameless).expect("a recipe is plain data").as_bytes());
+    for checkpoint in checkpoints {
+        hasher.update(&(checkpoint.files.len() as u64).to_le_bytes());
+        for file in &checkpoint.files {
+            let identity = file.file.identity();
+            hasher.update(&file.header_hash);
+            hasher.update(&identity.bytes.to_le_bytes());
+            hasher.update(&identity.mtime_ns.to_le_bytes());
+        }
     }
     hasher.finalize().to_hex().to_string()
 }

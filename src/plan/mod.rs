@@ -118,6 +118,38 @@ pub struct Trim {
     pub ties: TrimTies,
 }
 
+/// What is wanted of one model's task vector in one unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goal {
+    /// All of it: nothing is cut off.
+    All,
+    /// The `keep` largest of `elements` entries: needs a threshold.
+    Keep {
+        /// How many.
+        keep: u64,
+        /// Of how many.
+        elements: u64,
+    },
+    /// None of it.
+    Nothing,
+}
+
+impl Goal {
+    /// Whether the data must be looked at to find a threshold.
+    pub fn needs_threshold(&self) -> bool {
+        matches!(self, Self::Keep { .. })
+    }
+}
+
+/// Which inputs of a tensor a pass loads.
+#[derive(Debug, Clone, Copy)]
+pub enum Wanted<'a> {
+    /// Everything that the result depends on.
+    All,
+    /// The task vectors of the models marked.
+    TaskVectors(&'a [bool]),
+}
+
 /// Where the layers of an assembled output come from.
 #[derive(Debug, Clone)]
 pub struct LayerMap {
@@ -180,13 +212,42 @@ impl Plan {
         (entry, &*checkpoint.files[entry.file as usize].file)
     }
 
-    /// Inputs of tensor `index` that a pass loads: base, models and (with `oracle`) the oracle; or a copy's sources.
-    pub fn pieces(&self, index: u32, oracle: bool) -> impl Iterator<Item = Piece> + '_ {
+    /// Inputs of tensor `index` that a pass loads: base, models and the oracle; or a copy's sources.
+    pub fn pieces<'a>(&'a self, index: u32, wanted: Wanted<'a>) -> impl Iterator<Item = Piece> + 'a {
         let (first, models, others, last) = match &self.tensors[index as usize].action {
             Action::Copy { source, compared } => (Some(*source), &[][..], &compared[..], None),
-            Action::Merge { base, models, oracle: signs } => (*base, &models[..], &[][..], signs.filter(|_| oracle)),
+            Action::Merge { base, models, oracle } => (*base, &models[..], &[][..], *oracle),
         };
-        first.into_iter().chain(models.iter().map(|&(_, piece)| piece)).chain(others.iter().copied()).chain(last)
+        let last = last.filter(|_| matches!(wanted, Wanted::All));
+        let taken = move |&&(model, _): &&(u32, Piece)| match wanted {
+            Wanted::All => true,
+            Wanted::TaskVectors(models) => models[model as usize],
+        };
+        let models = models.iter().filter(taken).map(|&(_, piece)| piece);
+        first.into_iter().chain(models).chain(others.iter().copied()).chain(last)
+    }
+
+    /// What is wanted of each model in `unit`.
+    pub fn goals(&self, unit: &Unit) -> Vec<Goal> {
+        if self.trim.is_none() {
+            return vec![Goal::All; self.models()];
+        }
+        // In model scope densities are the same for all tensors of the unit.
+        let params = self.params_of(unit.tensors[0]);
+        let goal = |model| {
+            let elements = unit.tensors.iter().map(|&t| self.merged_length(t, model)).sum();
+            match params.keep(model, elements, self.scope == Scope::Tensor) {
+                keep if keep >= elements => Goal::All,
+                0 => Goal::Nothing,
+                keep => Goal::Keep { keep, elements },
+            }
+        };
+        (0..self.models()).map(goal).collect()
+    }
+
+    /// Whether the sign of the sum of all elected signs must be known before merging.
+    pub fn votes(&self) -> bool {
+        self.needs().majority_sign && self.oracle.is_none()
     }
 
     /// Whether tensor `index` is copied byte for byte.
@@ -239,17 +300,6 @@ impl Plan {
         &self.params[self.tensors[index as usize].params as usize]
     }
 
-    /// The fraction that the trim is asked to keep of model `model`, over all merged tensors.
-    pub fn mean_density(&self, model: usize) -> f64 {
-        let (mut kept, mut elements) = (0.0, 0u64);
-        for tensor in self.tensors.iter().filter(|t| t.merges_model(model)) {
-            let density = self.params[tensor.params as usize].density.get(model).copied().unwrap_or(1.0);
-            kept += density * tensor.elements as f64;
-            elements += tensor.elements;
-        }
-        if elements == 0 { 1.0 } else { kept / elements as f64 }
-    }
-
     /// Whether the trim depends on positions, so that chunks have an order.
     pub fn position_ordered(&self) -> bool {
         self.trim.as_ref().is_some_and(|t| t.ties == TrimTies::Lowest)
@@ -258,6 +308,12 @@ impl Plan {
     /// The checkpoint whose layout and side files the output follows: base, or the first model.
     pub fn template(&self) -> &Checkpoint {
         &self.checkpoints[self.base.unwrap_or(self.first_model)]
+    }
+
+    /// Elements of tensor `index` that model `model` takes part in.
+    pub fn merged_length(&self, index: u32, model: usize) -> u64 {
+        let tensor = &self.tensors[index as usize];
+        if tensor.merges_model(model) { tensor.elements } else { 0 }
     }
 
     /// Merged elements that model `model` takes part in.

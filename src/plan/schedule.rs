@@ -8,16 +8,19 @@
 //! Nothing here changes an output byte: only how often inputs are read, and how fast.
 
 use super::summary::PassSummary;
-use super::{Action, Plan};
+use super::{Action, Goal, Plan, Wanted};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::limits::{
-    CHUNK_ELEMENTS, MIN_CHUNK_ELEMENTS, NEAR_KEYS, NEAR_SHARE, OUT_ELEMENTS, PROBE_BLOCK, PROBE_GROUPS,
-    PROBE_MIN_ELEMENTS, PROBE_SHARE, PROCESS_BYTES, RESIDENT_BYTES, RESIDENT_WINDOWS, SKETCH_BINS_MAX, SKETCH_BINS_MIN,
-    SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS, TILE_ELEMENTS,
+    CHUNK_ELEMENTS, LISTED_BYTES, LISTED_THRESHOLDS, MIN_CHUNK_ELEMENTS, NEAR_KEYS, NEAR_SHARE, OUT_ELEMENTS,
+    PROBE_BLOCK, PROBE_GROUPS, PROBE_MIN_ELEMENTS, PROBE_SHARE, PROCESS_BYTES, RESIDENT_BYTES, RESIDENT_WINDOWS,
+    SKETCH_BINS_MAX, SKETCH_BINS_MIN, SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS, TILE_ELEMENTS,
 };
 use crate::recipe::{Scope, ThresholdKind};
 use crate::storage::Window;
+
+/// What keeping track of one unit costs: itself, its list of one tensor, and the allocator's needs.
+const UNIT_BYTES: u64 = size_of::<Unit>() as u64 + 32;
 
 /// What keeping track of one window costs, with the allocator's own needs.
 const WINDOW_BYTES: u64 = size_of::<Window>() as u64 + 32;
@@ -127,7 +130,7 @@ impl Schedule {
         for unit in schedule.units.iter().filter(resident) {
             let chunks = Self::chunks(plan, &unit.tensors, unit.chunk_elements).count() as u64;
             let windows = chunks * schedule.widths.len() as u64 * WINDOW_BYTES;
-            let bytes = bytes_of(plan, &unit.tensors, true) + windows;
+            let bytes = bytes_of(plan, &unit.tensors, Wanted::All) + windows;
             schedule.memory.push(("inputs held between the passes".into(), bytes));
         }
         schedule.passes = schedule.passes(plan);
@@ -163,7 +166,8 @@ impl Schedule {
             let length = plan.length(tensor);
             let begin = first;
             first += length;
-            let start = begin.div_ceil(stride) * stride - begin;
+            // A small unit is probed whole, across the ends of its tensors.
+            let start = if stride == PROBE_BLOCK { 0 } else { begin.div_ceil(stride) * stride - begin };
             (0..).map(move |i| start + i * stride).take_while(move |&s| s < length).map(move |start| Chunk {
                 tensor,
                 start,
@@ -173,22 +177,23 @@ impl Schedule {
     }
 
     fn passes(&self, plan: &Plan) -> Vec<PassSummary> {
-        let votes = plan.needs().majority_sign;
         let exact = plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact);
-        let (mut probe, mut sketch, mut vote, mut merge) = (0, 0, 0, bytes_of(plan, &self.direct, true));
+        let (mut probe, mut sketch, mut vote, mut merge) = (0, 0, 0, bytes_of(plan, &self.direct, Wanted::All));
         for unit in &self.units {
-            let all = bytes_of(plan, &unit.tensors, true);
+            let all = bytes_of(plan, &unit.tensors, Wanted::All);
             merge += all;
             if unit.kind != UnitKind::Streamed {
                 continue;
             }
-            if plan.trim.is_some() {
-                sketch += bytes_of(plan, &unit.tensors, false);
+            let models: Vec<bool> = plan.goals(unit).iter().map(Goal::needs_threshold).collect();
+            if models.contains(&true) {
+                let wanted = Wanted::TaskVectors(&models);
+                sketch += bytes_of(plan, &unit.tensors, wanted);
+                if exact {
+                    probe += Self::probe_blocks(plan, unit).map(|c| chunk_bytes(plan, c, wanted)).sum::<u64>();
+                }
             }
-            if exact {
-                probe += Self::probe_blocks(plan, unit).map(|c| chunk_bytes(plan, c)).sum::<u64>();
-            }
-            if votes {
+            if plan.votes() {
                 vote += all;
             }
         }
@@ -205,18 +210,18 @@ impl Schedule {
     }
 }
 
-/// Input bytes of `tensors`: everything a merge pass loads, or only what a sketch needs (no oracle).
-fn bytes_of(plan: &Plan, tensors: &[u32], oracle: bool) -> u64 {
-    tensors.iter().map(|&t| plan.pieces(t, oracle).map(|p| plan.source(p).0.bytes).sum::<u64>()).sum()
+/// Input bytes of `tensors` that a pass loads.
+fn bytes_of(plan: &Plan, tensors: &[u32], wanted: Wanted<'_>) -> u64 {
+    tensors.iter().map(|&t| plan.pieces(t, wanted).map(|p| plan.source(p).0.bytes).sum::<u64>()).sum()
 }
 
-/// Input bytes that a sketch of `chunk` loads.
-fn chunk_bytes(plan: &Plan, chunk: Chunk) -> u64 {
-    let width = |piece| Float::from_dtype(plan.source(piece).0.dtype).map_or(1, |f| f.width() as u64);
-    plan.pieces(chunk.tensor, false).map(|p| width(p) * chunk.count).sum()
+/// Input bytes of `chunk` that a pass loads.
+fn chunk_bytes(plan: &Plan, chunk: Chunk, wanted: Wanted<'_>) -> u64 {
+    plan.pieces(chunk.tensor, wanted).map(|p| plan.float_width(p) * chunk.count).sum()
 }
 
 /// What a plan asks of memory, before the run is known.
+#[derive(Debug)]
 struct Demand {
     widths: Vec<u64>,
     out_width: u64,
@@ -245,7 +250,7 @@ struct Cut {
 
 impl Demand {
     fn of(plan: &Plan) -> Self {
-        let needs_units = plan.trim.is_some() || plan.needs().majority_sign;
+        let needs_units = plan.trim.is_some() || plan.votes();
         let merged = |t: &u32| matches!(plan.tensors[*t as usize].action, Action::Merge { .. });
         let all = 0..plan.tensors.len() as u32;
         let (mut grouped, direct): (Vec<u32>, Vec<u32>) = all.partition(|t| needs_units && merged(t));
@@ -256,7 +261,7 @@ impl Demand {
         let mut widths = vec![0u64; plan.checkpoints.len()];
         let mut out_width = 1;
         for t in 0..plan.tensors.len() as u32 {
-            for piece in plan.pieces(t, true) {
+            for piece in plan.pieces(t, Wanted::All) {
                 let width = if plan.is_raw_copy(t) { 1 } else { plan.float_width(piece) };
                 let slot = &mut widths[piece.checkpoint as usize];
                 *slot = (*slot).max(width);
@@ -352,6 +357,9 @@ impl Demand {
             let keys = if self.exact { keys } else { 0 };
             let probe = if self.exact { PROBE_GROUPS as u64 * self.models * SKETCH_BINS_MIN as u64 * 4 } else { 0 };
             terms.push(("magnitude sketches".to_string(), sketches + keys + probe));
+            let units = if self.tensor_scope { self.grouped.len() as u64 } else { 1 };
+            let listed = (units * self.models).min(LISTED_THRESHOLDS as u64) * LISTED_BYTES;
+            terms.push(("units and their thresholds".to_string(), units * UNIT_BYTES + listed));
         }
         terms
     }
@@ -366,7 +374,7 @@ impl Demand {
             let used: u64 = cut.terms.iter().map(|(_, b)| b).sum();
             let chunks = Schedule::chunks(plan, &self.grouped, streamed_chunk);
             let windows = chunks.take(RESIDENT_WINDOWS as usize + 1).count() as u64 * self.widths.len() as u64;
-            let bytes = bytes_of(plan, &self.grouped, true);
+            let bytes = bytes_of(plan, &self.grouped, Wanted::All);
             let held = bytes + windows * WINDOW_BYTES;
             let fits = bytes <= RESIDENT_BYTES && windows <= RESIDENT_WINDOWS && used + held <= limit;
             return vec![Unit {
@@ -413,4 +421,54 @@ fn catalogue_bytes(plan: &Plan) -> u64 {
     let headers: u64 = plan.layout.shards.iter().map(|s| s.header.len() as u64).sum();
     let index = plan.layout.index_json().map_or(0, str::len) as u64;
     catalogues + planned + header + headers + index
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    prop_compose! {
+        fn demand()(
+            widths in prop::collection::vec(1u64..=8, 1..6),
+            models in 1u64..20,
+            longest in 1u64..(1 << 33),
+            unit_share in 0u64..=4,
+            (trims, tensor_scope, exact) in any::<(bool, bool, bool)>(),
+            catalogue_bytes in 0u64..50_000_000,
+            units in 0u32..1000,
+        ) -> Demand {
+            Demand {
+                widths,
+                out_width: 4,
+                models,
+                longest,
+                longest_unit: if tensor_scope { longest * unit_share / 4 } else { 0 },
+                trims,
+                tensor_scope,
+                exact: exact && trims,
+                catalogue_bytes,
+                direct: Vec::new(),
+                grouped: (0..units).collect(),
+            }
+        }
+    }
+
+    proptest! {
+        /// Whatever is asked for, what is promised fits; and what is named as the smallest is enough, and no less is.
+        #[test]
+        fn the_sum_never_exceeds_the_limit(demand in demand(), threads in 1usize..65, extra in 0u64..(1 << 36)) {
+            let smallest = demand.smallest();
+            prop_assert!(demand.fit(1, smallest - 1).is_none());
+            for limit in [smallest, smallest + extra % 1_000_000, smallest + extra] {
+                let cut = (1..=threads).rev().find_map(|threads| demand.fit(threads, limit));
+                let cut = cut.expect("one thread fits into the smallest");
+                let sum: u64 = cut.terms.iter().map(|(_, bytes)| bytes).sum();
+                prop_assert!(sum <= limit, "{sum} of {limit}");
+                prop_assert!(cut.slot_elements >= MIN_CHUNK_ELEMENTS.min(demand.longest));
+                prop_assert!(cut.bins.is_power_of_two() && cut.bins >= SKETCH_BINS_MIN);
+            }
+        }
+    }
 }

@@ -93,6 +93,11 @@ impl MagnitudeSketch {
         self.bins.resize(bracket.bins, 0);
     }
 
+    /// Number of bins.
+    pub fn bins(&self) -> usize {
+        self.bins.len()
+    }
+
     /// Counts the finite values of `tau`.
     pub fn add(&mut self, isa: Isa, tau: &[f32]) {
         self.above += kernels::histogram(isa, tau, self.bracket.low, self.bracket.shift, &mut self.bins);
@@ -107,11 +112,10 @@ impl MagnitudeSketch {
         }
     }
 
-    /// The bin that holds the `rank`-th largest value (1-based) and the number of values above that bin; `Err(true)` if
-    /// that value lies above the bracket, `Err(false)` if below.
-    fn locate(&self, rank: u64) -> Result<(usize, u64), bool> {
+    /// The bin that holds the `rank`-th largest value (1-based) and the number of values above that bin.
+    fn locate(&self, rank: u64) -> Result<(usize, u64), Miss> {
         if self.above >= rank {
-            return Err(true);
+            return Err(Miss::Above);
         }
         let mut above = self.above;
         for (bin, &content) in self.bins.iter().enumerate().rev() {
@@ -120,8 +124,15 @@ impl MagnitudeSketch {
             }
             above += count(content);
         }
-        Err(false)
+        Err(Miss::Below)
     }
+}
+
+/// Where a value lies that a bracket does not hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Miss {
+    Above,
+    Below,
 }
 
 /// A bin's count without its mark.

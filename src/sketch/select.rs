@@ -1,6 +1,6 @@
 //! Exact selection of the k-th largest magnitude from bounded sketches.
 
-use super::{Bracket, KEYS, MagnitudeSketch, count};
+use super::{Bracket, KEYS, MagnitudeSketch, Miss, count};
 use crate::kernels::{STRAY, Ties};
 
 /// The result of a selection: which keys count as tied with the k-th largest, and how many values stand where.
@@ -26,6 +26,8 @@ pub struct Selector {
     rank: u64,
     max_bins: usize,
     coarse: bool,
+    /// Whether a bracket missed.
+    missed: bool,
     state: State,
 }
 
@@ -39,13 +41,19 @@ impl Selector {
     /// Looks for the `rank`-th largest (1-based), starting from bracket `first`, with at most `max_bins` bins a sketch.
     pub fn exact(rank: u64, first: Bracket, max_bins: usize) -> Self {
         debug_assert!(rank > 0);
-        Self { rank, max_bins, coarse: false, state: State::Searching(first) }
+        Self { rank, max_bins, coarse: false, missed: false, state: State::Searching(first) }
     }
 
     /// Looks for the coarse bin that holds the `rank`-th largest.
     pub fn coarse(rank: u64) -> Self {
         debug_assert!(rank > 0);
-        Self { rank, max_bins: Bracket::COARSE.bins, coarse: true, state: State::Searching(Bracket::COARSE) }
+        Self {
+            rank,
+            max_bins: Bracket::COARSE.bins,
+            coarse: true,
+            missed: false,
+            state: State::Searching(Bracket::COARSE),
+        }
     }
 
     /// The bracket to sketch next; `None` once the threshold is found.
@@ -80,10 +88,17 @@ impl Selector {
                     State::Searching(Bracket::over(low, u64::from(high) + 1, self.max_bins))
                 }
             }
-            Err(true) => State::Searching(Bracket::over(bracket.end() as u32, KEYS, self.max_bins)),
-            Err(false) => {
+            // A bracket misses by little, as a rule: its neighbour comes first, then all the rest.
+            Err(Miss::Above) => {
+                let end = bracket.end() + if self.missed { KEYS } else { self.max_bins as u64 };
+                self.missed = true;
+                State::Searching(Bracket::over(bracket.end() as u32, end.min(KEYS), self.max_bins))
+            }
+            Err(Miss::Below) => {
                 assert!(bracket.low > 0, "fewer values than the rank asked for");
-                State::Searching(Bracket::over(0, u64::from(bracket.low), self.max_bins))
+                let low = if self.missed { 0 } else { bracket.low.saturating_sub(self.max_bins as u32) };
+                self.missed = true;
+                State::Searching(Bracket::over(low, u64::from(bracket.low), self.max_bins))
             }
         };
     }

@@ -413,6 +413,43 @@ fn nan_and_infinity_in_an_input() {
     }
 }
 
+/// A tensor of doubles.
+fn doubles(values: &[f64]) -> Tensor {
+    Tensor::raw(Dtype::F64, &[values.len()], values.iter().flat_map(|value| value.to_le_bytes()).collect())
+}
+
+#[test]
+fn finite_doubles_beyond_float32_are_never_dropped() {
+    for (base, model, at) in [([1.0, 2.0], [1.0, 1e300], 1), ([-3e38, 0.0], [3e38, 0.0], 0)] {
+        let mut family = family();
+        family.base.insert("a.weight".into(), doubles(&base));
+        family.models[0].insert("a.weight".into(), doubles(&model));
+        for model in &mut family.models[1..] {
+            model.insert("a.weight".into(), doubles(&base));
+        }
+        let saved = family.save();
+        for mode in ["--non-finite=error", "--non-finite=copy-base", "--non-finite=propagate"] {
+            let what = format!("{}e", if at == 1 { "1" } else { "3" });
+            refused(mode, &saved, &[mode], &["model1", "a.weight", &format!("element {at}"), &what, "float32"]);
+        }
+    }
+}
+
+#[test]
+fn a_result_in_doubles_that_overflows_is_an_error_or_clamped() {
+    let mut family = family();
+    family.base.insert("a.weight".into(), doubles(&[1.0, 2.0]));
+    for model in &mut family.models {
+        model.insert("a.weight".into(), doubles(&[11.0, 2.0]));
+    }
+    let saved = family.save();
+    let flags = ["--density=1", "--lambda=3e38"];
+    refused("an infinite sum", &saved, &flags, &["a.weight", "element 0", "inf", "float64"]);
+    let clamped = saved.merge(&Recipe::default(), &[&flags[..], &["--overflow=clamp"]].concat());
+    let expected = [1.0 + f64::from(f32::MAX), 2.0];
+    assert_eq!(clamped.tensors()["a.weight"].values(), expected);
+}
+
 // ---- Options -------------------------------------------------------------------------------------------------------
 
 #[test]

@@ -252,6 +252,46 @@ fn tensor_scope_reads_every_byte_once() {
 }
 
 #[test]
+fn a_merge_reads_what_its_plan_says() {
+    let shapes = vec![("a", vec![300, 200]), ("b", vec![30_000]), ("c", vec![7])];
+    let saved = Spec { shapes, ..Spec::default() }.family().save();
+    let smallest = |flags: &[&str]| {
+        let refused = saved.run("plan", &Recipe::default(), &[flags, &["--memory=1MB"]].concat()).exited(2);
+        let number = refused.refusal().split("at least ").nth(1).and_then(|rest| rest.split(' ').next());
+        format!("--memory={}", number.expect("the smallest memory"))
+    };
+    let settled = ["--density=0", "--density=1"];
+    let signs = saved.signs_flag();
+    let choices: [&[&str]; 8] = [
+        &[],
+        &[settled[0]],
+        &[settled[1]],
+        &["--threshold=sketch"],
+        &["--zero-sum=majority"],
+        &["--zero-sum=majority", &signs],
+        &["--zero-sum=majority", settled[1]],
+        &["--trim-ties=lowest", &signs],
+    ];
+    for scope in ["--scope=tensor", "--scope=model"] {
+        for choice in choices {
+            let flags = [&[scope, "--threads=1"], choice].concat();
+            for memory in ["--memory=1GiB", &smallest(&flags)] {
+                let flags = [&flags[..], &[memory]].concat();
+                let plan =
+                    saved.run("plan", &Recipe::default(), &[&flags[..], &["--json"]].concat()).succeeded().json();
+                let output = saved.merge(&Recipe::default(), &flags);
+                assert_eq!(
+                    number(&plan, "bytes_read"),
+                    number(&output.report, "bytes_read"),
+                    "{flags:?} {}",
+                    output.outcome.stderr
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn a_finished_output_is_replaced_only_by_force() {
     let family = Spec::default().family();
     let saved = family.save();
