@@ -25,6 +25,8 @@ pub enum ErrorKind {
     Input,
     /// The work itself failed (I/O, disk full); the same command can be run again.
     Failed,
+    /// The work was stopped on request; the same command goes on with it.
+    Interrupted,
 }
 
 /// One failure. See the module's documentation.
@@ -51,6 +53,11 @@ impl Error {
     /// Work that failed on the way.
     pub fn failed(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Failed, message)
+    }
+
+    /// Work that was stopped on request.
+    pub fn interrupted(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Interrupted, message)
     }
 
     /// An operating-system error while doing `what` ("read", "create", ...) on `path`.
@@ -95,11 +102,13 @@ impl Error {
         self.kind
     }
 
-    /// The process exit code that stands for this failure: 2 for usage and input, 1 for failed work.
+    /// The process exit code that stands for this failure: 2 for usage and input, 1 for failed work, 130 for work that was
+    /// stopped (by an interrupt from the keyboard; whoever knows another signal uses its number).
     pub fn exit_code(&self) -> u8 {
         match self.kind {
             ErrorKind::Usage | ErrorKind::Input => 2,
             ErrorKind::Failed => 1,
+            ErrorKind::Interrupted => 130,
         }
     }
 }

@@ -39,6 +39,7 @@ mod checkpoint;
 mod dtype;
 mod engine;
 mod error;
+mod journal;
 mod kernels;
 mod limits;
 mod method;
@@ -60,7 +61,7 @@ pub use recipe::{
     BaseLayers, Case, Filter, LayerSource, Missing, ModelInput, NonFinite, Overflow, Params, Recipe, Scope, Setting,
     Slice, ThresholdKind, TrimTies,
 };
-pub use storage::{Disk, IoMode, Storage};
+pub use storage::{Disk, Identity, InputFile, IoMode, Lock, OutputFile, Storage, Window};
 
 /// What the benchmarks measure. No part of the API: it changes without notice.
 #[doc(hidden)]

@@ -15,6 +15,9 @@ pub const MAX_DIMENSIONS: usize = 64;
 /// Longest side file (config, tokenizer) that is copied, in bytes.
 pub const MAX_SIDE_FILE_BYTES: u64 = 256_000_000;
 
+/// Longest accepted manifest in bytes: ten thousand listed units of a hundred models, and room to spare.
+pub const MAX_MANIFEST_BYTES: u64 = 256_000_000;
+
 /// Most models in one merge: each needs a tile in every worker.
 pub const MAX_MODELS: usize = 128;
 
@@ -65,8 +68,15 @@ pub const PROCESS_BYTES: u64 = 20_000_000;
 
 /// Input bytes announced to the system ahead of their use: keeps a slow disk busy while workers compute.
 pub const PREFETCH_BYTES: u64 = 64_000_000;
-/// Written bytes that may wait for the disk before writers pause.
+/// Written bytes that may wait for the disk before writers pause. When they are durable, the journal says so: a kill
+/// costs at most what was written since.
 pub const WRITE_BEHIND_BYTES: u64 = 128_000_000;
+/// Seconds after which what was written is made durable and journalled, however little it is.
+pub const WRITE_BEHIND_SECONDS: u64 = 5;
+/// Longest record of a journal, in bytes.
+pub const MAX_RECORD_BYTES: usize = 256_000_000;
+/// Entries of a journal record after which it is written, however little time has passed: bounds its length.
+pub const RECORD_ENTRIES: usize = 1 << 16;
 
 const _: () = {
     assert!(MIN_CHUNK_ELEMENTS >= TILE_ELEMENTS as u64 && CHUNK_ELEMENTS >= MIN_CHUNK_ELEMENTS);

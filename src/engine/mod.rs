@@ -7,15 +7,18 @@ mod cut;
 mod diff;
 mod elements;
 mod exceptions;
+mod identity;
 mod inspect;
+mod kept;
 mod output;
 mod passes;
 mod pool;
+mod records;
 mod select;
 mod shard_hash;
+mod shards;
 mod side_files;
 mod slot;
-
 mod worker;
 
 pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};
@@ -25,11 +28,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use kept::Kept;
 use output::OutputDir;
 use passes::Passes;
 use select::Thresholds;
+use shards::SealedShard;
 use worker::Tally;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -52,6 +57,21 @@ pub trait Observer: Sync {
     fn warn(&self, message: &str) {
         let _ = message;
     }
+    /// Whether the work is to stop. It then ends within a moment, with [`ErrorKind::Interrupted`]; the same call goes on
+    /// with it later.
+    fn stopped(&self) -> bool {
+        false
+    }
+}
+
+impl dyn Observer + '_ {
+    /// An error if the work is to stop.
+    fn go_on(&self) -> Result<()> {
+        if self.stopped() {
+            return Err(Error::interrupted("interrupted").help("run the same command again to go on"));
+        }
+        Ok(())
+    }
 }
 
 /// Where and how the output is put.
@@ -66,7 +86,7 @@ pub struct OutputOptions {
 }
 
 /// What a merge did: printed with `--json`, kept in the manifest.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
     /// Output directory.
     pub out: String,
@@ -76,7 +96,7 @@ pub struct Report {
     pub elements: u64,
     /// Shards written.
     pub shards: u64,
-    /// Tensor bytes read from inputs, over all passes.
+    /// Tensor bytes read from inputs, over all passes; those that earlier attempts read for work taken over included.
     pub bytes_read: u64,
     /// Bytes of shards written.
     pub bytes_written: u64,
@@ -86,12 +106,12 @@ pub struct Report {
     pub peak_memory_bytes: Option<u64>,
     /// Whether work of an earlier run was taken over.
     pub resumed: bool,
-    /// Chunks taken over.
+    /// Chunks of output taken over.
     pub chunks_reused: u64,
     /// Per model: survivors of the trim that are not zero, as a fraction of the merged elements.
     pub kept_fraction: Vec<f64>,
     /// Per model: certified interval of that fraction, where thresholds come from a sketch.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept_interval: Option<Vec<[f64; 2]>>,
     /// Fraction of merged elements whose survivors disagree in sign.
     pub sign_conflict_fraction: f64,
@@ -113,43 +133,71 @@ pub fn merge(
     let begin = Instant::now();
     side_files::check(plan, &**storage)?;
     let dir = OutputDir::open(plan, output, storage).map_err(Error::as_input)?;
+    if dir.is_published() {
+        return tidy_up(dir);
+    }
     match run(plan, schedule, &dir, observer, begin) {
-        Ok((mut report, side_files)) => {
-            dir.publish(plan, &side_files)?;
+        Ok(finished) => {
+            let mut report = publish(plan, schedule, dir, finished)?;
             report.wall_seconds = begin.elapsed().as_secs_f64();
             report.peak_memory_bytes = peak_memory_bytes();
             Ok(report)
         }
         Err(error) => {
             // An input that cannot be used leaves nothing to resume.
-            if error.kind() != ErrorKind::Failed {
-                dir.abandon();
+            if !matches!(error.kind(), ErrorKind::Failed | ErrorKind::Interrupted) {
+                dir.abandon(plan);
             }
             Err(error)
         }
     }
 }
 
-/// A report, and the small files (name, content) that go with the shards.
-type Finished = (Report, Vec<(String, Vec<u8>)>);
+/// Ends what an earlier attempt had finished but for its traces; the report is the one it left.
+fn tidy_up(dir: OutputDir) -> Result<Report> {
+    let report = dir.manifest()?.map(|manifest| serde_json::from_value(manifest["report"].clone()));
+    let path = dir.dir.clone();
+    dir.tidy_up();
+    match report {
+        Some(Ok(report)) => Ok(Report { resumed: true, ..report }),
+        _ => Err(Error::failed("the merge is finished, but its manifest has no report").at(&path)),
+    }
+}
+
+/// What a run found out before its output is published.
+struct Finished {
+    report: Report,
+    shards: Vec<SealedShard>,
+    thresholds: Thresholds,
+}
 
 fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observer, begin: Instant) -> Result<Finished> {
     let mut tally = Tally::default();
     let mut thresholds = Thresholds::default();
     let mut warnings = plan.warnings.clone();
-    let shards = output::write_shards(plan, dir, |writer| {
-        let mut passes = Passes::new(plan, schedule, observer, writer);
+    let mut reused = 0;
+    let shards = shards::write_shards(plan, dir, observer, |writer, kept: &Kept| {
+        let mut passes = Passes::new(plan, schedule, observer, writer, kept);
         passes.run()?;
         tally = passes.tally();
         thresholds = std::mem::take(&mut passes.thresholds);
         warnings.append(&mut passes.warnings);
+        reused = kept.ranges;
         Ok(())
     })?;
     check_inputs_unchanged(plan)?;
+    observer.go_on()?;
     let mut report = report(plan, schedule, dir, &tally, &thresholds, warnings);
+    report.chunks_reused = reused;
     report.wall_seconds = begin.elapsed().as_secs_f64();
-    let side_files = side_files::all(plan, schedule, &shards, &thresholds, &report, &*dir.storage)?;
-    Ok((report, side_files))
+    Ok(Finished { report, shards, thresholds })
+}
+
+fn publish(plan: &Plan, schedule: &Schedule, dir: OutputDir, finished: Finished) -> Result<Report> {
+    let Finished { report, shards, thresholds } = finished;
+    let files = side_files::all(plan, &report, &*dir.storage)?;
+    dir.publish(plan, files, |written| side_files::manifest(plan, schedule, &shards, &thresholds, &report, written))?;
+    Ok(report)
 }
 
 /// A file that changed while it was read gives a mixture that nobody asked for.
@@ -188,7 +236,7 @@ fn report(
         bytes_written: plan.layout.shards.iter().map(|s| s.bytes).sum(),
         wall_seconds: 0.0,
         peak_memory_bytes: peak_memory_bytes(),
-        resumed: false,
+        resumed: dir.resumes(),
         chunks_reused: 0,
         kept_interval: kept_interval(plan, thresholds),
         kept_fraction,

@@ -1,176 +1,517 @@
-//! The output directory: who may write there, where bytes go before they count, and the order in which they do.
+//! The output directory: who may write there, what is found there, and the order in which files become a model.
 //!
-//! - Unfinished shards live in `DIR/.tiesmith/` as `*.partial`; a shard gets its final name only when it is complete
-//!   and durable.
+//! - Nothing is decided before the lock is held, but for refusals that spare somebody else's directory.
+//! - Unfinished work lives in `DIR/.tiesmith/`, with a journal of what of it is durable.
 //! - The file that makes the directory loadable (the index, or the single `model.safetensors`) appears last: until
 //!   then no loader sees a model.
-//! - Written bytes do not pile up: every so many megabytes they are made durable and dropped from the page cache.
-//! - The first failed operation ends the run; nothing is renamed after a failed sync.
+//! - Only files that this program wrote are removed, and what is replaced stays whole until its successor is complete.
 //!
-//! Knows shards and offsets, not what is in them.
+//! Knows names and order; what is written into shards is the business of `shards`.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crossbeam_channel::{Receiver, Sender};
+use serde_json::Value;
 
 use super::OutputOptions;
-use super::shard_hash::ShardHash;
+use super::identity::Begin;
+use super::side_files::{Content, SideFile};
 use crate::error::{Error, Result, printable};
-use crate::limits::WRITE_BEHIND_BYTES;
+use crate::journal::{Journal, Record, replay};
+use crate::limits::MAX_MANIFEST_BYTES;
 use crate::plan::Plan;
-use crate::storage::{Lock, OutputFile, Storage};
+use crate::storage::{Lock, Storage};
 
 /// Name of the folder that holds unfinished work.
-pub(super) const WORK_DIR: &str = ".tiesmith";
+const WORK_DIR: &str = ".tiesmith";
+const LOCK: &str = "lock";
+const JOURNAL: &str = "journal";
 /// Name of the manifest: its presence marks a finished output of this program.
 pub(super) const MANIFEST: &str = "tiesmith.json";
 /// Name of the index of a sharded checkpoint.
-pub(super) const INDEX: &str = "model.safetensors.index.json";
+const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
 /// Room for side files, headers and the file system's own needs, on top of the planned tensor bytes.
 const SPARE_DISK_BYTES: u64 = 32_000_000;
+const COPY_BYTES: usize = 1 << 20;
+
+/// Kinds of journal records.
+mod kind {
+    /// What the run is a run of.
+    pub const BEGIN: u8 = 1;
+    /// Work that is done.
+    pub const DONE: u8 = 2;
+    /// Names of a replaced output's files, which are removed from now on.
+    pub const REPLACE: u8 = 3;
+    /// Everything but the last names is in place: the directory becomes a model now.
+    pub const COMMIT: u8 = 4;
+}
 
 /// An output directory that this process may write to.
 pub(super) struct OutputDir {
     pub storage: Arc<dyn Storage>,
     pub dir: PathBuf,
-    pub work: PathBuf,
+    work: PathBuf,
     /// The directory did not exist before.
     created: bool,
     /// A finished output is being replaced: it stays whole until the new one is.
     replaces: bool,
+    /// What of a replaced output is to be removed, once that has begun.
+    stale: Option<Vec<String>>,
+    /// There is work of an earlier attempt to take over.
+    resumes: bool,
+    /// An earlier attempt got as far as publishing everything.
+    published: bool,
+    /// None only while the directory is being opened.
+    journal: Mutex<Option<Journal>>,
     _lock: Lock,
 }
 
+/// What a directory holds, by names.
+struct Found {
+    exists: bool,
+    /// All but the work directory.
+    entries: Vec<String>,
+    /// What the work directory holds.
+    work: Vec<String>,
+}
+
+impl Found {
+    fn look(dir: &Path, work: &Path, storage: &dyn Storage) -> Result<Self> {
+        let names = |path: &Path| -> Result<Vec<String>> {
+            if storage.identity(path)?.is_none() {
+                return Ok(Vec::new());
+            }
+            let names = storage.list(path).map_err(Error::as_input)?;
+            Ok(names.into_iter().map(|name| name.to_string_lossy().into_owned()).collect())
+        };
+        let exists = storage.identity(dir)?.is_some();
+        if exists && !storage.is_dir(dir) {
+            return Err(Error::input("the output is a file, not a directory").at(dir).help("choose another --out"));
+        }
+        let mut entries = names(dir)?;
+        entries.retain(|name| name != WORK_DIR);
+        Ok(Self { exists, entries, work: names(work)? })
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.entries.iter().any(|entry| entry == name)
+    }
+
+    fn loadable(&self) -> bool {
+        self.has(INDEX) || self.has(SINGLE)
+    }
+
+    /// The manifest is written before what makes the directory loadable, so both together are a finished output, even if
+    /// a killed run left its work directory beside it.
+    fn finished(&self) -> bool {
+        self.has(MANIFEST) && self.loadable()
+    }
+
+    fn begun(&self) -> bool {
+        self.work.iter().any(|name| name == JOURNAL)
+    }
+
+    /// Refuses what needs no look into a journal.
+    fn admit(&self, dir: &Path, options: &OutputOptions) -> Result<()> {
+        match (self.begun(), self.finished()) {
+            (true, _) => Ok(()),
+            (false, true) if options.force => Ok(()),
+            (false, true) => Err(finished_already(dir)),
+            (false, false) if self.entries.is_empty() => Ok(()),
+            (false, false) => Err(self.not_empty(dir)),
+        }
+    }
+
+    fn not_empty(&self, dir: &Path) -> Error {
+        Error::input(format!("the output directory is not empty ({} entries)", self.entries.len()))
+            .at(dir)
+            .help("use a new or empty directory for --out")
+    }
+}
+
+fn finished_already(dir: &Path) -> Error {
+    Error::input("a finished merge is already there").at(dir).help("use another --out, or --force to replace it")
+}
+
+/// What a journal says, apart from the work that is done.
+#[derive(Default)]
+struct Log {
+    begin: Option<Begin>,
+    stale: Option<Vec<String>>,
+    committed: bool,
+}
+
+impl Log {
+    fn take(&mut self, record: &Record) -> Option<()> {
+        match (record.kind, &self.begin) {
+            (kind::BEGIN, None) => self.begin = Some(Begin::decode(&record.payload)?),
+            (kind::DONE, Some(_)) => {}
+            (kind::REPLACE, Some(_)) => self.stale = Some(serde_json::from_slice(&record.payload).ok()?),
+            (kind::COMMIT, Some(_)) => self.committed = true,
+            _ => return None,
+        }
+        Some(())
+    }
+}
+
 impl OutputDir {
-    /// Checks everything that can be refused, then takes the directory. Nothing is created before the last check.
+    /// Checks everything that can be refused, then takes the directory. What is refused is left as it was.
     pub(super) fn open(plan: &Plan, options: &OutputOptions, storage: &Arc<dyn Storage>) -> Result<Self> {
         let dir = &options.dir;
         refuse_inputs(plan, dir, &**storage)?;
-        let entries = existing(dir, &**storage)?;
-        let has = |name: &str| entries.iter().flatten().any(|e| e == name);
-        // The manifest is written before what makes the directory loadable, so both together are a finished output,
-        // even if a killed run left its work directory beside it.
-        let loadable = has(INDEX) || has(SINGLE);
-        let finished = has(MANIFEST) && loadable;
-        // Something loadable without a manifest is not ours, whatever an earlier run left beside it.
-        let unfinished = has(WORK_DIR) && !loadable;
-        if finished && !options.force {
-            return Err(Error::input("a finished merge is already there")
-                .at(dir)
-                .help("use another --out, or --force to replace it"));
-        }
-        if !unfinished && !finished && entries.as_ref().is_some_and(|e| !e.is_empty()) {
-            return Err(Error::input(format!(
-                "the output directory is not empty ({} entries)",
-                entries.map_or(0, |e| e.len())
-            ))
-            .at(dir)
-            .help("use a new or empty directory for --out"));
-        }
-        // What an unfinished run wrote is in the way of its own successor: it is counted only when it is gone.
-        if !unfinished {
-            check_space(plan, dir, &**storage)?;
-        }
         let work = dir.join(WORK_DIR);
-        let unwritable = |e: Error| e.as_input().help("choose an --out that you may write to");
         if storage.identity(&work)?.is_some() && storage.canonical(&work) != storage.canonical(dir).join(WORK_DIR) {
             return Err(Error::input("the work directory is a link to somewhere else").at(&work).help("remove it"));
         }
-        storage.create_dir_all(&work).map_err(unwritable)?;
-        let lock = storage.lock(&work.join("lock")).map_err(unwritable)?;
-        let output = Self {
+        let before = Found::look(dir, &work, &**storage)?;
+        before.admit(dir, options)?;
+        if !before.begun() {
+            check_space(plan.layout.shards.iter().map(|s| s.bytes).sum(), dir, &**storage)?;
+        }
+        let unwritable = |e: Error| e.as_input().help("choose an --out that you may write to");
+        let lock = storage.lock(&work.join(LOCK)).map_err(unwritable)?;
+        let mut output = Self {
             storage: Arc::clone(storage),
             dir: dir.clone(),
             work,
-            created: entries.is_none(),
-            replaces: finished,
+            created: !before.exists,
+            replaces: false,
+            stale: None,
+            resumes: false,
+            published: false,
+            journal: Mutex::default(),
             _lock: lock,
         };
-        output.discard_work()?;
-        if unfinished {
-            output.unpublish()?;
-            check_space(plan, dir, &**storage)?;
+        match output.take_over(plan, options) {
+            Ok(()) => Ok(output),
+            Err(error) => {
+                output.leave();
+                Err(error)
+            }
         }
-        Ok(output)
     }
 
-    /// Removes what an earlier, unfinished run left in the work directory.
-    fn discard_work(&self) -> Result<()> {
+    /// Decides, under the lock, what is to be done with what is there.
+    fn take_over(&mut self, plan: &Plan, options: &OutputOptions) -> Result<()> {
+        // What was seen before the lock was held may be outdated.
+        let found = Found::look(&self.dir, &self.work, &*self.storage)?;
+        found.admit(&self.dir, options)?;
+        let finished = found.finished();
+        let mut log = Log::default();
+        let mut journal = None;
+        if found.begun() {
+            match self.read_log(&mut log) {
+                Ok(opened) => journal = opened,
+                Err(_) if options.restart => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if let (true, true, Some(begin)) = (finished, log.committed, &log.begin) {
+            let manifest = self.manifest()?.unwrap_or_default();
+            let made = manifest["fingerprint"].as_str().unwrap_or_default();
+            if begin.is_of(made) && begin.admit(plan).is_ok() {
+                self.published = true;
+                return Ok(());
+            }
+        }
+        if finished && !options.force {
+            return Err(finished_already(&self.dir));
+        }
+        // Something loadable without a manifest is not ours, whatever an earlier run left beside it; unless it was being
+        // removed.
+        if !finished && (found.loadable() && log.stale.is_none() || log.begin.is_none() && !found.entries.is_empty()) {
+            let ours = options.restart && found.begun() && !found.loadable();
+            if !ours {
+                return Err(found.not_empty(&self.dir));
+            }
+        }
+        self.replaces = finished;
+        if let (Some(begin), Some(journal), false) = (&log.begin, journal, options.restart) {
+            begin.admit(plan).map_err(|e| e.at(&self.dir))?;
+            self.stale = log.stale;
+            self.resumes = true;
+            self.journal = Mutex::new(Some(journal));
+            return Ok(());
+        }
+        self.start_over(plan, log, &found)
+    }
+
+    fn read_log(&self, log: &mut Log) -> Result<Option<Journal>> {
+        let path = self.work.join(JOURNAL);
+        let opened = Journal::open(&path, &*self.storage, |record| {
+            log.take(&record).ok_or_else(|| {
+                Error::input("the journal is not one of this version").at(&path).help("use --restart to start over")
+            })
+        })?;
+        Ok(opened)
+    }
+
+    /// Removes what an earlier, unfinished run left, and begins a journal.
+    fn start_over(&mut self, plan: &Plan, log: Log, found: &Found) -> Result<()> {
+        if !self.replaces && found.begun() {
+            let mut names = self.stale_names()?;
+            names.extend(log.stale.into_iter().flatten());
+            match log.begin {
+                Some(begin) => names.extend(begin.shards),
+                None => names.extend(found.entries.iter().filter(|name| is_shard_name(name)).cloned()),
+            }
+            for name in names.iter().filter(|name| is_file_name(name)) {
+                self.storage.remove_file(&self.dir.join(name))?;
+            }
+            self.storage.sync_dir(&self.dir)?;
+        }
+        self.clear_work(&[LOCK])?;
+        check_space(plan.layout.shards.iter().map(|s| s.bytes).sum(), &self.dir, &*self.storage)?;
+        let begin = Begin::of(plan)?.encode()?;
+        let journal = Journal::create(&self.work.join(JOURNAL), kind::BEGIN, &begin, &*self.storage)?;
+        self.journal = Mutex::new(Some(journal));
+        self.storage.sync_dir(&self.work)?;
+        self.storage.sync_dir(&self.dir)?;
+        match self.dir.parent() {
+            Some(parent) if self.created && parent != Path::new("") => self.storage.sync_dir(parent),
+            _ => Ok(()),
+        }
+    }
+
+    /// Goes without a trace, as far as there was none before.
+    fn leave(self) {
+        let only_lock = |names: &Vec<std::ffi::OsString>| names.iter().all(|name| name == LOCK);
+        // Best effort: the error that led here is the one worth reporting.
+        if self.storage.list(&self.work).as_ref().is_ok_and(only_lock) {
+            self.remove_work();
+        }
+    }
+
+    /// Removes the files of the work directory but those in `except`.
+    fn clear_work(&self, except: &[&str]) -> Result<()> {
         for name in self.storage.list(&self.work)? {
-            if name != "lock" {
+            if !except.iter().any(|kept| name == *kept) {
                 self.storage.remove_file(&self.work.join(name))?;
             }
         }
         Ok(())
     }
 
-    /// Removes the files of an earlier output: first what makes it loadable, then its shards.
-    fn unpublish(&self) -> Result<()> {
-        for name in [INDEX, SINGLE, MANIFEST] {
-            self.storage.remove_file(&self.dir.join(name))?;
+    /// Removes the lock, then its directory, and the output directory if it was made for nothing. Somebody else may take
+    /// a new lock at once: then the directories stay.
+    fn remove_work(&self) {
+        let _ = self.storage.remove_file(&self.work.join(LOCK));
+        let _ = self.storage.remove_dir(&self.work);
+        if self.created {
+            let _ = self.storage.remove_dir(&self.dir);
         }
-        self.storage.sync_dir(&self.dir)?;
-        for name in self.storage.list(&self.dir)? {
-            let name = name.to_string_lossy();
-            if is_shard_name(&name) {
-                self.storage.remove_file(&self.dir.join(&*name))?;
-            }
-        }
-        Ok(())
     }
 
     /// Undoes everything: for errors that mean that nothing should have been written.
-    pub(super) fn abandon(self) {
+    pub(super) fn abandon(self, plan: &Plan) {
         // Best effort: the error that led here is the one worth reporting.
-        let _ = self.storage.remove_dir_all(&self.work);
         if !self.replaces {
-            let _ = self.unpublish();
-        }
-        if self.created {
-            let _ = self.storage.remove_dir_all(&self.dir);
-        }
-    }
-
-    /// Makes the finished shards and side files a model. `side_files` are (name, content), the manifest among them.
-    pub(super) fn publish(self, plan: &Plan, side_files: &[(String, Vec<u8>)]) -> Result<()> {
-        let names: Vec<String> = plan.layout.shards.iter().map(|s| s.name.clone()).collect();
-        if self.replaces {
-            self.unpublish()?;
-        }
-        for (name, content) in side_files {
-            self.storage.write_small(&self.dir.join(name), content, &self.work)?;
-        }
-        for name in &names {
-            let partial = self.partial(name);
-            if self.holds_shards(plan) {
-                self.storage.rename(&partial, &self.dir.join(name))?;
+            for shard in &plan.layout.shards {
+                let _ = self.storage.remove_file(&self.dir.join(&shard.name));
             }
         }
-        self.storage.sync_dir(&self.dir)?;
-        if let Some(index) = plan.layout.index_json() {
-            self.storage.write_small(&self.dir.join(INDEX), index.as_bytes(), &self.work)?;
-        }
-        self.storage.remove_dir_all(&self.work)?;
-        self.storage.sync_dir(&self.dir)
+        let _ = self.clear_work(&[LOCK]);
+        self.remove_work();
     }
 
-    fn partial(&self, name: &str) -> PathBuf {
-        self.work.join(format!("{name}.partial"))
+    /// Whether an earlier attempt did everything but tidy up.
+    pub(super) fn is_published(&self) -> bool {
+        self.published
+    }
+
+    /// Whether there is work of an earlier attempt to take over.
+    pub(super) fn resumes(&self) -> bool {
+        self.resumes
     }
 
     /// Whether finished shards wait for the end instead of getting their names at once.
-    fn holds_shards(&self, plan: &Plan) -> bool {
-        self.replaces || plan.layout.shards.len() == 1
+    pub(super) fn holds_shards(&self, plan: &Plan) -> bool {
+        self.replaces || self.stale.is_some() || plan.layout.shards.len() == 1
+    }
+
+    /// Whether a file with a shard's final name can only be of this run or to be removed.
+    pub(super) fn owns_final_names(&self) -> bool {
+        !self.replaces || self.stale.is_some()
+    }
+
+    /// Where a shard is while it is written.
+    pub(super) fn partial(&self, name: &str) -> PathBuf {
+        self.work.join(format!("{name}.partial"))
+    }
+
+    /// Makes the entries of the work directory durable.
+    pub(super) fn sync_work(&self) -> Result<()> {
+        self.storage.sync_dir(&self.work)
+    }
+
+    /// Records work that is done. What it vouches for must be durable.
+    pub(super) fn record_done(&self, payload: &[u8]) -> Result<()> {
+        self.record(kind::DONE, payload)
+    }
+
+    fn record(&self, kind: u8, payload: &[u8]) -> Result<()> {
+        let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
+        journal.as_mut().expect("an open directory has a journal").append(kind, payload)
+    }
+
+    /// Shows all records of work that is done to `each`.
+    pub(super) fn each_done(&self, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let each = |record: Record| if record.kind == kind::DONE { each(&record.payload) } else { Ok(()) };
+        replay(&self.work.join(JOURNAL), &*self.storage, each).map(drop)
+    }
+
+    /// A journal whose records are sound but make no sense.
+    pub(super) fn senseless_journal(&self) -> Error {
+        Error::input("the journal does not fit this merge")
+            .at(&self.work.join(JOURNAL))
+            .help("use --restart to start over")
+    }
+
+    /// Fails if less than `needed` bytes are free.
+    pub(super) fn check_space(&self, needed: u64) -> Result<()> {
+        check_space(needed, &self.dir, &*self.storage)
+    }
+
+    /// Makes the finished shards and side files a model. `manifest` makes the manifest from what was written beside it.
+    pub(super) fn publish(
+        mut self,
+        plan: &Plan,
+        side_files: Vec<(String, Content)>,
+        manifest: impl FnOnce(&[SideFile]) -> Result<Vec<u8>>,
+    ) -> Result<()> {
+        let written = side_files.into_iter().map(|(name, content)| self.stage(name, content));
+        let mut staged = written.collect::<Result<Vec<_>>>()?;
+        let content = Content::Bytes(manifest(&staged)?);
+        // First, because it tells which of the files beside it are ours.
+        staged.insert(0, self.stage(MANIFEST.into(), content)?);
+        if !self.owns_final_names() {
+            let stale = self.stale_names()?;
+            let payload = serde_json::to_vec(&stale).map_err(|e| Error::failed(format!("names as JSON: {e}")))?;
+            self.record(kind::REPLACE, &payload)?;
+            self.stale = Some(stale);
+        }
+        self.remove_stale(plan)?;
+        for file in &staged {
+            self.storage.rename(&self.partial(&file.name), &self.dir.join(&file.name))?;
+        }
+        self.storage.sync_dir(&self.dir)?;
+        self.record(kind::COMMIT, &[])?;
+        if self.holds_shards(plan) {
+            for shard in &plan.layout.shards {
+                let partial = self.partial(&shard.name);
+                // Unless an earlier attempt got as far.
+                if self.storage.identity(&partial)?.is_some() {
+                    self.storage.rename(&partial, &self.dir.join(&shard.name))?;
+                }
+            }
+            self.storage.sync_dir(&self.dir)?;
+        }
+        if let Some(index) = plan.layout.index_json() {
+            self.storage.write_small(&self.dir.join(INDEX), index.as_bytes(), &self.work)?;
+        }
+        self.tidy_up();
+        Ok(())
+    }
+
+    /// Removes the work directory of a published output. What cannot be removed disturbs nobody.
+    pub(super) fn tidy_up(mut self) {
+        self.created = false;
+        if self.clear_work(&[LOCK]).is_ok() {
+            self.remove_work();
+        }
+        let _ = self.storage.sync_dir(&self.dir);
+    }
+
+    /// Writes a side file under a temporary name, durably.
+    fn stage(&self, name: String, content: Content) -> Result<SideFile> {
+        let path = self.partial(&name);
+        let file = self.storage.create(&path, 0)?;
+        let mut hasher = blake3::Hasher::new();
+        let mut bytes = 0;
+        match content {
+            Content::Bytes(content) => {
+                file.write_at(&content, 0)?;
+                hasher.update(&content);
+                bytes = content.len() as u64;
+            }
+            Content::Copy(from) => {
+                let source = self.storage.open(&from)?;
+                let whole = source.identity().bytes;
+                let mut buffer = vec![0; COPY_BYTES.min(whole as usize)];
+                while bytes < whole {
+                    let part = &mut buffer[..(whole - bytes).min(COPY_BYTES as u64) as usize];
+                    source.read_at(part, bytes)?;
+                    file.write_at(part, bytes)?;
+                    hasher.update(part);
+                    bytes += part.len() as u64;
+                }
+            }
+        }
+        file.sync()?;
+        Ok(SideFile { name, bytes, blake3: hasher.finalize().to_hex().to_string() })
+    }
+
+    /// The manifest in the directory, if there is one that can be understood.
+    pub(super) fn manifest(&self) -> Result<Option<Value>> {
+        let path = self.dir.join(MANIFEST);
+        if self.storage.identity(&path)?.is_none() {
+            return Ok(None);
+        }
+        let content = self.storage.read_small(&path, MAX_MANIFEST_BYTES)?;
+        Ok(serde_json::from_slice(&content).ok())
+    }
+
+    /// Files of the output in the directory, as its manifest lists them: shards by name, side files only if they still
+    /// are what was written.
+    fn stale_names(&self) -> Result<Vec<String>> {
+        let mut stale = vec![MANIFEST.to_owned()];
+        let manifest = self.manifest()?.unwrap_or_default();
+        let listed = |list: &str| manifest[list].as_array().cloned().unwrap_or_default();
+        let name = |entry: &Value| entry["name"].as_str().filter(|name| is_file_name(name)).map(str::to_owned);
+        stale.extend(listed("shards").iter().filter_map(name).filter(|name| is_shard_name(name)));
+        for entry in listed("side_files") {
+            let Some(name) = name(&entry) else { continue };
+            let path = self.dir.join(&name);
+            if self.storage.is_file(&path) && entry["blake3"].as_str() == Some(&hash_of(&path, &*self.storage)?) {
+                stale.push(name);
+            }
+        }
+        Ok(stale)
+    }
+
+    /// Removes what is left of a replaced output: first what makes it loadable.
+    fn remove_stale(&self, plan: &Plan) -> Result<()> {
+        let Some(stale) = &self.stale else { return Ok(()) };
+        for name in [INDEX, SINGLE] {
+            self.storage.remove_file(&self.dir.join(name))?;
+        }
+        self.storage.sync_dir(&self.dir)?;
+        let planned = |name: &String| plan.layout.shards.iter().any(|shard| shard.name == *name);
+        for name in stale.iter().filter(|name| is_file_name(name) && !planned(name)) {
+            self.storage.remove_file(&self.dir.join(name))?;
+        }
+        Ok(())
     }
 }
 
+/// BLAKE3 of a file in hexadecimal, read in pieces.
+pub(super) fn hash_of(path: &Path, storage: &dyn Storage) -> Result<String> {
+    let file = storage.open(path)?;
+    let mut buffer = vec![0; COPY_BYTES];
+    let (mut hasher, mut at) = (blake3::Hasher::new(), 0);
+    while at < file.identity().bytes {
+        let part = &mut buffer[..(file.identity().bytes - at).min(COPY_BYTES as u64) as usize];
+        file.read_at(part, at)?;
+        hasher.update(part);
+        at += part.len() as u64;
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
 /// Refuses an output that does not fit on its disk.
-fn check_space(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<()> {
-    let needed = plan.layout.shards.iter().map(|s| s.bytes).sum::<u64>() + SPARE_DISK_BYTES;
+fn check_space(bytes: u64, dir: &Path, storage: &dyn Storage) -> Result<()> {
+    let needed = bytes + SPARE_DISK_BYTES;
     let free = storage.free_bytes(dir)?;
     if free >= needed {
         return Ok(());
@@ -183,17 +524,6 @@ fn check_space(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<()> {
     ))
     .at(dir)
     .help("make room, or use another --out"))
-}
-
-/// The entries of `dir`, or `None` if there is no such directory.
-fn existing(dir: &Path, storage: &dyn Storage) -> Result<Option<Vec<std::ffi::OsString>>> {
-    if storage.identity(dir)?.is_none() {
-        return Ok(None);
-    }
-    if !storage.is_dir(dir) {
-        return Err(Error::input("the output is a file, not a directory").at(dir).help("choose another --out"));
-    }
-    storage.list(dir).map(Some).map_err(Error::as_input)
 }
 
 /// An output directory that is an input's directory would be overwritten while it is read.
@@ -221,171 +551,7 @@ fn is_shard_name(name: &str) -> bool {
     middle.split_once("-of-").is_some_and(|(i, n)| digits(i) && digits(n))
 }
 
-/// A written range.
-struct Written {
-    shard: usize,
-    offset: u64,
-    bytes: u64,
-}
-
-/// What sealing found out about a shard.
-#[derive(Debug, Clone)]
-pub(super) struct SealedShard {
-    /// BLAKE3 of the file.
-    pub hash: String,
-    /// Its length.
-    pub bytes: u64,
-}
-
-/// The file of a shard: created on first use, closed when sealed.
-enum ShardFile {
-    Absent,
-    Open(Arc<dyn OutputFile>),
-    Sealed,
-}
-
-/// The shards while they are written.
-struct Shards<'a> {
-    plan: &'a Plan,
-    output: &'a OutputDir,
-    files: Vec<Mutex<ShardFile>>,
-    hashes: Vec<ShardHash>,
-    /// Tensor bytes still to come, per shard.
-    remaining: Vec<AtomicU64>,
-}
-
-/// Takes encoded bytes from all workers and puts them where the plan says.
-pub(super) struct ShardWriter<'a> {
-    shards: &'a Shards<'a>,
-    behind: Sender<Written>,
-    /// The first failure of the write-behind thread.
-    failure: &'a Mutex<Option<Error>>,
-}
-
-impl ShardWriter<'_> {
-    /// Writes `bytes` at `offset` (in bytes) of tensor `tensor`.
-    pub(super) fn write(&self, tensor: u32, offset: u64, bytes: &[u8]) -> Result<()> {
-        let place = &self.shards.plan.layout.tensors[tensor as usize];
-        let shard = place.shard as usize;
-        let offset = place.offset + offset;
-        self.shards.file(shard)?.write_at(bytes, offset)?;
-        self.shards.hashes[shard].add(offset, bytes);
-        let bytes = bytes.len() as u64;
-        self.shards.remaining[shard].fetch_sub(bytes, Ordering::AcqRel);
-        // The receiver ends early only after a failure, which is the one to report.
-        self.behind.send(Written { shard, offset, bytes }).map_err(|_| self.first_failure())
-    }
-
-    fn first_failure(&self) -> Error {
-        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-        failure.clone().unwrap_or_else(|| Error::failed("writing stopped"))
-    }
-}
-
-impl Shards<'_> {
-    /// The open file of a shard, created with its header on first use.
-    fn file(&self, shard: usize) -> Result<Arc<dyn OutputFile>> {
-        let mut state = self.files[shard].lock().unwrap_or_else(PoisonError::into_inner);
-        match &*state {
-            ShardFile::Open(file) => return Ok(Arc::clone(file)),
-            ShardFile::Sealed => unreachable!("a complete shard is not written to"),
-            ShardFile::Absent => {}
-        }
-        let planned = &self.plan.layout.shards[shard];
-        let file = self.output.storage.create(&self.output.partial(&planned.name), planned.bytes)?;
-        file.write_at(&planned.header, 0)?;
-        let file: Arc<dyn OutputFile> = Arc::from(file);
-        *state = ShardFile::Open(Arc::clone(&file));
-        Ok(file)
-    }
-
-    /// Makes a complete shard durable and, unless it must wait, gives it its name.
-    fn seal(&self, shard: usize) -> Result<SealedShard> {
-        let planned = &self.plan.layout.shards[shard];
-        let file = self.file(shard)?;
-        file.sync()?;
-        let partial = self.output.partial(&planned.name);
-        let written = self.output.storage.open(&partial)?;
-        let hash = self.hashes[shard].finish(|buffer, offset| written.read_at(buffer, offset))?;
-        file.release(0, planned.bytes);
-        *self.files[shard].lock().unwrap_or_else(PoisonError::into_inner) = ShardFile::Sealed;
-        if !self.output.holds_shards(self.plan) {
-            self.output.storage.rename(&partial, &self.output.dir.join(&planned.name))?;
-            self.output.storage.sync_dir(&self.output.dir)?;
-        }
-        Ok(SealedShard { hash, bytes: planned.bytes })
-    }
-
-    /// Follows the writes: keeps dirty bytes few and seals complete shards. Runs on a thread of its own.
-    fn follow(&self, written: &Receiver<Written>, sealed: &mut [Option<SealedShard>]) -> Result<()> {
-        let mut dirty = 0;
-        let mut ranges = vec![0..0; self.files.len()];
-        for Written { shard, offset, bytes } in written {
-            // Another worker's last write may be reported before an earlier one's: then the shard is sealed already.
-            if sealed[shard].is_some() {
-                continue;
-            }
-            let range: &mut Range<u64> = &mut ranges[shard];
-            let start = if range.is_empty() { offset } else { range.start.min(offset) };
-            *range = start..range.end.max(offset + bytes);
-            dirty += bytes;
-            if self.remaining[shard].load(Ordering::Acquire) == 0 {
-                sealed[shard] = Some(self.seal(shard)?);
-                ranges[shard] = 0..0;
-            }
-            if dirty >= WRITE_BEHIND_BYTES {
-                self.flush(&mut ranges)?;
-                dirty = 0;
-            }
-        }
-        Ok(())
-    }
-
-    fn flush(&self, ranges: &mut [Range<u64>]) -> Result<()> {
-        for (shard, range) in ranges.iter_mut().enumerate().filter(|(_, range)| !range.is_empty()) {
-            let file = self.file(shard)?;
-            file.sync()?;
-            file.release(range.start, range.end - range.start);
-            *range = 0..0;
-        }
-        Ok(())
-    }
-}
-
-/// Lets `work` write the shards; returns what sealing said about each, in order.
-pub(super) fn write_shards(
-    plan: &Plan,
-    output: &OutputDir,
-    work: impl FnOnce(&ShardWriter<'_>) -> Result<()>,
-) -> Result<Vec<SealedShard>> {
-    let mut remaining = vec![0u64; plan.layout.shards.len()];
-    for (tensor, place) in plan.layout.tensors.iter().enumerate() {
-        remaining[place.shard as usize] += plan.output_bytes(tensor as u32);
-    }
-    let shards = Shards {
-        plan,
-        output,
-        files: remaining.iter().map(|_| Mutex::new(ShardFile::Absent)).collect(),
-        hashes: plan.layout.shards.iter().map(|shard| ShardHash::new(shard.bytes)).collect(),
-        remaining: remaining.into_iter().map(AtomicU64::new).collect(),
-    };
-    let failure = Mutex::new(None);
-    let mut sealed: Vec<Option<SealedShard>> = vec![None; plan.layout.shards.len()];
-    // Bounded, so that workers wait for the disk instead of filling the page cache.
-    let (behind, written) = crossbeam_channel::bounded(64);
-    std::thread::scope(|scope| {
-        let (shards, failure, sealed) = (&shards, &failure, &mut sealed);
-        let follower = scope.spawn(move || {
-            let result = shards.follow(&written, sealed);
-            if let Err(error) = &result {
-                *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
-            }
-            result
-        });
-        let done = work(&ShardWriter { shards, behind, failure });
-        let followed = follower.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        done.and(followed)
-    })?;
-    // What no write completed holds no tensor data: a shard of empty tensors.
-    sealed.into_iter().enumerate().map(|(shard, sealed)| sealed.map_or_else(|| shards.seal(shard), Ok)).collect()
+/// Whether `name` is a plain file name: a list in a file must not reach out of its directory.
+pub(super) fn is_file_name(name: &str) -> bool {
+    !name.is_empty() && !matches!(name, "." | "..") && !name.contains(['/', '\\', '\0'])
 }

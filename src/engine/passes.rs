@@ -8,12 +8,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::Observer;
 use super::cut::{Cut, TieChain, TieCounts};
-use super::output::ShardWriter;
+use super::kept::Kept;
 use super::pool;
+use super::records::UnitDone;
 use super::select::{Thresholds, UnitThresholds, cuts, observe, sample_stride, solo_thresholds, tensor_cuts};
+use super::shards::ShardWriter;
 use super::slot::{Loaded, Slot, locate};
 use super::worker::{Tally, Worker};
-use crate::error::{Result, printable};
+use crate::error::{Error, Result, printable};
 use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::plan::{Action, Chunk, Goal, Plan, Schedule, Trim, Unit, UnitKind, Wanted};
 use crate::plan::{Scope, ThresholdKind};
@@ -25,7 +27,10 @@ pub(super) struct Passes<'a> {
     schedule: &'a Schedule,
     observer: &'a dyn Observer,
     writer: &'a ShardWriter<'a>,
+    kept: &'a Kept,
     workers: Vec<Worker>,
+    /// Tensor bytes that earlier attempts read for thresholds that are taken over.
+    kept_reads: u64,
     /// What was selected so far.
     pub thresholds: Thresholds,
     /// Said once the work is done.
@@ -50,6 +55,7 @@ impl<'a> Passes<'a> {
         schedule: &'a Schedule,
         observer: &'a dyn Observer,
         writer: &'a ShardWriter<'a>,
+        kept: &'a Kept,
     ) -> Self {
         let workers = (0..schedule.threads).map(|_| Worker::new(plan, schedule)).collect();
         Self {
@@ -57,7 +63,9 @@ impl<'a> Passes<'a> {
             schedule,
             observer,
             writer,
+            kept,
             workers,
+            kept_reads: 0,
             thresholds: Thresholds::new(plan.models()),
             warnings: Vec::new(),
         }
@@ -68,10 +76,16 @@ impl<'a> Passes<'a> {
     pub(super) fn run(&mut self) -> Result<()> {
         if !self.announces_passes() {
             self.observer.stage("merge", self.schedule.passes.iter().map(|p| p.bytes_read).sum());
+            self.observer.advance(self.kept.tally.bytes_read);
         }
         let mut solo = Vec::new();
         for unit in &self.schedule.units {
-            if unit.kind == UnitKind::Solo {
+            if let Some(known) = self.kept.unit(self.plan, unit) {
+                self.known_unit(unit, known)?;
+            } else if unit.tensors.iter().any(|&tensor| self.kept.has_part_of(tensor)) {
+                return Err(Error::failed("the journal has results of a merge without their thresholds")
+                    .help("use --restart to start over"));
+            } else if unit.kind == UnitKind::Solo {
                 solo.push(unit);
             } else {
                 self.shared_unit(unit)?;
@@ -81,9 +95,10 @@ impl<'a> Passes<'a> {
         self.direct()
     }
 
-    /// What all workers counted.
+    /// What all workers counted, and what is kept of earlier attempts.
     pub(super) fn tally(&self) -> Tally {
-        let mut sum = Tally { kept: vec![0; self.plan.models()], ..Tally::default() };
+        let mut sum = self.kept.tally.clone();
+        sum.bytes_read += self.kept_reads;
         for worker in &self.workers {
             sum.merged += worker.tally.merged;
             sum.conflicts += worker.tally.conflicts;
@@ -115,15 +130,39 @@ impl<'a> Passes<'a> {
     fn shared_unit(&mut self, unit: &Unit) -> Result<()> {
         let mut resident = self.hold(unit);
         let goals = self.plan.goals(unit);
+        let before = self.tally().bytes_read;
         let found = self.shared_thresholds(unit, &goals, &mut resident)?;
         let cuts = cuts(self.plan, &goals, &found);
         let majority = self.majority(unit, &mut resident, &cuts)?;
+        let thresholds = UnitThresholds::new(unit, &goals, &found);
+        self.writer.keep(UnitDone {
+            tensor: thresholds.tensor,
+            models: thresholds.models.clone(),
+            majority: majority as i8,
+            bytes_read: self.tally().bytes_read - before,
+        })?;
         self.announce("merge", self.pass_bytes("merge"));
-        let before = self.tally().kept;
-        self.merge_unit(unit, &mut resident, &cuts, majority)?;
-        let kept = difference(&self.tally().kept, &before);
-        self.thresholds.record(UnitThresholds::new(unit, &goals, &found), &kept);
+        self.merge_unit(unit, &mut resident, &cuts, thresholds, majority)?;
         self.give_back(resident);
+        Ok(())
+    }
+
+    /// A unit whose thresholds an earlier attempt found, and a part of which it may have merged.
+    fn known_unit(&mut self, unit: &Unit, known: &UnitDone) -> Result<()> {
+        let found: Vec<_> = known.models.iter().map(|model| model.map(|(threshold, _)| threshold)).collect();
+        let goals = self.plan.goals(unit);
+        let cuts = cuts(self.plan, &goals, &found);
+        let thresholds = UnitThresholds::new(unit, &goals, &found);
+        self.announce("merge", self.pass_bytes("merge"));
+        // One stage for all passes counts the reads of the first ones too.
+        let done = if self.announces_passes() { self.kept.tally.bytes_read } else { known.bytes_read };
+        self.observer.advance(done);
+        self.kept_reads += known.bytes_read;
+        // What was in memory when the thresholds were found is read again: reads that an undisturbed run does not make.
+        let rereads = unit.kind == UnitKind::Resident;
+        self.workers.iter_mut().for_each(|worker| worker.rereads = rereads);
+        self.merge_unit(unit, &mut None, &cuts, thresholds, f32::from(known.majority))?;
+        self.workers.iter_mut().for_each(|worker| worker.rereads = false);
         Ok(())
     }
 
@@ -159,8 +198,8 @@ impl<'a> Passes<'a> {
         chain: Option<&TieChain>,
         work: impl Fn(&mut Worker, usize, Loaded<'_>) -> Result<()> + Sync,
     ) -> Result<()> {
-        let plan = self.plan;
-        let chunks = Schedule::chunks(plan, &unit.tensors, unit.chunk_elements);
+        let (plan, kept) = (self.plan, self.kept);
+        let chunks = kept.left(plan, &unit.tensors, unit.chunk_elements);
         let loaded = resident.as_ref().is_some_and(|r| r.loaded);
         let held = resident.is_some();
         let mut slots = resident.as_mut().map(|r| r.slots.iter_mut());
@@ -178,7 +217,10 @@ impl<'a> Passes<'a> {
             let pieces = plan.pieces(chunk.tensor, if held { Wanted::All } else { wanted });
             let mut pending = chain.map(|chain| chain.pending(ordinal));
             let result = match item.slot {
-                Some(slot) if loaded => work(worker, ordinal, Loaded { plan, chunk, slot }),
+                Some(slot) if loaded => {
+                    worker.begin();
+                    observer.go_on().and_then(|()| work(worker, ordinal, Loaded { plan, chunk, slot }))
+                }
                 Some(slot) => worker
                     .load_into(slot, plan, chunk, pieces, observer)
                     .and_then(|()| work(worker, ordinal, Loaded { plan, chunk, slot })),
@@ -334,22 +376,41 @@ impl<'a> Passes<'a> {
         let chain = TieChain::new(plan.models());
         self.each_chunk(unit, resident, Wanted::All, Some(&chain), |worker, ordinal, data| {
             let cuts = tensor_cuts(plan, data.chunk, cuts);
-            let mut seen = ties_before(worker, &chain, ordinal, data, &cuts)?;
+            let (mut seen, _) = ties_before(worker, &chain, ordinal, data, &cuts)?;
             sum.fetch_add(worker.vote(data, &cuts, &mut seen)?, Ordering::Relaxed);
             Ok(())
         })?;
         Ok(sum.into_inner().signum() as f32)
     }
 
-    fn merge_unit(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut], majority: f32) -> Result<()> {
-        let (plan, writer) = (self.plan, self.writer);
+    /// Merges what is left of the unit, and records its thresholds with what survived in all of it.
+    fn merge_unit(
+        &mut self,
+        unit: &Unit,
+        resident: &mut Option<Resident>,
+        cuts: &[Cut],
+        thresholds: UnitThresholds,
+        majority: f32,
+    ) -> Result<()> {
+        let (plan, writer, kept) = (self.plan, self.writer, self.kept);
+        let before = self.tally().kept;
+        let kept_ties = kept.ties_before(plan, &unit.tensors);
         let chain = TieChain::new(plan.models());
         self.each_chunk(unit, resident, Wanted::All, Some(&chain), |worker, ordinal, data| {
             let cuts = tensor_cuts(plan, data.chunk, cuts);
-            let mut seen = ties_before(worker, &chain, ordinal, data, &cuts)?;
-            let mut sink = |offset, bytes: &[u8]| writer.write(data.chunk.tensor, offset, bytes);
-            worker.merge(data, &cuts, &mut seen, majority, &mut sink)
-        })
+            let (mut seen, own) = ties_before(worker, &chain, ordinal, data, &cuts)?;
+            if let Some(before) = kept_ties.get(&data.chunk.tensor) {
+                seen.iter_mut().zip(before).for_each(|(seen, before)| *seen += before);
+                kept.add_ties_in_tensor(data.chunk, &mut seen);
+            }
+            let mut out = writer.chunk(data.chunk);
+            worker.merge(data, &cuts, &mut seen, majority, &mut |offset, bytes| out.write(offset, bytes))?;
+            out.done(worker.counted(), own, false, None)
+        })?;
+        let mut survivors = difference(&self.tally().kept, &before);
+        self.kept.add_survivors(&unit.tensors, &mut survivors);
+        self.thresholds.record(thresholds, &survivors);
+        Ok(())
     }
 
     /// Units that one worker does alone, each read once.
@@ -368,12 +429,15 @@ impl<'a> Passes<'a> {
                 if plan.votes() {
                     majority = worker.vote(data, &cuts, &mut vec![0; plan.models()])?.signum() as f32;
                 }
-                let mut sink = |offset, bytes: &[u8]| writer.write(chunk.tensor, offset, bytes);
-                let before = worker.tally.kept.clone();
+                let mut out = writer.chunk(chunk);
+                let mut sink = |offset, bytes: &[u8]| out.write(offset, bytes);
                 worker.merge(data, &cuts, &mut vec![0; plan.models()], majority, &mut sink)?;
-                let kept = difference(&worker.tally.kept, &before);
-                lock(&thresholds).record(UnitThresholds::new(unit, &goals, &found), &kept);
-                Ok(())
+                let counted = worker.counted();
+                let found = UnitThresholds::new(unit, &goals, &found);
+                let models = found.models.clone();
+                lock(&thresholds).record(found, &counted.kept);
+                let known = UnitDone { tensor: chunk.tensor, models, majority: majority as i8, bytes_read: 0 };
+                out.done(counted, Vec::new(), false, Some(known))
             })
         })?;
         Ok(())
@@ -382,9 +446,9 @@ impl<'a> Passes<'a> {
     /// Copies, and merges that need no thresholds.
     fn direct(&mut self) -> Result<()> {
         let (plan, writer, observer) = (self.plan, self.writer, self.observer);
-        let chunks = Schedule::chunks(plan, &self.schedule.direct, self.schedule.chunk_elements);
+        let chunks = self.kept.left(plan, &self.schedule.direct, self.schedule.chunk_elements);
         let no_cuts = vec![Cut::NonZero; plan.models()];
-        let differing = Mutex::new(std::collections::BTreeSet::new());
+        let differing = Mutex::new(self.kept.differing.clone());
         let lookahead = lookahead(self.schedule, self.schedule.chunk_elements);
         pool::run(
             &mut self.workers,
@@ -393,19 +457,22 @@ impl<'a> Passes<'a> {
             |&chunk| prefetch(plan, chunk, Wanted::All),
             |worker, _, chunk| {
                 worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
-                    let mut sink = |offset, bytes: &[u8]| writer.write(chunk.tensor, offset, bytes);
+                    let mut out = writer.chunk(chunk);
+                    let mut sink = |offset, bytes: &[u8]| out.write(offset, bytes);
+                    let mut same = true;
                     match &plan.tensors[chunk.tensor as usize].action {
                         Action::Copy { source, compared } if plan.is_raw_copy(chunk.tensor) => {
-                            if !worker.copy(data.slot, *source, compared, &mut sink, chunk.start)? {
+                            same = worker.copy(data.slot, *source, compared, &mut sink, chunk.start)?;
+                            if !same {
                                 lock(&differing).insert(chunk.tensor);
                             }
-                            Ok(())
                         }
-                        Action::Copy { source, .. } => worker.convert(data, *source, &mut sink),
+                        Action::Copy { source, .. } => worker.convert(data, *source, &mut sink)?,
                         Action::Merge { .. } => {
-                            worker.merge(data, &no_cuts, &mut vec![0; plan.models()], 0.0, &mut sink)
+                            worker.merge(data, &no_cuts, &mut vec![0; plan.models()], 0.0, &mut sink)?;
                         }
                     }
+                    out.done(worker.counted(), Vec::new(), !same, None)
                 })
             },
         )?;
@@ -431,19 +498,19 @@ fn whole(unit: &Unit) -> Chunk {
     Chunk { tensor: unit.tensors[0], start: 0, count: unit.elements }
 }
 
-/// Ties before the chunk, per model, where a cut goes by position.
+/// Ties before the chunk (of those that this run does) and in it, per model, where a cut goes by position.
 fn ties_before(
     worker: &mut Worker,
     chain: &TieChain,
     ordinal: usize,
     data: Loaded<'_>,
     cuts: &[Cut],
-) -> Result<TieCounts> {
+) -> Result<(TieCounts, TieCounts)> {
     if !cuts.iter().any(|cut| matches!(cut, Cut::Lowest { .. })) {
-        return Ok(vec![0; cuts.len()]);
+        return Ok((vec![0; cuts.len()], vec![0; cuts.len()]));
     }
     let own = worker.count_ties(data, cuts)?;
-    chain.pass(ordinal, &own)
+    Ok((chain.pass(ordinal, &own)?, own))
 }
 
 fn prefetch(plan: &Plan, chunk: Chunk, wanted: Wanted<'_>) {

@@ -3,12 +3,13 @@
 //! They are copied from the template (base, or the first model), with the data type in `config.json` brought in line.
 //! Nothing here is needed to merge; a template without such files is fine.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::output::{MANIFEST, SealedShard};
+use super::output::MANIFEST;
 use super::select::{Thresholds, UnitThresholds};
+use super::shards::SealedShard;
 use super::{PROGRAM, Report};
 use crate::error::{Error, Result, printable};
 use crate::limits::MAX_SIDE_FILE_BYTES;
@@ -47,20 +48,27 @@ const COPIED: &[&str] = &[
     "USE_POLICY.md",
 ];
 
-/// Everything but weights and index: (name, content), the manifest last.
-pub(super) fn all(
-    plan: &Plan,
-    schedule: &Schedule,
-    shards: &[SealedShard],
-    thresholds: &Thresholds,
-    report: &Report,
-    storage: &dyn Storage,
-) -> Result<Vec<(String, Vec<u8>)>> {
+/// What is to be in a side file.
+pub(super) enum Content {
+    /// The same as in this file, which may be too long to be held in memory.
+    Copy(PathBuf),
+    /// These bytes.
+    Bytes(Vec<u8>),
+}
+
+/// A side file that is written.
+#[derive(Debug, Clone)]
+pub(super) struct SideFile {
+    pub name: String,
+    pub bytes: u64,
+    /// In hexadecimal.
+    pub blake3: String,
+}
+
+/// Everything but weights, index and manifest.
+pub(super) fn all(plan: &Plan, report: &Report, storage: &dyn Storage) -> Result<Vec<(String, Content)>> {
     let mut files = copied(plan, storage)?;
-    files.push(("README.md".into(), model_card(plan, report).into_bytes()));
-    let manifest = manifest(plan, schedule, shards, thresholds, report);
-    let text = serde_json::to_string_pretty(&manifest).map_err(|e| Error::failed(format!("{MANIFEST}: {e}")))?;
-    files.push((MANIFEST.into(), (text + "\n").into_bytes()));
+    files.push(("README.md".into(), Content::Bytes(model_card(plan, report).into_bytes())));
     Ok(files)
 }
 
@@ -69,18 +77,28 @@ pub(super) fn check(plan: &Plan, storage: &dyn Storage) -> Result<()> {
     copied(plan, storage).map(drop).map_err(Error::as_input)
 }
 
-fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Vec<u8>)>> {
+fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Content)>> {
     let dir = &plan.template().dir;
     let mut files = Vec::new();
     for &name in COPIED {
         let path = dir.join(name);
-        if storage.is_file(&path) {
-            let mut content = storage.read_small(&path, MAX_SIDE_FILE_BYTES)?;
-            if name == "config.json" {
-                content = updated_config(&path, content, plan)?;
-            }
-            files.push((name.to_string(), content));
+        if !storage.is_file(&path) {
+            continue;
         }
+        let bytes = storage.open(&path)?.identity().bytes;
+        if bytes > MAX_SIDE_FILE_BYTES {
+            return Err(
+                Error::input(format!("{bytes} bytes, but at most {MAX_SIDE_FILE_BYTES} are accepted")).at(&path)
+            );
+        }
+        let content = match name {
+            "config.json" => {
+                let content = storage.read_small(&path, MAX_SIDE_FILE_BYTES)?;
+                Content::Bytes(updated_config(&path, content, plan)?)
+            }
+            _ => Content::Copy(path),
+        };
+        files.push((name.to_string(), content));
     }
     Ok(files)
 }
@@ -185,14 +203,15 @@ fn recipe_without_paths(plan: &Plan) -> impl serde::Serialize {
     recipe
 }
 
-/// Everything needed to check the output and to make it again.
-fn manifest(
+/// The manifest: everything needed to check the output and to make it again.
+pub(super) fn manifest(
     plan: &Plan,
     schedule: &Schedule,
     shards: &[SealedShard],
     thresholds: &Thresholds,
     report: &Report,
-) -> Value {
+    side_files: &[SideFile],
+) -> Result<Vec<u8>> {
     let inputs: Vec<Value> = PlanSummary::inputs(plan)
         .zip(&plan.checkpoints)
         .map(|(summary, checkpoint)| {
@@ -215,7 +234,8 @@ fn manifest(
         .zip(shards)
         .map(|(planned, sealed)| json!({ "name": planned.name, "bytes": sealed.bytes, "blake3": sealed.hash }))
         .collect();
-    json!({
+    let side_files = side_files.iter().map(|f| json!({ "name": f.name, "bytes": f.bytes, "blake3": f.blake3 }));
+    let manifest = json!({
         "format_version": MANIFEST_VERSION,
         "program": PROGRAM,
         "fingerprint": plan.fingerprint,
@@ -224,9 +244,12 @@ fn manifest(
         "inputs": inputs,
         "thresholds": thresholds.listed.iter().map(|unit| unit_thresholds(plan, unit)).collect::<Vec<_>>(),
         "shards": shards,
+        "side_files": side_files.collect::<Vec<_>>(),
         "run": { "threads": schedule.threads, "memory_limit_bytes": schedule.memory_limit },
         "report": report,
-    })
+    });
+    let text = serde_json::to_string_pretty(&manifest).map_err(|e| Error::failed(format!("{MANIFEST}: {e}")))?;
+    Ok((text + "\n").into_bytes())
 }
 
 /// The parameters after defaults: one object, or where tensors differ each set of them, and which tensors have it.

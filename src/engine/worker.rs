@@ -57,6 +57,10 @@ pub(super) struct Worker {
     pub near: Vec<NearKeys>,
     near_keys: usize,
     pub tally: Tally,
+    /// The tally when the current chunk was begun.
+    mark: Tally,
+    /// Reads are not counted: they replace what an earlier attempt of this run had in memory.
+    pub rereads: bool,
 }
 
 /// Where a worker's results go: (offset in the tensor in bytes, encoded bytes).
@@ -85,6 +89,24 @@ impl Worker {
             near: Vec::new(),
             near_keys: near_keys(schedule.slot_elements) as usize,
             tally: Tally { kept: vec![0; plan.models()], ..Tally::default() },
+            mark: Tally { kept: vec![0; plan.models()], ..Tally::default() },
+            rereads: false,
+        }
+    }
+
+    /// Begins a chunk: what is counted from here on is its own.
+    pub(super) fn begin(&mut self) {
+        self.mark.clone_from(&self.tally);
+    }
+
+    /// What was counted for the current chunk.
+    pub(super) fn counted(&self) -> Tally {
+        let Tally { kept, conflicts, merged, bytes_read } = &self.tally;
+        Tally {
+            kept: kept.iter().zip(&self.mark.kept).map(|(now, then)| now - then).collect(),
+            conflicts: conflicts - self.mark.conflicts,
+            merged: merged - self.mark.merged,
+            bytes_read: bytes_read - self.mark.bytes_read,
         }
     }
 
@@ -113,8 +135,10 @@ impl Worker {
         pieces: impl Iterator<Item = Piece>,
         observer: &dyn Observer,
     ) -> Result<()> {
+        observer.go_on()?;
+        self.begin();
         let bytes = slot.load(plan, chunk, pieces)?;
-        self.tally.bytes_read += bytes;
+        self.tally.bytes_read += if self.rereads { 0 } else { bytes };
         observer.advance(bytes);
         Ok(())
     }

@@ -144,15 +144,22 @@ impl Schedule {
 
     /// The chunks of `tensors`, in order, each of at most `chunk_elements`.
     pub fn chunks<'a>(plan: &'a Plan, tensors: &'a [u32], chunk_elements: u64) -> impl Iterator<Item = Chunk> + 'a {
-        tensors.iter().flat_map(move |&tensor| {
-            let length = plan.length(tensor);
-            let mut start = 0;
-            std::iter::from_fn(move || {
-                let count = plan.aligned(tensor, start, chunk_elements).min(length - start);
-                let chunk = Chunk { tensor, start, count };
-                start += count;
-                (count > 0).then_some(chunk)
-            })
+        tensors.iter().flat_map(move |&tensor| Self::chunks_of(plan, tensor, 0..plan.length(tensor), chunk_elements))
+    }
+
+    /// The chunks of elements `range` of one tensor.
+    pub fn chunks_of(
+        plan: &Plan,
+        tensor: u32,
+        range: std::ops::Range<u64>,
+        chunk_elements: u64,
+    ) -> impl Iterator<Item = Chunk> + '_ {
+        let (mut start, end) = (range.start, range.end);
+        std::iter::from_fn(move || {
+            let count = plan.aligned(tensor, start, chunk_elements).min(end - start);
+            let chunk = Chunk { tensor, start, count };
+            start += count;
+            (count > 0).then_some(chunk)
         })
     }
 

@@ -16,6 +16,9 @@ use super::system::{self, Hint};
 use super::{Identity, InputFile, IoMode, Lock, OutputFile, Storage, Window};
 use crate::error::{Error, Result, printable};
 
+/// How often a lock that vanishes while it is taken is taken anew.
+const LOCK_ATTEMPTS: usize = 100;
+
 /// The file system of the operating system.
 #[derive(Debug)]
 pub struct Disk {
@@ -73,7 +76,7 @@ impl InputFile for DiskInput {
                 return Ok(());
             }
         }
-        window.fill_from(length, |buffer| self.read_at(buffer, offset))
+        window.fill(length, |buffer| self.read_at(buffer, offset))
     }
 
     fn prefetch(&self, offset: u64, length: u64) {
@@ -156,15 +159,19 @@ impl Storage for Disk {
         Ok(Box::new(DiskOutput { file, path: path.to_path_buf(), failure: OnceLock::new() }))
     }
 
-    fn write_small(&self, path: &Path, bytes: &[u8], scratch_dir: &Path) -> Result<()> {
-        let name = path.file_name().unwrap_or_default();
-        let temporary = scratch_dir.join(name).with_added_extension("partial");
-        let file = self.create(&temporary, bytes.len() as u64)?;
-        file.write_at(bytes, 0)?;
-        file.sync()?;
-        drop(file);
-        self.rename(&temporary, path)?;
-        self.sync_dir(path.parent().filter(|dir| *dir != Path::new("")).unwrap_or(Path::new(".")))
+    fn reopen(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        system::no_follow(&mut options);
+        let file = options.open(path).map_err(|e| write_error("open", path, &e))?;
+        let metadata = file.metadata().map_err(|e| Error::io("examine", path, &e))?;
+        if !metadata.is_file() {
+            return Err(Error::failed("not a regular file").at(path));
+        }
+        if metadata.len() != length {
+            file.set_len(length).map_err(|e| write_error(&format!("set the length to {length} bytes"), path, &e))?;
+        }
+        Ok(Box::new(DiskOutput { file, path: path.to_path_buf(), failure: OnceLock::new() }))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
@@ -183,8 +190,11 @@ impl Storage for Disk {
         ignore_missing(std::fs::remove_file(path)).map_err(|e| Error::io("remove", path, &e))
     }
 
-    fn remove_dir_all(&self, path: &Path) -> Result<()> {
-        ignore_missing(std::fs::remove_dir_all(path)).map_err(|e| Error::io("remove", path, &e))
+    fn remove_dir(&self, path: &Path) -> Result<()> {
+        match std::fs::remove_dir(path) {
+            Err(e) if e.kind() == IoKind::DirectoryNotEmpty => Ok(()),
+            other => ignore_missing(other).map_err(|e| Error::io("remove", path, &e)),
+        }
     }
 
     fn list(&self, path: &Path) -> Result<Vec<OsString>> {
@@ -196,22 +206,35 @@ impl Storage for Disk {
     }
 
     fn lock(&self, path: &Path) -> Result<Lock> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false);
-        // The lock's content is replaced: it must not be somebody else's file behind a link.
-        system::no_follow(&mut options);
-        let mut file = options.open(path).map_err(|e| Error::io("create", path, &e))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(locked(path, file)),
-            // Without locks (some network file systems) one run per output is up to the user.
-            Err(TryLockError::Error(e)) if e.kind() == IoKind::Unsupported => {}
-            Err(TryLockError::Error(e)) => return Err(Error::io("lock", path, &e)),
+        // A run that ends removes its lock: then what was opened here is no longer what others would open.
+        for _ in 0..LOCK_ATTEMPTS {
+            self.create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false);
+            // The lock's content is replaced: it must not be somebody else's file behind a link.
+            system::no_follow(&mut options);
+            let mut file = match options.open(path) {
+                Err(e) if e.kind() == IoKind::NotFound => continue,
+                other => other.map_err(|e| write_error("create", path, &e))?,
+            };
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Err(locked(path, file)),
+                // Without locks (some network file systems) one run per output is up to the user.
+                Err(TryLockError::Error(e)) if e.kind() == IoKind::Unsupported => {}
+                Err(TryLockError::Error(e)) => return Err(Error::io("lock", path, &e)),
+            }
+            let held = system::identity_of(&file.metadata().map_err(|e| Error::io("examine", path, &e))?);
+            if self.identity(path)?.is_none_or(|there| (there.device, there.inode) != (held.device, held.inode)) {
+                continue;
+            }
+            // Only information for the next one who asks: failing to write it changes nothing.
+            let holder = format!("process {} on {}", std::process::id(), system::host_name());
+            let _ = file.set_len(0).and_then(|()| file.write_all(holder.as_bytes()));
+            // Kept open: the operating system releases the lock when the process ends, however it ends.
+            return Ok(Lock::new(file));
         }
-        // Only information for the next one who asks: failing to write it changes nothing.
-        let holder = format!("process {} on {}", std::process::id(), system::host_name());
-        let _ = file.set_len(0).and_then(|()| file.write_all(holder.as_bytes()));
-        Ok(Lock { _file: file })
+        Err(Error::input("others keep taking and removing this lock").at(path).help("wait until they end"))
     }
 
     fn free_bytes(&self, path: &Path) -> Result<u64> {
@@ -423,20 +446,61 @@ mod tests {
     }
 
     #[test]
-    fn small_files_appear_whole_and_locks_exclude() {
+    fn small_files_appear_whole() {
         let (dir, disk) = disk(IoMode::Auto);
         let path = dir.path().join("a.json");
         disk.write_small(&path, b"{}", dir.path()).unwrap();
         assert_eq!(disk.read_small(&path, 2).unwrap(), b"{}");
-        assert!(disk.read_small(&path, 1).is_err());
         assert_eq!(disk.list(dir.path()).unwrap(), ["a.json"]);
+    }
 
-        let held = disk.lock(&dir.path().join("lock")).unwrap();
-        let refused = disk.lock(&dir.path().join("lock")).unwrap_err();
+    #[test]
+    fn locks_exclude() {
+        let (dir, disk) = disk(IoMode::Auto);
+        let path = dir.path().join("work/lock");
+        let held = disk.lock(&path).unwrap();
+        let refused = disk.lock(&path).err().unwrap();
         assert!(refused.to_string().contains(&format!("in use by process {} on ", std::process::id())), "{refused}");
         assert_eq!(refused.exit_code(), 2);
         drop(held);
-        disk.lock(&dir.path().join("lock")).unwrap();
+        disk.lock(&path).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_was_removed_meanwhile_is_no_lock() {
+        let (dir, disk) = disk(IoMode::Auto);
+        let path = dir.path().join("work/lock");
+        // Threads take the lock and remove it, as runs that end do: never do two believe that they hold it.
+        let holders = std::sync::atomic::AtomicUsize::new(0);
+        let taken = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..300 {
+                        let Ok(held) = disk.lock(&path) else { continue };
+                        assert_eq!(holders.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
+                        taken.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                        holders.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                        disk.remove_file(&path).unwrap();
+                        drop(held);
+                    }
+                });
+            }
+        });
+        assert!(taken.into_inner() > 1);
+    }
+
+    #[test]
+    fn a_reopened_file_keeps_what_it_holds() {
+        let (dir, disk) = disk(IoMode::Auto);
+        let path = dir.path().join("f");
+        std::fs::write(&path, b"abcdef").unwrap();
+        disk.reopen(&path, 4).unwrap().write_at(b"X", 1).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"aXcd");
+        disk.reopen(&path, 6).unwrap();
+        assert_eq!(disk.read_small(&path, 6).unwrap(), b"aXcd\0\0");
+        assert!(disk.read_small(&path, 5).is_err());
+        assert!(disk.reopen(&dir.path().join("none"), 1).is_err());
     }
 
     #[test]
@@ -449,7 +513,9 @@ mod tests {
         file.sync().unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"abcd\0\0\0\0\0\0");
         disk.remove_file(&dir.path().join("none")).unwrap();
-        disk.remove_dir_all(&dir.path().join("none")).unwrap();
+        disk.remove_dir(&dir.path().join("none")).unwrap();
+        disk.remove_dir(dir.path()).unwrap();
+        assert!(path.exists(), "a directory that is not empty stays");
         assert!(disk.free_bytes(&dir.path().join("no/such/dir")).unwrap() > 0);
         assert_eq!(disk.identity(&dir.path().join("none")).unwrap(), None);
     }

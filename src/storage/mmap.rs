@@ -49,7 +49,7 @@ impl Window {
     }
 
     /// Shows `length` bytes that `read` puts into the buffer.
-    pub(super) fn fill_from(&mut self, length: usize, read: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
+    pub fn fill(&mut self, length: usize, read: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
         self.clear();
         if length > 0 {
             if self.buffer.as_ref().is_none_or(|buffer| buffer.len() < length) {
@@ -165,21 +165,21 @@ mod tests {
     fn the_buffer_is_allocated_once_and_replaces_a_mapping() {
         let mut window = Window::with_capacity(8);
         assert!(window.map(&file(b"abcdef"), 2, 3));
-        window.fill_from(2, with(b"xy")).unwrap();
+        window.fill(2, with(b"xy")).unwrap();
         assert_eq!(window.bytes(), b"xy");
         let address = window.bytes().as_ptr();
-        window.fill_from(8, with(b"zzzzzzzz")).unwrap();
+        window.fill(8, with(b"zzzzzzzz")).unwrap();
         assert_eq!((window.bytes(), window.bytes().as_ptr()), (&b"zzzzzzzz"[..], address));
-        window.fill_from(4, |_| Err(Error::failed("no"))).unwrap_err();
+        window.fill(4, |_| Err(Error::failed("no"))).unwrap_err();
         assert_eq!(window.bytes(), b"");
     }
 
     #[test]
     fn no_capacity_is_needed_for_no_bytes() {
         let mut window = Window::with_capacity(0);
-        window.fill_from(0, |_| Ok(())).unwrap();
+        window.fill(0, |_| Ok(())).unwrap();
         assert_eq!(window.bytes(), b"");
-        window.fill_from(3, with(b"abc")).unwrap();
+        window.fill(3, with(b"abc")).unwrap();
         assert_eq!(window.bytes(), b"abc", "the fallback of a window made for mappings");
     }
 }

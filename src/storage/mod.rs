@@ -81,8 +81,18 @@ pub trait Storage: Send + Sync {
     fn read_small(&self, path: &Path, limit: u64) -> Result<Vec<u8>>;
     /// Creates (or truncates) a file of `length` bytes.
     fn create(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>>;
+    /// Opens an existing regular file for writing, keeping what it holds, and gives it this length.
+    fn reopen(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>>;
     /// Writes a whole small file durably: temporary name in `scratch_dir`, sync, rename to `path`.
-    fn write_small(&self, path: &Path, bytes: &[u8], scratch_dir: &Path) -> Result<()>;
+    fn write_small(&self, path: &Path, bytes: &[u8], scratch_dir: &Path) -> Result<()> {
+        let temporary = scratch_dir.join(path.file_name().unwrap_or_default()).with_added_extension("partial");
+        let file = self.create(&temporary, bytes.len() as u64)?;
+        file.write_at(bytes, 0)?;
+        file.sync()?;
+        drop(file);
+        self.rename(&temporary, path)?;
+        self.sync_dir(path.parent().filter(|dir| *dir != Path::new("")).unwrap_or(Path::new(".")))
+    }
     /// Renames within one file system, replacing the target.
     fn rename(&self, from: &Path, to: &Path) -> Result<()>;
     /// Makes the directory's entries durable.
@@ -91,11 +101,12 @@ pub trait Storage: Send + Sync {
     fn create_dir_all(&self, path: &Path) -> Result<()>;
     /// Removes a file; a missing one is not an error.
     fn remove_file(&self, path: &Path) -> Result<()>;
-    /// Removes a directory and what is in it; a missing one is not an error.
-    fn remove_dir_all(&self, path: &Path) -> Result<()>;
+    /// Removes an empty directory; one that is missing, or not empty, is left as it is.
+    fn remove_dir(&self, path: &Path) -> Result<()>;
     /// File names in a directory, sorted by name.
     fn list(&self, path: &Path) -> Result<Vec<std::ffi::OsString>>;
-    /// Takes the exclusive lock kept in `path`, or says who holds it. Released when the value is dropped.
+    /// Takes the exclusive lock kept in `path`, creating its directory where needed, or says who holds it. What is
+    /// locked is the file at `path`, not one that somebody removed meanwhile. Released when the value is dropped.
     fn lock(&self, path: &Path) -> Result<Lock>;
     /// Bytes that can still be written to the file system of `path` or of its nearest existing parent.
     fn free_bytes(&self, path: &Path) -> Result<u64>;
@@ -110,8 +121,13 @@ pub trait Storage: Send + Sync {
 }
 
 /// A held lock; see [`Storage::lock`].
-#[derive(Debug)]
 pub struct Lock {
-    /// Kept open: the operating system releases the lock when the process ends, however it ends.
-    _file: std::fs::File,
+    _held: Box<dyn Send + Sync>,
+}
+
+impl Lock {
+    /// A lock that is released when `held` is dropped.
+    pub fn new(held: impl Send + Sync + 'static) -> Self {
+        Self { _held: Box::new(held) }
+    }
 }

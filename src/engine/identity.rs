@@ -1,0 +1,210 @@
+//! What a run is a run of: the first record of its journal, and the comparison with what is asked now.
+//!
+//! The same recipe over the same inputs gives the same bytes, so its unfinished work can be continued. An input counts as
+//! the same if its header, length, times and inode are: a modification time can be put back, a change time cannot.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::PROGRAM;
+use crate::error::{Error, Result, printable};
+use crate::plan::Plan;
+use crate::storage::InputFile;
+
+/// Version of the journal's format.
+const JOURNAL_VERSION: u32 = 1;
+const ADVICE: &str = "use --restart to start over, or another --out";
+
+/// The first record.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Begin {
+    version: u32,
+    program: String,
+    fingerprint: String,
+    recipe: Value,
+    inputs: Vec<Input>,
+    /// Names of the shards.
+    pub shards: Vec<String>,
+}
+
+/// One file of an input.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Input {
+    path: String,
+    bytes: u64,
+    mtime_ns: String,
+    ctime_ns: String,
+    inode: u64,
+    header_blake3: String,
+}
+
+impl Begin {
+    pub(super) fn of(plan: &Plan) -> Result<Self> {
+        // What a checkpoint is called says nothing about its content: a moved input is the same input.
+        let mut recipe = plan.recipe.clone();
+        recipe.base = recipe.base.map(|_| String::new());
+        recipe.sign_from = recipe.sign_from.map(|_| String::new());
+        recipe.models.iter_mut().for_each(|model| model.source.clear());
+        Ok(Self {
+            version: JOURNAL_VERSION,
+            program: PROGRAM.into(),
+            fingerprint: plan.fingerprint.clone(),
+            recipe: serde_json::to_value(recipe).map_err(|e| Error::failed(format!("the recipe as JSON: {e}")))?,
+            inputs: files(plan).map(|(file, header)| Input::of(file, header)).collect(),
+            shards: plan.layout.shards.iter().map(|shard| shard.name.clone()).collect(),
+        })
+    }
+
+    pub(super) fn encode(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec(self).map_err(|e| Error::failed(format!("the journal's first record as JSON: {e}")))
+    }
+
+    /// What a payload says; `None` if it is not one of this version.
+    pub(super) fn decode(payload: &[u8]) -> Option<Self> {
+        serde_json::from_slice(payload).ok().filter(|begin: &Self| begin.version == JOURNAL_VERSION)
+    }
+
+    /// Whether `fingerprint` is that of this run.
+    pub(super) fn is_of(&self, fingerprint: &str) -> bool {
+        self.fingerprint == fingerprint
+    }
+
+    /// Refuses to go on with `plan` unless it is the same work; says what changed.
+    pub(super) fn admit(&self, plan: &Plan) -> Result<()> {
+        let now = Self::of(plan)?;
+        let refuse = |what: String| {
+            Error::input(format!("the unfinished merge in the output directory is another one: {what}")).help(ADVICE)
+        };
+        if let Some(change) = difference("", &self.recipe, &now.recipe) {
+            return Err(refuse(change));
+        }
+        if self.inputs.len() != now.inputs.len() {
+            return Err(refuse(format!("its inputs have {} files, now {}", self.inputs.len(), now.inputs.len())));
+        }
+        for ((then, now), (file, _)) in self.inputs.iter().zip(&now.inputs).zip(files(plan)) {
+            if let Some(change) = then.change(now) {
+                return Err(Error::input(format!(
+                    "this input is not what it was when the unfinished merge began: {change}"
+                ))
+                .at(file.path())
+                .help(ADVICE));
+            }
+        }
+        if self.fingerprint != now.fingerprint || self.shards != now.shards {
+            let program = printable(&self.program);
+            return Err(refuse(format!("it was begun by {program}, which computes in another way than {PROGRAM}")));
+        }
+        Ok(())
+    }
+}
+
+impl Input {
+    fn of(file: &dyn InputFile, header: &[u8; 32]) -> Self {
+        let identity = file.identity();
+        Self {
+            path: file.path().display().to_string(),
+            bytes: identity.bytes,
+            mtime_ns: identity.mtime_ns.to_string(),
+            ctime_ns: identity.ctime_ns.to_string(),
+            inode: identity.inode,
+            header_blake3: blake3::Hash::from_bytes(*header).to_hex().to_string(),
+        }
+    }
+
+    /// What is different about `now`.
+    fn change(&self, now: &Self) -> Option<String> {
+        if self.bytes != now.bytes {
+            return Some(format!("it had {} bytes, now {}", self.bytes, now.bytes));
+        }
+        let different = [
+            (self.header_blake3 != now.header_blake3, "its header"),
+            (self.mtime_ns != now.mtime_ns, "its modification time"),
+            (self.inode != now.inode, "its inode, so it was replaced,"),
+            (self.ctime_ns != now.ctime_ns, "its change time"),
+        ];
+        different.iter().find(|(different, _)| *different).map(|(_, what)| format!("{what} is another"))
+    }
+}
+
+/// All input files with the hashes of their headers.
+fn files(plan: &Plan) -> impl Iterator<Item = (&dyn InputFile, &[u8; 32])> {
+    plan.checkpoints.iter().flat_map(|c| &c.files).map(|f| (&*f.file, &f.header_hash))
+}
+
+/// The first setting that differs, with both values.
+fn difference(name: &str, then: &Value, now: &Value) -> Option<String> {
+    match (then, now) {
+        (Value::Object(then), Value::Object(now)) => {
+            let keys = then.keys().chain(now.keys().filter(|key| !then.contains_key(*key)));
+            keys.filter_map(|key| {
+                let inner = if name.is_empty() { key.clone() } else { format!("{name}.{key}") };
+                difference(&inner, then.get(key).unwrap_or(&Value::Null), now.get(key).unwrap_or(&Value::Null))
+            })
+            .next()
+        }
+        (Value::Array(then), Value::Array(now)) if then.len() == now.len() => then
+            .iter()
+            .zip(now)
+            .enumerate()
+            .find_map(|(i, (then, now))| difference(&format!("{name}[{}]", i + 1), then, now)),
+        (Value::Array(then), Value::Array(now)) if name == "models" => {
+            Some(format!("the number of models was {}, now {}", then.len(), now.len()))
+        }
+        _ if then == now => None,
+        _ => Some(format!("{} was {}, now {}", name.trim_start_matches("params."), shown(then), shown(now))),
+    }
+}
+
+/// A setting's value; one that is not given has its default.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Null => "not given".into(),
+        other => printable(&other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_first_difference_is_named_with_both_values() {
+        let recipe = |density: Value, models: Value| json!({"method": "ties", "models": models, "params": density});
+        let one = json!([{"params": {"weight": 1.0}}]);
+        let then = recipe(json!({"density": 0.2}), one.clone());
+        let change = |now: &Value| difference("", &then, now);
+        assert_eq!(change(&then), None);
+        assert_eq!(change(&recipe(json!({"density": 0.5}), one.clone())).unwrap(), "density was 0.2, now 0.5");
+        assert_eq!(change(&recipe(json!({}), one.clone())).unwrap(), "density was 0.2, now not given");
+        let lambda = recipe(json!({"density": 0.2, "lambda": 2.0}), one);
+        assert_eq!(change(&lambda).unwrap(), "lambda was not given, now 2.0");
+        let heavier = recipe(json!({"density": 0.2}), json!([{"params": {"weight": 2.0}}]));
+        assert_eq!(change(&heavier).unwrap(), "models[1].params.weight was 1.0, now 2.0");
+        let more = recipe(json!({"density": 0.2}), json!([{}, {}]));
+        assert_eq!(change(&more).unwrap(), "the number of models was 1, now 2");
+    }
+
+    #[test]
+    fn an_input_is_the_same_if_everything_about_it_is() {
+        let input = || Input {
+            path: "a".into(),
+            bytes: 1,
+            mtime_ns: "2".into(),
+            ctime_ns: "3".into(),
+            inode: 4,
+            header_blake3: "5".into(),
+        };
+        assert_eq!(input().change(&Input { path: "moved".into(), ..input() }), None);
+        let changed = [
+            Input { bytes: 9, ..input() },
+            Input { mtime_ns: "9".into(), ..input() },
+            Input { ctime_ns: "9".into(), ..input() },
+            Input { inode: 9, ..input() },
+            Input { header_blake3: "9".into(), ..input() },
+        ];
+        for now in changed {
+            assert!(input().change(&now).is_some(), "{now:?}");
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! What earlier attempts of a run left that can be kept: thresholds, and the parts of tensors that are done.
+//!
+//! - Parts are element ranges, not chunks: the run that goes on may cut its work differently.
+//! - Counts of what is kept go into the report as if this run had done it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use super::cut::TieCounts;
+use super::records::{RangeDone, UnitDone};
+use super::worker::Tally;
+use crate::plan::{Action, Chunk, Goal, Plan, Schedule, Unit};
+
+/// A part of a tensor that is done.
+#[derive(Debug, Clone)]
+struct Span {
+    start: u64,
+    count: u64,
+    /// Per model; empty where ties have no order.
+    ties: Vec<u64>,
+}
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub(super) struct Kept {
+    units: HashMap<u32, UnitDone>,
+    /// Per tensor, by start; disjoint.
+    spans: BTreeMap<u32, Vec<Span>>,
+    /// Per tensor, per model: survivors in the parts that are done; tensors without any are not listed.
+    survivors: HashMap<u32, Vec<u64>>,
+    /// Of the parts that are done. Reads for thresholds are not in it.
+    pub tally: Tally,
+    /// Copied tensors whose versions differ.
+    pub differing: BTreeSet<u32>,
+    /// Number of parts.
+    pub ranges: u64,
+}
+
+impl Kept {
+    pub(super) fn new(plan: &Plan) -> Self {
+        Self { tally: Tally { kept: vec![0; plan.models()], ..Tally::default() }, ..Self::default() }
+    }
+
+    /// Whether an earlier attempt left anything.
+    pub(super) fn is_empty(&self) -> bool {
+        self.units.is_empty() && self.spans.is_empty()
+    }
+
+    /// Whether `unit` can be one of this plan.
+    pub(super) fn fits_unit(plan: &Plan, unit: &UnitDone) -> bool {
+        (unit.tensor as usize) < plan.tensors.len()
+            && unit.models.len() == plan.models()
+            && (-1..=1).contains(&unit.majority)
+    }
+
+    /// Takes in the thresholds of a unit that fits.
+    pub(super) fn add_unit(&mut self, unit: UnitDone) {
+        self.units.insert(unit.tensor, unit);
+    }
+
+    /// Whether `range` can be a part of this plan.
+    pub(super) fn fits(plan: &Plan, range: &RangeDone) -> bool {
+        let counted = |counts: &[u64]| counts.is_empty() || counts.len() == plan.models();
+        if range.tensor as usize >= plan.tensors.len() || !counted(&range.kept) || !counted(&range.ties) {
+            return false;
+        }
+        let inside = range.start.checked_add(range.count).is_some_and(|end| end <= plan.length(range.tensor));
+        let width = plan.output_bytes(range.tensor).checked_div(plan.length(range.tensor)).unwrap_or(1);
+        let bytes: u64 = range.pieces.iter().map(|piece| u64::from(piece.bytes)).sum();
+        inside && range.count > 0 && range.count.checked_mul(width) == Some(bytes)
+    }
+
+    /// Whether nothing of `range` is done yet. A part that was damaged on the disk and done again is listed twice.
+    pub(super) fn is_new(&self, range: &RangeDone) -> bool {
+        let Some(spans) = self.spans.get(&range.tensor) else { return true };
+        let next = spans.partition_point(|span| span.start < range.start);
+        let free_before = next == 0 || spans[next - 1].start + spans[next - 1].count <= range.start;
+        free_before && spans.get(next).is_none_or(|span| range.start + range.count <= span.start)
+    }
+
+    /// Takes in a part that fits and is new.
+    pub(super) fn add_range(&mut self, plan: &Plan, range: RangeDone) {
+        if matches!(plan.tensors[range.tensor as usize].action, Action::Merge { .. }) {
+            self.tally.merged += range.count;
+        }
+        self.tally.bytes_read += range.bytes_read;
+        self.tally.conflicts += range.conflicts;
+        add(&mut self.tally.kept, &range.kept);
+        if !range.kept.is_empty() {
+            let survivors = self.survivors.entry(range.tensor).or_insert_with(|| vec![0; plan.models()]);
+            add(survivors, &range.kept);
+        }
+        self.ranges += 1;
+        if range.differs {
+            self.differing.insert(range.tensor);
+        }
+        let spans = self.spans.entry(range.tensor).or_default();
+        let next = spans.partition_point(|span| span.start < range.start);
+        match next.checked_sub(1).map(|before| &mut spans[before]) {
+            // Neighbours are joined where nothing depends on where one ends: few spans, whatever the tensor's size.
+            Some(before) if before.start + before.count == range.start && !plan.position_ordered() => {
+                before.count += range.count;
+            }
+            _ => spans.insert(next, Span { start: range.start, count: range.count, ties: range.ties }),
+        }
+    }
+
+    /// What is known of `unit`, if it is what the plan needs.
+    pub(super) fn unit(&self, plan: &Plan, unit: &Unit) -> Option<&UnitDone> {
+        let known = self.units.get(unit.tensors.first()?)?;
+        let enough = |(goal, found): (&Goal, &Option<_>)| match (goal, found) {
+            (Goal::Keep { keep, elements }, Some((threshold, among))) => {
+                let threshold: &crate::sketch::Threshold = threshold;
+                let reached = threshold.above.checked_add(threshold.tied);
+                threshold.above < *keep && reached.is_some_and(|reached| *keep <= reached) && among == elements
+            }
+            (Goal::All | Goal::Nothing, None) => true,
+            _ => false,
+        };
+        plan.goals(unit).iter().zip(&known.models).all(enough).then_some(known)
+    }
+
+    /// Whether something of tensor `tensor` is done.
+    pub(super) fn has_part_of(&self, tensor: u32) -> bool {
+        self.spans.contains_key(&tensor)
+    }
+
+    /// The chunks of `tensors` that are left to do, in order, each of at most `chunk_elements`.
+    pub(super) fn left<'a>(
+        &'a self,
+        plan: &'a Plan,
+        tensors: &'a [u32],
+        chunk_elements: u64,
+    ) -> impl Iterator<Item = Chunk> + 'a {
+        tensors.iter().flat_map(move |&tensor| {
+            self.gaps(tensor, plan.length(tensor))
+                .flat_map(move |(start, end)| Schedule::chunks_of(plan, tensor, start..end, chunk_elements))
+        })
+    }
+
+    /// What is not done of a tensor of `length` elements: (start, end).
+    fn gaps(&self, tensor: u32, length: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let spans = self.spans.get(&tensor).map(Vec::as_slice).unwrap_or_default();
+        let starts = std::iter::once(0).chain(spans.iter().map(|span| span.start + span.count));
+        let ends = spans.iter().map(|span| span.start).chain([length]);
+        starts.zip(ends).filter(|(start, end)| start < end)
+    }
+
+    /// For each tensor of a unit, in its order: ties of the parts done in all tensors before it.
+    pub(super) fn ties_before(&self, plan: &Plan, tensors: &[u32]) -> HashMap<u32, TieCounts> {
+        let mut sum = vec![0; plan.models()];
+        let mut before = HashMap::new();
+        if self.spans.is_empty() {
+            return before;
+        }
+        for &tensor in tensors {
+            before.insert(tensor, sum.clone());
+            self.spans.get(&tensor).into_iter().flatten().for_each(|span| add(&mut sum, &span.ties));
+        }
+        before
+    }
+
+    /// Adds to `sum` the survivors in the parts of `tensors` that are done.
+    pub(super) fn add_survivors(&self, tensors: &[u32], sum: &mut [u64]) {
+        tensors.iter().filter_map(|tensor| self.survivors.get(tensor)).for_each(|counts| add(sum, counts));
+    }
+
+    /// Adds to `sum` the ties of the parts of the chunk's tensor that are done and lie before it.
+    pub(super) fn add_ties_in_tensor(&self, chunk: Chunk, sum: &mut TieCounts) {
+        let spans = self.spans.get(&chunk.tensor).into_iter().flatten();
+        spans.filter(|span| span.start < chunk.start).for_each(|span| add(sum, &span.ties));
+    }
+}
+
+fn add(sum: &mut [u64], counts: &[u64]) {
+    sum.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+}

@@ -1,0 +1,225 @@
+//! What the journal says about work that is done: thresholds of a unit, and ranges of tensors that are durable.
+//!
+//! Integers are little-endian and of fixed width. Decoding accepts any bytes: lengths are checked against what is left.
+
+use super::shard_hash::Digest;
+use crate::kernels::Ties;
+use crate::sketch::Threshold;
+
+/// A unit whose thresholds are found.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct UnitDone {
+    /// First tensor of the unit.
+    pub tensor: u32,
+    /// Per model: the threshold and the number of elements it was found among, as in `UnitThresholds`.
+    pub models: Vec<Option<(Threshold, u64)>>,
+    /// Sign of the unit's vote: -1, 0 or 1.
+    pub majority: i8,
+    /// Tensor bytes read to find out.
+    pub bytes_read: u64,
+}
+
+/// A range of a tensor whose result is durable.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct RangeDone {
+    /// Index into the plan's tensors.
+    pub tensor: u32,
+    /// First element (or byte, of a tensor copied as it is).
+    pub start: u64,
+    /// Number of elements.
+    pub count: u64,
+    /// A copied tensor's versions differ here.
+    pub differs: bool,
+    /// Tensor bytes read for it.
+    pub bytes_read: u64,
+    /// Elements whose survivors disagree in sign.
+    pub conflicts: u64,
+    /// Per model: survivors; empty if there are none.
+    pub kept: Vec<u64>,
+    /// Per model: ties with a threshold whose ties are kept by position; empty where that is not asked for.
+    pub ties: Vec<u64>,
+    /// What was written, in order and without gaps.
+    pub pieces: Vec<Piece>,
+}
+
+/// One write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub bytes: u32,
+    pub digest: Digest,
+}
+
+/// One entry of a record.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Entry {
+    Unit(UnitDone),
+    Range(RangeDone),
+}
+
+const UNIT: u8 = 1;
+const RANGE: u8 = 2;
+
+/// The payload of a record that says that `entries` are done.
+pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for entry in entries {
+        match entry {
+            Entry::Unit(unit) => encode_unit(unit, &mut out),
+            Entry::Range(range) => encode_range(range, &mut out),
+        }
+    }
+    out
+}
+
+fn encode_unit(unit: &UnitDone, out: &mut Vec<u8>) {
+    out.push(UNIT);
+    out.extend(unit.tensor.to_le_bytes());
+    out.extend(unit.majority.to_le_bytes());
+    out.extend(unit.bytes_read.to_le_bytes());
+    out.extend((unit.models.len() as u32).to_le_bytes());
+    for model in &unit.models {
+        out.push(u8::from(model.is_some()));
+        if let Some((threshold, elements)) = model {
+            out.extend(threshold.ties.low.to_le_bytes());
+            out.extend(threshold.ties.high.to_le_bytes());
+            [threshold.above, threshold.tied, *elements].iter().for_each(|n| out.extend(n.to_le_bytes()));
+        }
+    }
+}
+
+fn encode_range(range: &RangeDone, out: &mut Vec<u8>) {
+    out.push(RANGE);
+    out.extend(range.tensor.to_le_bytes());
+    out.push(u8::from(range.differs));
+    for number in [range.start, range.count, range.bytes_read, range.conflicts] {
+        out.extend(number.to_le_bytes());
+    }
+    for counts in [&range.kept, &range.ties] {
+        out.extend((counts.len() as u32).to_le_bytes());
+        counts.iter().for_each(|n| out.extend(n.to_le_bytes()));
+    }
+    out.extend((range.pieces.len() as u32).to_le_bytes());
+    for piece in &range.pieces {
+        out.extend(piece.bytes.to_le_bytes());
+        out.extend(piece.digest);
+    }
+}
+
+/// The entries of a payload; `None` if it is not one.
+pub(super) fn decode(payload: &[u8]) -> Option<Vec<Entry>> {
+    let mut rest = Rest(payload);
+    let mut entries = Vec::new();
+    while !rest.0.is_empty() {
+        entries.push(match rest.byte()? {
+            UNIT => Entry::Unit(decode_unit(&mut rest)?),
+            RANGE => Entry::Range(decode_range(&mut rest)?),
+            _ => return None,
+        });
+    }
+    Some(entries)
+}
+
+fn decode_unit(rest: &mut Rest<'_>) -> Option<UnitDone> {
+    let (tensor, [majority], bytes_read) = (rest.u32()?, rest.take()?, rest.u64()?);
+    let model = |rest: &mut Rest<'_>| match rest.byte()? {
+        0 => Some(None),
+        _ => {
+            let ties = Ties { low: rest.u32()?, high: rest.u32()? };
+            let (above, tied, elements) = (rest.u64()?, rest.u64()?, rest.u64()?);
+            Some(Some((Threshold { ties, above, tied }, elements)))
+        }
+    };
+    Some(UnitDone { tensor, majority: i8::from_le_bytes([majority]), bytes_read, models: rest.list(model)? })
+}
+
+fn decode_range(rest: &mut Rest<'_>) -> Option<RangeDone> {
+    let (tensor, differs) = (rest.u32()?, rest.byte()? != 0);
+    let [start, count, bytes_read, conflicts] = [rest.u64()?, rest.u64()?, rest.u64()?, rest.u64()?];
+    let (kept, ties) = (rest.list(Rest::u64)?, rest.list(Rest::u64)?);
+    let pieces = rest.list(|rest| Some(Piece { bytes: rest.u32()?, digest: rest.take()? }))?;
+    Some(RangeDone { tensor, start, count, differs, bytes_read, conflicts, kept, ties, pieces })
+}
+
+/// What is left of a payload.
+struct Rest<'a>(&'a [u8]);
+
+impl Rest<'_> {
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (first, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*first)
+    }
+
+    fn byte(&mut self) -> Option<u8> {
+        self.take::<1>().map(|[byte]| byte)
+    }
+
+    fn u32(&mut self) -> Option<u32> {
+        self.take().map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        self.take().map(u64::from_le_bytes)
+    }
+
+    /// A count and as many items, each of at least one byte.
+    fn list<T>(&mut self, mut item: impl FnMut(&mut Self) -> Option<T>) -> Option<Vec<T>> {
+        let count = self.u32()? as usize;
+        if count > self.0.len() {
+            return None;
+        }
+        (0..count).map(|_| item(self)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn entries() -> Vec<Entry> {
+        let threshold = Threshold { ties: Ties { low: 5, high: 6 }, above: 1 << 40, tied: 3 };
+        let pieces = vec![Piece { bytes: 4096, digest: [7; 16] }, Piece { bytes: 1, digest: [8; 16] }];
+        vec![
+            Entry::Unit(UnitDone {
+                tensor: 9,
+                models: vec![None, Some((threshold, 77))],
+                majority: -1,
+                bytes_read: 1 << 50,
+            }),
+            Entry::Range(RangeDone {
+                tensor: 1,
+                start: 2,
+                count: 3,
+                differs: true,
+                bytes_read: 4,
+                conflicts: 5,
+                kept: vec![6, 7],
+                ties: vec![8],
+                pieces,
+            }),
+            Entry::Range(RangeDone::default()),
+        ]
+    }
+
+    #[test]
+    fn what_is_encoded_is_decoded() {
+        assert_eq!(decode(&encode(&entries())), Some(entries()));
+        assert_eq!(decode(b""), Some(Vec::new()));
+    }
+
+    #[test]
+    fn a_payload_cut_off_anywhere_is_none_or_shorter() {
+        let payload = encode(&entries());
+        for length in 0..payload.len() {
+            assert!(decode(&payload[..length]).is_none_or(|found| entries().starts_with(&found)), "{length}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn random_payloads_never_panic(bytes in prop::collection::vec(0u8..4, 0..300)) {
+            let _ = decode(&bytes);
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! Takes over what earlier attempts left: reads every range that the journal vouches for and keeps those whose bytes are
+//! still what was written.
+
+use super::{Follower, SealedShard, ShardFile};
+use crate::engine::kept::Kept;
+use crate::engine::records::{self, Entry, RangeDone};
+use crate::error::Result;
+use crate::limits::WRITE_BEHIND_BYTES;
+use crate::storage::InputFile;
+
+/// What is left of a shard.
+struct Leftover {
+    file: Option<Box<dyn InputFile>>,
+    /// It has its final name.
+    published: bool,
+}
+
+impl Follower<'_> {
+    /// See the module's documentation. Shards that turn out to be complete are sealed.
+    pub(super) fn take_over(&mut self) -> Result<Kept> {
+        let (plan, output, observer) = (self.shards.plan, self.shards.output, self.shards.observer);
+        let decode = |payload: &[u8]| records::decode(payload).ok_or_else(|| output.senseless_journal());
+        let mut listed_bytes = 0;
+        output.each_done(|payload| {
+            listed_bytes += decode(payload)?.iter().map(bytes_of).sum::<u64>();
+            Ok(())
+        })?;
+        observer.stage("check", listed_bytes);
+        let left = (0..self.sealed.len()).map(|shard| self.leftover(shard)).collect::<Result<Vec<_>>>()?;
+        let mut kept = Kept::new(plan);
+        let mut buffer = Vec::new();
+        output.each_done(|payload| {
+            for entry in decode(payload)? {
+                observer.go_on()?;
+                observer.advance(bytes_of(&entry));
+                match entry {
+                    Entry::Unit(unit) if Kept::fits_unit(plan, &unit) => kept.add_unit(unit),
+                    Entry::Range(range) if Kept::fits(plan, &range) => {
+                        if kept.is_new(&range) && self.is_intact(&range, &left, &mut buffer)? {
+                            self.count_down(&range);
+                            kept.add_range(plan, range);
+                        }
+                    }
+                    _ => return Err(output.senseless_journal()),
+                }
+            }
+            Ok(())
+        })?;
+        for (shard, leftover) in left.iter().enumerate() {
+            self.settle(shard, leftover)?;
+        }
+        // What was written without being recorded takes up room already.
+        output.check_space(self.remaining.iter().sum::<u64>().saturating_sub(2 * WRITE_BEHIND_BYTES))?;
+        if !kept.is_empty() {
+            self.seal_complete()?;
+        }
+        Ok(kept)
+    }
+
+    fn leftover(&self, shard: usize) -> Result<Leftover> {
+        let output = self.shards.output;
+        let name = &self.shards.plan.layout.shards[shard].name;
+        let partial = output.partial(name);
+        if output.storage.identity(&partial)?.is_some() {
+            return Ok(Leftover { file: Some(output.storage.open(&partial)?), published: false });
+        }
+        let path = output.dir.join(name);
+        if output.owns_final_names() && output.storage.identity(&path)?.is_some() {
+            return Ok(Leftover { file: Some(output.storage.open(&path)?), published: true });
+        }
+        Ok(Leftover { file: None, published: false })
+    }
+
+    /// Whether the bytes of `range` are those that were written.
+    fn is_intact(&self, range: &RangeDone, left: &[Leftover], buffer: &mut Vec<u8>) -> Result<bool> {
+        let plan = self.shards.plan;
+        let place = &plan.layout.tensors[range.tensor as usize];
+        let shard = place.shard as usize;
+        let Some(file) = &left[shard].file else { return Ok(false) };
+        let width = plan.output_bytes(range.tensor) / plan.length(range.tensor).max(1);
+        let mut offset = place.offset + range.start * width;
+        for piece in &range.pieces {
+            let end = offset + u64::from(piece.bytes);
+            if end > file.identity().bytes {
+                return Ok(false);
+            }
+            buffer.resize(piece.bytes as usize, 0);
+            file.read_at(buffer, offset)?;
+            if !self.shards.hashes[shard].add_if(offset, buffer, &piece.digest) {
+                return Ok(false);
+            }
+            offset = end;
+        }
+        Ok(true)
+    }
+
+    /// A shard that is complete under its final name stays as it is; every other one is open to be written again.
+    fn settle(&mut self, shard: usize, left: &Leftover) -> Result<()> {
+        let (output, planned) = (self.shards.output, &self.shards.plan.layout.shards[shard]);
+        let Some(file) = &left.file else { return Ok(()) };
+        if left.published {
+            let mut header = vec![0; planned.header.len()];
+            let complete = self.remaining[shard] == 0 && file.identity().bytes == planned.bytes;
+            if complete {
+                file.read_at(&mut header, 0)?;
+            }
+            if complete && header == planned.header {
+                let hash = self.shards.hashes[shard].finish(|buffer, offset| file.read_at(buffer, offset))?;
+                self.sealed[shard] = Some(SealedShard { hash, bytes: planned.bytes });
+                self.shards.set(shard, ShardFile::Sealed);
+                return Ok(());
+            }
+            output.storage.rename(&output.dir.join(&planned.name), &output.partial(&planned.name))?;
+            output.sync_work()?;
+            output.storage.sync_dir(&output.dir)?;
+        }
+        self.shards.set(shard, ShardFile::Left);
+        Ok(())
+    }
+}
+
+fn bytes_of(entry: &Entry) -> u64 {
+    match entry {
+        Entry::Range(range) => range.pieces.iter().map(|piece| u64::from(piece.bytes)).sum(),
+        Entry::Unit(_) => 0,
+    }
+}

@@ -1,0 +1,358 @@
+//! Fails and crashes a small merge at every operation, goes on with it, and compares with an undisturbed run.
+//!
+//! - Crashes: before and in every changing operation, with five fates of what was not durable; also while a crash is being
+//!   recovered from.
+//! - Errors: at every operation, once and from there on, of several kinds.
+//!
+//! Afterwards the same command must give the same files. Before it, nothing may look like a model that is not one.
+
+mod memory;
+
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use serde_json::{Value, json};
+use tiesmith::{
+    Error, Float, ModelInput, Observer, OutputOptions, Plan, Recipe, Report, Run, Schedule, Scope, Storage, TrimTies,
+};
+
+use memory::{Fault, Memory, Survives};
+
+const OUT: &str = "/out";
+/// Tensors of every checkpoint, all f32 but the last.
+const TENSORS: [(&str, u64); 6] =
+    [("a.weight", 40_000), ("b.weight", 21_000), ("c.empty", 0), ("d.norm", 13), ("e.scale", 1), ("f.ids", 7)];
+
+type Tree = BTreeMap<String, (u64, Vec<u8>)>;
+
+struct Silent;
+
+impl Observer for Silent {}
+
+/// Stops the run when it has asked so many times.
+struct StopAfter(AtomicI64);
+
+impl Observer for StopAfter {
+    fn stopped(&self) -> bool {
+        self.0.fetch_sub(1, Ordering::Relaxed) <= 0
+    }
+}
+
+/// A checkpoint file with pseudo-random weights; many are equal to others.
+fn checkpoint(seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as u32
+    };
+    let mut header = serde_json::Map::new();
+    let mut data: Vec<u8> = Vec::new();
+    for (name, elements) in TENSORS {
+        let begin = data.len();
+        let dtype = if name == "f.ids" { "I32" } else { "F32" };
+        for _ in 0..elements {
+            match dtype {
+                "I32" => data.extend(7u32.to_le_bytes()),
+                _ => data.extend((f32::from(next() as u8) / 256.0 - 0.5).to_le_bytes()),
+            }
+        }
+        header.insert(name.into(), json!({"dtype": dtype, "shape": [elements], "data_offsets": [begin, data.len()]}));
+    }
+    let header = Value::Object(header).to_string();
+    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat()
+}
+
+/// Inputs on a durable disk.
+fn inputs() -> Memory {
+    let memory = Memory::default();
+    for (name, seed) in [("base", 1), ("one", 2), ("two", 3)] {
+        memory.put(&format!("/in/{name}/model.safetensors"), &checkpoint(seed));
+    }
+    memory.put("/in/base/config.json", br#"{"torch_dtype": "float32"}"#);
+    memory.put("/in/base/tokenizer.json", &[b'x'; 3000]);
+    memory
+}
+
+#[derive(Clone)]
+struct Job {
+    name: &'static str,
+    recipe: Recipe,
+    force: bool,
+}
+
+fn recipe() -> Recipe {
+    let model = |source: &str| ModelInput { source: source.into(), ..ModelInput::default() };
+    Recipe {
+        base: Some("/in/base".into()),
+        models: vec![model("/in/one"), model("/in/two")],
+        max_shard_bytes: 100_000,
+        ..Recipe::default()
+    }
+}
+
+fn jobs() -> Vec<Job> {
+    let job = |name, recipe, force| Job { name, recipe, force };
+    vec![
+        job("shards", recipe(), false),
+        job("one file", Recipe { max_shard_bytes: 1 << 30, dtype: Some(Float::BF16), ..recipe() }, false),
+        job("ties by position", Recipe { trim_ties: TrimTies::Lowest, scope: Scope::Tensor, ..recipe() }, false),
+        job("replacing shards", recipe(), true),
+        job("replacing by one file", Recipe { max_shard_bytes: 1 << 30, ..recipe() }, true),
+    ]
+}
+
+impl Job {
+    fn run(&self, memory: &Memory) -> Result<Report, Error> {
+        self.run_with(memory, 1, 64 << 20, &Silent)
+    }
+
+    fn run_with(
+        &self,
+        memory: &Memory,
+        threads: usize,
+        memory_bytes: u64,
+        observer: &dyn Observer,
+    ) -> Result<Report, Error> {
+        let storage: Arc<dyn Storage> = Arc::new(memory.clone());
+        let plan = Plan::new(&self.recipe, &storage)?;
+        let schedule = Schedule::new(&plan, Run { memory_bytes, threads })?;
+        let output = OutputOptions { dir: OUT.into(), force: self.force, restart: false };
+        tiesmith::merge(&plan, &schedule, &output, &storage, observer)
+    }
+
+    /// The disk before the run: with an older output where that is to be replaced.
+    fn before(&self) -> Memory {
+        let memory = inputs();
+        if self.force {
+            let older = Recipe { max_shard_bytes: 60_000, seed: 5, ..recipe() };
+            memory.put("/in/base/chat_template.jinja", b"of the older output only");
+            Job { name: "older", recipe: older, force: false }.run(&memory).unwrap();
+            let memory = memory.reboot(Survives::All);
+            memory.remove_file("/in/base/chat_template.jinja".as_ref()).unwrap();
+            return memory.reboot(Survives::All);
+        }
+        memory
+    }
+}
+
+/// What does not depend on how often a run was disturbed.
+fn lasting(tree: &Tree) -> BTreeMap<String, Vec<u8>> {
+    let mut lasting: BTreeMap<String, Vec<u8>> = tree
+        .iter()
+        .filter(|(name, _)| *name != ".tiesmith/lock")
+        .map(|(name, (_, data))| (name.clone(), data.clone()))
+        .collect();
+    if let Some(manifest) = lasting.get_mut("tiesmith.json") {
+        let mut value: Value = serde_json::from_slice(manifest).unwrap();
+        let report = value["report"].as_object_mut().unwrap();
+        for field in ["wall_seconds", "peak_memory_bytes", "resumed", "chunks_reused"] {
+            report.remove(field).unwrap();
+        }
+        *manifest = value.to_string().into_bytes();
+    }
+    lasting
+}
+
+struct Case<'a> {
+    job: &'a Job,
+    expected: &'a BTreeMap<String, Vec<u8>>,
+    older: &'a BTreeMap<String, Vec<u8>>,
+    what: String,
+}
+
+impl Case<'_> {
+    /// What loads as a model must be the old output or the new one, whole.
+    fn looks_right(&self, memory: &Memory) {
+        let tree = memory.tree(OUT);
+        let loadable =
+            ["model.safetensors.index.json", "model.safetensors"].iter().any(|name| tree.contains_key(*name));
+        let is = |files: &BTreeMap<String, Vec<u8>>| {
+            let same = |(name, data): (&String, &Vec<u8>)| {
+                tree.get(name).is_some_and(|(_, found)| found == data || name == "tiesmith.json")
+            };
+            !files.is_empty() && files.iter().all(same)
+        };
+        assert!(!loadable || is(self.older) || is(self.expected), "{}: looks like a model", self.what);
+    }
+
+    /// Runs again, which must succeed, and compares.
+    fn finish(&self, memory: &Memory) -> Option<Report> {
+        self.looks_right(memory);
+        let finished = memory.tree(OUT);
+        let report = match self.job.run(memory) {
+            Ok(report) => Some(report),
+            // It was complete but for its exit code.
+            Err(error) if error.to_string().contains("a finished merge is already there") => None,
+            Err(error) => panic!("{}: {error}", self.what),
+        };
+        let tree = memory.tree(OUT);
+        let found = lasting(&tree);
+        assert!(found.keys().eq(self.expected.keys()), "{}: {:?}", self.what, found.keys());
+        for (name, data) in self.expected {
+            assert!(found[name] == *data, "{}: {name} differs", self.what);
+        }
+        // What was finished is not written again.
+        if !self.job.force {
+            for (name, (inode, data)) in finished.iter().filter(|(name, _)| name.ends_with(".safetensors")) {
+                if !name.contains('/') && tree[name].1 == *data {
+                    assert_eq!(tree[name].0, *inode, "{}: {name} was written again", self.what);
+                }
+            }
+        }
+        report
+    }
+}
+
+/// An undisturbed run: the disk before it, its files, and its numbers of operations and of changes.
+struct Undisturbed {
+    before: Memory,
+    older: BTreeMap<String, Vec<u8>>,
+    expected: BTreeMap<String, Vec<u8>>,
+    operations: u64,
+    changes: u64,
+}
+
+fn undisturbed(job: &Job) -> Undisturbed {
+    let before = job.before();
+    let older = before.tree(OUT).into_iter().map(|(name, (_, data))| (name, data)).collect();
+    let memory = before.fork(None);
+    let report = job.run(&memory).unwrap();
+    assert!(!report.resumed && report.chunks_reused == 0);
+    let (operations, changes) = memory.counts();
+    let expected = lasting(&memory.tree(OUT));
+    assert!(!expected.contains_key("chat_template.jinja"), "the older output's side files are left");
+    Undisturbed { before, older, expected, operations, changes }
+}
+
+#[test]
+fn crashes_at_every_change_with_every_fate_of_what_was_not_durable() {
+    let (mut cases, mut reused) = (0, 0);
+    for job in jobs() {
+        let Undisturbed { before, older, expected, changes, .. } = undisturbed(&job);
+        for at in 1..=changes + 3 {
+            for fault in [Fault::CrashBefore, Fault::CrashIn] {
+                let memory = before.fork(Some((at, fault)));
+                let outcome = job.run(&memory);
+                for survives in Survives::EACH {
+                    let what = format!("{}, change {at} of {changes}, {fault:?}, survives {survives:?}", job.name);
+                    if outcome.is_ok() && survives != Survives::All {
+                        continue;
+                    }
+                    let case = Case { job: &job, expected: &expected, older: &older, what };
+                    let rebooted = memory.reboot(survives);
+                    if outcome.is_ok() && job.force {
+                        continue;
+                    }
+                    let report = case.finish(&rebooted);
+                    cases += 1;
+                    reused += u64::from(report.is_some_and(|report| report.chunks_reused > 0));
+                }
+            }
+        }
+    }
+    println!("{cases} crashes survived, {reused} of them with work taken over");
+    assert!(cases > 1500 && reused > 300, "{cases} cases, {reused} with work taken over");
+}
+
+#[test]
+fn crashes_while_recovering_from_a_crash() {
+    let mut cases = 0;
+    for job in jobs() {
+        let Undisturbed { before, older, expected, changes, .. } = undisturbed(&job);
+        for first in (1..=changes).step_by(3) {
+            let crashed = before.fork(Some((first, Fault::CrashIn)));
+            let _ = job.run(&crashed);
+            let survives = Survives::EACH[first as usize % 5];
+            for second in (1..=changes).step_by(4) {
+                let again = crashed.reboot(survives).fork(Some((second, Fault::CrashIn)));
+                let outcome = job.run(&again);
+                let what = format!("{}, changes {first} and {second} of {changes}, {survives:?}", job.name);
+                if outcome.is_ok() && job.force {
+                    break;
+                }
+                let case = Case { job: &job, expected: &expected, older: &older, what };
+                case.finish(&again.reboot(Survives::EACH[second as usize % 5]));
+                cases += 1;
+            }
+        }
+    }
+    println!("{cases} double crashes survived");
+    assert!(cases > 500, "{cases}");
+}
+
+#[test]
+fn errors_at_every_operation_once_and_from_there_on() {
+    let mut cases = 0;
+    for job in jobs() {
+        let Undisturbed { before, older, expected, operations, .. } = undisturbed(&job);
+        for at in 1..=operations {
+            let kind = [ErrorKind::StorageFull, ErrorKind::PermissionDenied, ErrorKind::Other][at as usize % 3];
+            for fault in [Fault::Once(kind), Fault::FromHere(kind)] {
+                let what = format!("{}, operation {at} of {operations}, {fault:?}", job.name);
+                let memory = before.fork(Some((at, fault)));
+                let outcome = job.run(&memory);
+                let case = Case { job: &job, expected: &expected, older: &older, what };
+                let rebooted = memory.reboot(Survives::All);
+                if outcome.is_ok() {
+                    // It failed where that does no harm.
+                    let mut found = lasting(&rebooted.tree(OUT));
+                    found.retain(|name, _| !name.starts_with(".tiesmith/"));
+                    assert!(found == expected, "{}: success, but wrong", case.what);
+                } else {
+                    case.finish(&rebooted);
+                }
+                cases += 1;
+            }
+        }
+    }
+    println!("{cases} errors survived");
+    assert!(cases > 1000, "{cases}");
+}
+
+#[test]
+fn a_resumed_run_may_have_other_threads_and_memory() {
+    let big = |elements: u64| {
+        let header = format!(r#"{{"w":{{"dtype":"F32","shape":[{elements}],"data_offsets":[0,{}]}}}}"#, 4 * elements);
+        move |seed: u32| {
+            let values = (0..elements as u32).map(|i| f32::from((i.wrapping_mul(2_654_435_761 + seed) >> 20) as u16));
+            let data: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
+            [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat()
+        }
+    };
+    let content = big(1_500_001);
+    let before = Memory::default();
+    for (seed, name) in ["base", "one", "two"].iter().enumerate() {
+        before.put(&format!("/in/{name}/model.safetensors"), &content(2 * seed as u32));
+    }
+    let (mut reused, mut stops) = (0, 0);
+    let kinds = [(TrimTies::Lowest, Scope::Model), (TrimTies::Keep, Scope::Tensor), (TrimTies::Lowest, Scope::Tensor)];
+    for (ties, scope) in kinds {
+        let job = Job { name: "other cuts", recipe: Recipe { trim_ties: ties, scope, ..recipe() }, force: false };
+        let memory = before.fork(None);
+        let undisturbed = job.run_with(&memory, 1, 40 << 20, &Silent).unwrap();
+        let expected = memory.tree(OUT)["model.safetensors"].1.clone();
+        for patience in (3..40).step_by(4) {
+            let mut memory = before.fork(None);
+            let mut runs = [(1, 40 << 20), (3, 64 << 20), (1, 28 << 20), (2, 128 << 20)].iter().cycle();
+            let mut more = 0;
+            let report = loop {
+                let &(threads, memory_bytes) = runs.next().unwrap();
+                let observer = StopAfter(AtomicI64::new(patience + more));
+                match job.run_with(&memory, threads, memory_bytes, &observer) {
+                    Ok(report) => break report,
+                    Err(error) => assert_eq!(error.exit_code(), 130, "{error}"),
+                }
+                memory = memory.reboot(Survives::Nothing);
+                (more, stops) = (more + 1, stops + 1);
+            };
+            reused += report.chunks_reused;
+            assert!(memory.tree(OUT)["model.safetensors"].1 == expected, "{ties:?} {scope:?} {patience}");
+            assert_eq!(report.kept_fraction, undisturbed.kept_fraction);
+            assert_eq!(report.sign_conflict_fraction, undisturbed.sign_conflict_fraction);
+        }
+    }
+    println!("{stops} stops, {reused} chunks taken over by runs with other cuts");
+    assert!(stops > 40 && reused > 20, "{stops} {reused}");
+}

@@ -1,0 +1,459 @@
+//! A file system in memory that knows what is durable, counts operations, and fails or dies at any of them.
+//!
+//! - Data is durable after the file's sync, names after the directory's.
+//! - After a crash nothing works any more, until [`Memory::reboot`] decides what of the rest survived.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tiesmith::{Error, Identity, InputFile, Lock, OutputFile, Result, Storage, Window};
+
+/// What happens at one operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The process dies before it.
+    CrashBefore,
+    /// The process dies in it: half of a write arrives; other operations happen and are not seen to.
+    CrashIn,
+    /// It fails with this kind of error, once.
+    Once(io::ErrorKind),
+    /// It and every later one fails with this kind of error.
+    FromHere(io::ErrorKind),
+}
+
+/// What survives of what was not durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Survives {
+    /// Everything: only the process died.
+    All,
+    /// Nothing.
+    Nothing,
+    /// Names and lengths are lost; data that was written is zeros.
+    Zeros,
+    /// Data, but no name: renames, creations and removals are undone.
+    Data,
+    /// Names, but no data.
+    Names,
+}
+
+impl Survives {
+    pub const EACH: [Self; 5] = [Self::All, Self::Nothing, Self::Zeros, Self::Data, Self::Names];
+}
+
+#[derive(Clone, Default)]
+struct Node {
+    data: Vec<u8>,
+    durable: Vec<u8>,
+    time: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Entry {
+    Directory,
+    File(u64),
+}
+
+#[derive(Clone, Default)]
+struct State {
+    nodes: BTreeMap<u64, Node>,
+    names: BTreeMap<PathBuf, Entry>,
+    durable_names: BTreeMap<PathBuf, Entry>,
+    clock: u64,
+    /// Operations so far, and those among them that change something.
+    operations: u64,
+    changes: u64,
+    fault: Option<(u64, Fault)>,
+    dead: bool,
+    locked: bool,
+}
+
+/// See the module's documentation. Clones share everything.
+#[derive(Clone, Default)]
+pub struct Memory(Arc<Mutex<State>>);
+
+/// Whether an operation changes something; only those are worth crashing at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Does {
+    Look,
+    Change,
+}
+
+/// How an operation is to go on.
+enum Go {
+    On,
+    /// Do it (or half of it), then fail.
+    Die,
+}
+
+impl State {
+    fn step(&mut self, does: Does, what: &str, path: &Path) -> Result<Go> {
+        let fail = |kind: io::ErrorKind| Err(Error::io(what, path, &kind.into()));
+        if self.dead {
+            return fail(io::ErrorKind::Other);
+        }
+        self.operations += 1;
+        self.changes += u64::from(does == Does::Change);
+        match self.fault {
+            Some((at, Fault::CrashBefore)) if does == Does::Change && self.changes == at => {
+                self.dead = true;
+                fail(io::ErrorKind::Other)
+            }
+            Some((at, Fault::CrashIn)) if does == Does::Change && self.changes == at => {
+                self.dead = true;
+                Ok(Go::Die)
+            }
+            Some((at, Fault::Once(kind))) if self.operations == at => fail(kind),
+            Some((at, Fault::FromHere(kind))) if self.operations >= at => fail(kind),
+            _ => Ok(Go::On),
+        }
+    }
+
+    fn file(&self, path: &Path) -> Result<u64> {
+        match self.names.get(path) {
+            Some(Entry::File(id)) => Ok(*id),
+            Some(Entry::Directory) => Err(Error::input("a directory, not a file").at(path)),
+            None => Err(Error::input("no such file").at(path)),
+        }
+    }
+
+    fn identity(&self, id: u64) -> Identity {
+        let node = &self.nodes[&id];
+        let time = i128::from(node.time);
+        Identity { bytes: node.data.len() as u64, mtime_ns: time, ctime_ns: time, device: 1, inode: id }
+    }
+
+    fn touch(&mut self, id: u64) -> &mut Node {
+        self.clock += 1;
+        let node = self.nodes.get_mut(&id).expect("a node lives as long as its names");
+        node.time = self.clock;
+        node
+    }
+
+    fn make_directory(&mut self, path: &Path) {
+        for parent in path.ancestors() {
+            self.names.entry(parent.to_path_buf()).or_insert(Entry::Directory);
+        }
+    }
+}
+
+/// The result of an operation that went on, or an error if the process died in it.
+fn unless_dead<T>(go: &Go, value: T, path: &Path) -> Result<T> {
+    match go {
+        Go::On => Ok(value),
+        Go::Die => Err(Error::io("do anything", path, &io::ErrorKind::Other.into())),
+    }
+}
+
+impl Memory {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a durable file there.
+    pub fn put(&self, path: &str, content: &[u8]) {
+        let mut state = self.state();
+        state.make_directory(Path::new(path).parent().unwrap());
+        state.clock += 1;
+        let id = state.clock;
+        let node = Node { data: content.to_vec(), durable: content.to_vec(), time: id };
+        state.nodes.insert(id, node);
+        state.names.insert(path.into(), Entry::File(id));
+        state.durable_names = state.names.clone();
+    }
+
+    /// An independent copy, with an operation to fail at.
+    pub fn fork(&self, fault: Option<(u64, Fault)>) -> Self {
+        let state = State { operations: 0, changes: 0, fault, dead: false, locked: false, ..self.state().clone() };
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// The state after the process died, or the machine with it.
+    pub fn reboot(&self, survives: Survives) -> Self {
+        let fork = self.fork(None);
+        let mut state = fork.state();
+        if matches!(survives, Survives::Nothing | Survives::Zeros | Survives::Data) {
+            state.names = state.durable_names.clone();
+        }
+        // A directory that is gone took everything in it along.
+        let names = state.names.clone();
+        state.names.retain(|name, _| name.parent().is_none_or(|parent| names.contains_key(parent)));
+        for node in state.nodes.values_mut() {
+            match survives {
+                Survives::All | Survives::Data => {}
+                Survives::Nothing | Survives::Names => node.data.clone_from(&node.durable),
+                Survives::Zeros => {
+                    for (i, byte) in node.data.iter_mut().enumerate() {
+                        if node.durable.get(i) != Some(byte) {
+                            *byte = 0;
+                        }
+                    }
+                }
+            }
+            node.durable.clone_from(&node.data);
+        }
+        state.durable_names = state.names.clone();
+        drop(state);
+        fork
+    }
+
+    /// (operations, changes) so far.
+    pub fn counts(&self) -> (u64, u64) {
+        let state = self.state();
+        (state.operations, state.changes)
+    }
+
+    /// Every file under `dir`: its inode and content.
+    pub fn tree(&self, dir: &str) -> BTreeMap<String, (u64, Vec<u8>)> {
+        let state = self.state();
+        let file = |(path, entry): (&PathBuf, &Entry)| match (entry, path.strip_prefix(dir)) {
+            (Entry::File(id), Ok(name)) => {
+                Some((name.to_str().unwrap().to_owned(), (*id, state.nodes[id].data.clone())))
+            }
+            _ => None,
+        };
+        state.names.iter().filter_map(file).collect()
+    }
+}
+
+struct Input {
+    memory: Memory,
+    path: PathBuf,
+    id: u64,
+    identity: Identity,
+}
+
+impl InputFile for Input {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn identity_now(&self) -> Result<Identity> {
+        let mut state = self.memory.state();
+        state.step(Does::Look, "examine", &self.path)?;
+        Ok(state.identity(self.id))
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let mut state = self.memory.state();
+        state.step(Does::Look, "read", &self.path)?;
+        let data = &state.nodes[&self.id].data;
+        let range = offset as usize..offset as usize + buffer.len();
+        let bytes = data.get(range).ok_or_else(|| Error::failed("the file ends early").at(&self.path))?;
+        buffer.copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
+        window.fill(length, |buffer| self.read_at(buffer, offset))
+    }
+
+    fn prefetch(&self, _offset: u64, _length: u64) {}
+}
+
+struct Output {
+    memory: Memory,
+    path: PathBuf,
+    id: u64,
+    failure: Mutex<Option<Error>>,
+}
+
+impl Output {
+    /// Runs `operation` unless an earlier one failed, and keeps the first failure.
+    fn sticky(&self, operation: impl FnOnce(&mut State) -> Result<()>) -> Result<()> {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(error) = &*failure {
+            return Err(error.clone());
+        }
+        let result = operation(&mut self.memory.state());
+        *failure = result.as_ref().err().cloned();
+        result
+    }
+}
+
+impl OutputFile for Output {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.sticky(|state| {
+            let go = state.step(Does::Change, "write", &self.path)?;
+            let bytes = if matches!(go, Go::Die) { &bytes[..bytes.len() / 2] } else { bytes };
+            let data = &mut state.touch(self.id).data;
+            let range = offset as usize..offset as usize + bytes.len();
+            data.resize(data.len().max(range.end), 0);
+            data[range].copy_from_slice(bytes);
+            unless_dead(&go, (), &self.path)
+        })
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.sticky(|state| {
+            let go = state.step(Does::Change, "sync", &self.path)?;
+            let node = state.nodes.get_mut(&self.id).unwrap();
+            node.durable.clone_from(&node.data);
+            unless_dead(&go, (), &self.path)
+        })
+    }
+
+    fn release(&self, _offset: u64, _length: u64) {}
+}
+
+impl Memory {
+    fn output(&self, path: &Path, id: u64) -> Box<dyn OutputFile> {
+        Box::new(Output { memory: self.clone(), path: path.to_path_buf(), id, failure: Mutex::default() })
+    }
+}
+
+impl Storage for Memory {
+    fn open(&self, path: &Path) -> Result<Box<dyn InputFile>> {
+        let mut state = self.state();
+        state.step(Does::Look, "open", path)?;
+        let id = state.file(path)?;
+        let identity = state.identity(id);
+        Ok(Box::new(Input { memory: self.clone(), path: path.to_path_buf(), id, identity }))
+    }
+
+    fn read_small(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
+        let input = self.open(path)?;
+        assert!(input.identity().bytes <= limit);
+        let mut content = vec![0; input.identity().bytes as usize];
+        input.read_at(&mut content, 0)?;
+        Ok(content)
+    }
+
+    fn create(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>> {
+        let mut state = self.state();
+        let go = state.step(Does::Change, "create", path)?;
+        assert_eq!(state.names.get(path.parent().unwrap()), Some(&Entry::Directory), "{}", path.display());
+        let id = match state.names.get(path) {
+            Some(Entry::File(id)) => *id,
+            _ => {
+                state.clock += 1;
+                let id = state.clock;
+                state.nodes.insert(id, Node::default());
+                state.names.insert(path.to_path_buf(), Entry::File(id));
+                id
+            }
+        };
+        let data = &mut state.touch(id).data;
+        data.clear();
+        data.resize(length as usize, 0);
+        unless_dead(&go, (), path)?;
+        Ok(self.output(path, id))
+    }
+
+    fn reopen(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>> {
+        let mut state = self.state();
+        let go = state.step(Does::Change, "reopen", path)?;
+        let id = state.file(path)?;
+        if state.nodes[&id].data.len() as u64 != length {
+            state.touch(id).data.resize(length as usize, 0);
+        }
+        unless_dead(&go, (), path)?;
+        Ok(self.output(path, id))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        let mut state = self.state();
+        let go = state.step(Does::Change, "rename", from)?;
+        let id = state.file(from)?;
+        state.names.remove(from);
+        state.names.insert(to.to_path_buf(), Entry::File(id));
+        unless_dead(&go, (), from)
+    }
+
+    fn sync_dir(&self, path: &Path) -> Result<()> {
+        let mut state = self.state();
+        let go = state.step(Does::Change, "sync directory", path)?;
+        let here = |name: &Path| name.parent() == Some(path);
+        let entries: Vec<_> = state.names.iter().filter(|(name, _)| here(name)).map(|(n, e)| (n.clone(), *e)).collect();
+        state.durable_names.retain(|name, _| !here(name));
+        state.durable_names.extend(entries);
+        unless_dead(&go, (), path)
+    }
+
+    fn create_dir_all(&self, path: &Path) -> Result<()> {
+        let mut state = self.state();
+        let go = state.step(Does::Change, "create directory", path)?;
+        state.make_directory(path);
+        unless_dead(&go, (), path)
+    }
+
+    fn remove_file(&self, path: &Path) -> Result<()> {
+        let mut state = self.state();
+        let go = state.step(Does::Change, "remove", path)?;
+        state.names.remove(path);
+        unless_dead(&go, (), path)
+    }
+
+    fn remove_dir(&self, path: &Path) -> Result<()> {
+        let mut state = self.state();
+        let go = state.step(Does::Change, "remove directory", path)?;
+        if !state.names.keys().any(|name| name.parent() == Some(path)) {
+            state.names.remove(path);
+        }
+        unless_dead(&go, (), path)
+    }
+
+    fn list(&self, path: &Path) -> Result<Vec<OsString>> {
+        let mut state = self.state();
+        state.step(Does::Look, "list", path)?;
+        let here = state.names.keys().filter(|name| name.parent() == Some(path));
+        Ok(here.map(|name| name.file_name().unwrap().to_owned()).collect())
+    }
+
+    fn lock(&self, path: &Path) -> Result<Lock> {
+        self.create_dir_all(path.parent().unwrap())?;
+        self.create(path, 0)?;
+        let mut state = self.state();
+        assert!(!std::mem::replace(&mut state.locked, true), "one run at a time");
+        Ok(Lock::new(Held(self.clone())))
+    }
+
+    fn free_bytes(&self, path: &Path) -> Result<u64> {
+        self.state().step(Does::Look, "examine", path)?;
+        Ok(u64::MAX)
+    }
+
+    fn identity(&self, path: &Path) -> Result<Option<Identity>> {
+        let mut state = self.state();
+        state.step(Does::Look, "examine", path)?;
+        Ok(match state.names.get(path) {
+            Some(Entry::File(id)) => Some(state.identity(*id)),
+            // Every directory is its own.
+            Some(Entry::Directory) => {
+                let inode = state.names.keys().position(|name| name == path).unwrap() as u64 + (1 << 40);
+                Some(Identity { device: 1, inode, ..Identity::default() })
+            }
+            None => None,
+        })
+    }
+
+    fn is_dir(&self, path: &Path) -> bool {
+        self.state().names.get(path) == Some(&Entry::Directory)
+    }
+
+    fn is_file(&self, path: &Path) -> bool {
+        matches!(self.state().names.get(path), Some(Entry::File(_)))
+    }
+
+    fn canonical(&self, path: &Path) -> PathBuf {
+        path.to_path_buf()
+    }
+}
+
+struct Held(Memory);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.state().locked = false;
+    }
+}
