@@ -232,7 +232,7 @@ pub struct OutputArgs {
     #[arg(long)]
     pub force: bool,
 
-    /// Start an unfinished run over (as every run does in this version, which does not resume yet)
+    /// Throw an unfinished run's work away instead of going on with it
     #[arg(long)]
     pub restart: bool,
 }

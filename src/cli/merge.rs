@@ -6,13 +6,14 @@ use tiesmith::{Observer, Plan, Report, Result, Schedule, printable};
 
 use super::args::MergeArgs;
 use super::progress::Progress;
-use super::{disk, human, lower, print, print_json};
+use super::{disk, human, lower, print, print_json, signals};
 
 /// Runs the command.
 pub fn run(args: &MergeArgs) -> Result<u8> {
     let recipe = lower::recipe(args, "merge")?;
     let output = lower::output(args)?;
     let storage = disk(args.run.io);
+    signals::install();
     let progress = Progress::new(args.run.report.progress);
     let plan = Plan::new(&recipe, &storage)?;
     // Elsewhere they come with the result: a failed run's one line of error stands alone.

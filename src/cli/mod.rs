@@ -17,6 +17,7 @@ mod output;
 mod parse;
 mod plan;
 mod progress;
+mod signals;
 mod table;
 mod usage;
 
@@ -25,7 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Parser;
-use tiesmith::{Disk, Error, IoMode, Result, Storage};
+use tiesmith::{Disk, Error, ErrorKind, IoMode, Result, Storage};
 
 use args::{Cli, Command};
 use output::Out;
@@ -45,7 +46,10 @@ pub fn run(argv: impl IntoIterator<Item = OsString>) -> u8 {
         Ok(code) => code,
         Err(error) => {
             output::error(&error);
-            error.exit_code()
+            match (error.kind(), signals::received()) {
+                (ErrorKind::Interrupted, Some(signal)) => 128 + signal,
+                _ => error.exit_code(),
+            }
         }
     }
 }

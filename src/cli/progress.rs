@@ -14,7 +14,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use tiesmith::Observer;
 
-use super::{human, output};
+use super::{human, output, signals};
 
 /// What `--progress` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,6 +146,10 @@ impl Observer for Progress {
             Some(Stage { bar: Some(bar), .. }) => bar.suspend(|| (shared.sink)(&line)),
             _ => (shared.sink)(&line),
         }
+    }
+
+    fn stopped(&self) -> bool {
+        signals::received().is_some()
     }
 }
 
