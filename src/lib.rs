@@ -51,8 +51,8 @@ mod storage;
 pub use checkpoint::Checkpoint;
 pub use dtype::{Dtype, Float, dtype_name};
 pub use engine::{
-    Change, DiffOptions, DiffReport, DtypeTotal, InspectReport, Observer, OutputOptions, Report, TensorDiff,
-    TensorStats, ValueStats, diff, inspect, merge,
+    Change, Damage, DamagedFile, DiffOptions, DiffReport, DtypeTotal, InspectReport, Observer, OutputOptions, Report,
+    TensorDiff, TensorStats, ValueStats, VerifyReport, diff, inspect, merge, verify,
 };
 pub use error::{Error, ErrorKind, Result, printable};
 pub use method::{METHODS, Method, ParamKind, ParamSpec, Value};

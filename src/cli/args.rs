@@ -63,6 +63,11 @@ pub enum Command {
     /// Compare two checkpoints tensor by tensor; exit code 1 if they differ
     #[command(after_help = "Examples:\n  tiesmith diff a b\n  tiesmith diff a b --max-ulp 1")]
     Diff(DiffArgs),
+    /// Check a finished output against its manifest; exit code 1 if something is damaged
+    ///
+    /// Every file that the manifest lists is read and hashed again.
+    #[command(after_help = "Examples:\n  tiesmith verify merged\n  tiesmith verify merged --json")]
+    Verify(VerifyArgs),
     /// List the merge methods, their parameters, defaults and formulas
     Methods(MethodsArgs),
     /// Print a completion script for a shell
@@ -315,6 +320,16 @@ pub struct DiffArgs {
     /// Accept values at most N units in the last place apart, in the stored type
     #[arg(long, value_name = "N", value_parser = parse::whole)]
     pub max_ulp: Option<u64>,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// Directory that was merged into
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
 
     #[command(flatten)]
     pub report: ReportArgs,

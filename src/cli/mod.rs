@@ -20,6 +20,7 @@ mod progress;
 mod signals;
 mod table;
 mod usage;
+mod verify;
 
 use std::ffi::OsString;
 use std::sync::Arc;
@@ -60,6 +61,7 @@ fn dispatch(command: &Command) -> Result<u8> {
         Command::Plan(args) => plan::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Diff(args) => diff::run(args),
+        Command::Verify(args) => verify::run(args),
         Command::Methods(args) => methods::run(args),
         Command::Completions(args) => completions::run(args),
         Command::Man(args) => man::run(args),

@@ -1,7 +1,7 @@
 //! The engine: the only place that holds a plan and tensor bytes at once.
 //!
 //! - [`merge`]: takes the output directory, runs the passes, publishes shards and side files.
-//! - [`diff()`] and [`inspect()`] stream checkpoints without a plan.
+//! - [`diff()`] and [`inspect()`] stream checkpoints without a plan; [`verify()`] checks a finished output.
 
 mod cut;
 mod diff;
@@ -19,10 +19,12 @@ mod shard_hash;
 mod shards;
 mod side_files;
 mod slot;
+mod verify;
 mod worker;
 
 pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};
 pub use inspect::{DtypeTotal, InspectReport, TensorStats, ValueStats, inspect};
+pub use verify::{Damage, DamagedFile, VerifyReport, verify};
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -382,7 +382,9 @@ impl OutputDir {
     ) -> Result<()> {
         let written = side_files.into_iter().map(|(name, content)| self.stage(name, content));
         let mut staged = written.collect::<Result<Vec<_>>>()?;
-        let content = Content::Bytes(manifest(&staged)?);
+        let index = plan.layout.index_json().map(|index| SideFile::of(INDEX, index.as_bytes()));
+        let listed: Vec<SideFile> = staged.iter().cloned().chain(index).collect();
+        let content = Content::Bytes(manifest(&listed)?);
         // First, because it tells which of the files beside it are ours.
         staged.insert(0, self.stage(MANIFEST.into(), content)?);
         if !self.owns_final_names() {

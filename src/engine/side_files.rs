@@ -65,6 +65,14 @@ pub(super) struct SideFile {
     pub blake3: String,
 }
 
+impl SideFile {
+    /// A file with this content.
+    pub(super) fn of(name: &str, content: &[u8]) -> Self {
+        let blake3 = blake3::hash(content).to_hex().to_string();
+        Self { name: name.to_owned(), bytes: content.len() as u64, blake3 }
+    }
+}
+
 /// Everything but weights, index and manifest.
 pub(super) fn all(plan: &Plan, report: &Report, storage: &dyn Storage) -> Result<Vec<(String, Content)>> {
     let mut files = copied(plan, storage)?;

@@ -13,7 +13,7 @@ use crate::support::tensor::{Tensor, Tensors, tensors};
 
 #[test]
 fn every_verb_explains_itself() {
-    for verb in ["merge", "plan", "inspect", "diff", "methods", "completions", "man"] {
+    for verb in ["merge", "plan", "inspect", "diff", "verify", "methods", "completions", "man"] {
         let help = tiesmith([verb, "--help"]).succeeded();
         assert!(help.stdout.contains("Usage"), "{verb}\n{}", help.stdout);
         assert_eq!(help.stderr, "", "{verb}");

@@ -10,6 +10,8 @@
 //! | `bad_input` | one line, exit code 2, nothing written |
 //! | `cli` | verbs, help, reports, exit codes |
 //! | `output` | the files of a finished output |
+//! | `resume` | what becomes of an unfinished output |
+//! | `verify` | damage to a finished output is found and named |
 
 mod support;
 
@@ -21,3 +23,5 @@ mod formats;
 mod golden;
 mod methods;
 mod output;
+mod resume;
+mod verify;

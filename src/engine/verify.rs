@@ -1,0 +1,172 @@
+//! Checks a finished output against its manifest: every file that is listed is read and hashed again.
+//!
+//! Files are read by several threads, in pieces, so that the disk is the limit and memory is not.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::output::{MANIFEST, is_file_name};
+use super::{Observer, pool};
+use crate::error::{Error, Result};
+use crate::limits::MAX_MANIFEST_BYTES;
+use crate::storage::Storage;
+
+/// Bytes read at once by each thread.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// What is wrong with a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Damage {
+    /// It is not there.
+    Missing,
+    /// It has another length.
+    Length {
+        /// Bytes that were written.
+        expected: u64,
+        /// Bytes that are there.
+        found: u64,
+    },
+    /// Its bytes are others.
+    Content,
+    /// It cannot be read.
+    Unreadable {
+        /// Why.
+        message: String,
+    },
+}
+
+/// A file that is not what was written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DamagedFile {
+    /// Its name.
+    pub name: String,
+    /// What is wrong.
+    pub damage: Damage,
+}
+
+/// What [`verify()`] found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct VerifyReport {
+    /// The output directory.
+    pub dir: String,
+    /// Files listed in the manifest.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Nothing is damaged.
+    pub intact: bool,
+    /// What is damaged, in the manifest's order.
+    pub damaged: Vec<DamagedFile>,
+}
+
+/// A file as the manifest lists it.
+struct Listed {
+    name: String,
+    bytes: u64,
+    blake3: String,
+}
+
+/// Reads every file that the manifest in `dir` lists, with `threads` threads, and compares lengths and hashes.
+pub fn verify(dir: &Path, threads: usize, storage: &Arc<dyn Storage>, observer: &dyn Observer) -> Result<VerifyReport> {
+    let listed = listed(dir, &**storage)?;
+    let bytes = listed.iter().map(|file| file.bytes).sum();
+    observer.stage("verify", bytes);
+    let damaged = Mutex::new(Vec::new());
+    let mut buffers = vec![vec![0u8; PIECE_BYTES]; threads.clamp(1, listed.len().max(1))];
+    pool::run(
+        &mut buffers,
+        listed.iter(),
+        0,
+        |_| (),
+        |buffer, ordinal, file| {
+            if let Some(damage) = check(dir, file, buffer, &**storage, observer)? {
+                damaged.lock().unwrap_or_else(PoisonError::into_inner).push((ordinal, file.name.clone(), damage));
+            }
+            Ok(())
+        },
+    )?;
+    let mut damaged = damaged.into_inner().unwrap_or_else(PoisonError::into_inner);
+    damaged.sort_by_key(|(ordinal, ..)| *ordinal);
+    Ok(VerifyReport {
+        dir: dir.display().to_string(),
+        files: listed.len() as u64,
+        bytes,
+        intact: damaged.is_empty(),
+        damaged: damaged.into_iter().map(|(_, name, damage)| DamagedFile { name, damage }).collect(),
+    })
+}
+
+/// What is wrong with `file`, if anything is; an error only if the work is to stop.
+fn check(
+    dir: &Path,
+    file: &Listed,
+    buffer: &mut [u8],
+    storage: &dyn Storage,
+    observer: &dyn Observer,
+) -> Result<Option<Damage>> {
+    let path: PathBuf = dir.join(&file.name);
+    let unreadable = |error: Error| Ok(Some(Damage::Unreadable { message: error.to_string() }));
+    match storage.identity(&path) {
+        Ok(Some(_)) => {}
+        Ok(None) => return Ok(Some(Damage::Missing)),
+        Err(error) => return unreadable(error),
+    }
+    let input = match storage.open(&path) {
+        Ok(input) => input,
+        Err(error) => return unreadable(error),
+    };
+    let found = input.identity().bytes;
+    if found != file.bytes {
+        return Ok(Some(Damage::Length { expected: file.bytes, found }));
+    }
+    let (mut hasher, mut at) = (blake3::Hasher::new(), 0);
+    while at < found {
+        observer.go_on()?;
+        let part = &mut buffer[..(found - at).min(PIECE_BYTES as u64) as usize];
+        if let Err(error) = input.read_at(part, at) {
+            return unreadable(error);
+        }
+        hasher.update(part);
+        at += part.len() as u64;
+        observer.advance(part.len() as u64);
+        input.prefetch(at, 8 * PIECE_BYTES as u64);
+    }
+    Ok((hasher.finalize().to_hex().as_str() != file.blake3).then_some(Damage::Content))
+}
+
+/// The files that the manifest lists, shards first.
+fn listed(dir: &Path, storage: &dyn Storage) -> Result<Vec<Listed>> {
+    let path = dir.join(MANIFEST);
+    if storage.identity(&path).map_err(Error::as_input)?.is_none() {
+        return Err(Error::input(format!("there is no {MANIFEST}: not a finished output")).at(dir).help(
+            "name a directory that tiesmith merged into; an unfinished merge goes on when its command is run again",
+        ));
+    }
+    let content = storage.read_small(&path, MAX_MANIFEST_BYTES).map_err(Error::as_input)?;
+    let broken = |what: &str| {
+        Error::input(format!("the manifest is damaged: {what}")).at(&path).help("merge again to get a new one")
+    };
+    let manifest: Value = serde_json::from_slice(&content).map_err(|e| broken(&format!("not valid JSON: {e}")))?;
+    let one = |entry: &Value| {
+        Some(Listed {
+            name: entry["name"].as_str().filter(|name| is_file_name(name))?.to_owned(),
+            bytes: entry["bytes"].as_u64()?,
+            blake3: entry["blake3"].as_str()?.to_owned(),
+        })
+    };
+    let mut files = Vec::new();
+    for list in ["shards", "side_files"] {
+        let entries = manifest[list].as_array().ok_or_else(|| broken(&format!("it has no {list:?}")))?;
+        for (index, entry) in entries.iter().enumerate() {
+            files.push(one(entry).ok_or_else(|| broken(&format!("entry {} of {list:?} makes no sense", index + 1)))?);
+        }
+    }
+    if files.iter().try_fold(0u64, |sum, file| sum.checked_add(file.bytes)).is_none() {
+        return Err(broken("its files have more than 2^64 bytes"));
+    }
+    Ok(files)
+}

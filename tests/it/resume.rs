@@ -1,0 +1,345 @@
+//! What becomes of an unfinished output: it goes on, or a sentence says why not and nothing is touched.
+
+#![cfg(unix)]
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, FileTimes};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::support::family::{Family, Saved, Spec, text};
+use crate::support::files::{read_checkpoint, read_tree};
+use crate::support::oracle::Recipe;
+use crate::support::run::{Outcome, command, run};
+
+const FLAGS: [&str; 5] = ["--max-shard-size=50KB", "--threads=1", "--scope=tensor", "--progress=none", "--json"];
+
+/// Three tensors that fill a shard each, and one that is larger than the limit of [`interrupted`].
+fn family() -> Family {
+    let shapes = [("a", 10_000), ("b", 11_000), ("c", 12_000), ("z", 210_000)];
+    Spec { shapes: shapes.map(|(name, length)| (name, vec![length])).to_vec(), ..Spec::default() }.family()
+}
+
+fn merge(saved: &Saved, recipe: &Recipe, extra: &[&str]) -> Command {
+    let mut merge = command();
+    merge.arg("merge").args(saved.inputs(recipe)).args(recipe.args()).args(FLAGS).args(extra);
+    merge.args(["--out", &text(&saved.path("out"))]);
+    merge
+}
+
+fn again(saved: &Saved, extra: &[&str]) -> Outcome {
+    run(merge(saved, &recipe(), extra))
+}
+
+fn recipe() -> Recipe {
+    Recipe { scope: crate::support::oracle::Scope::Tensor, ..Recipe::default() }
+}
+
+/// A run that fails at the fourth shard, because files may not become that long; the first three are finished.
+fn interrupted(saved: &Saved, extra: &[&str]) {
+    let merge = merge(saved, &recipe(), extra);
+    let mut shell = Command::new("sh");
+    shell.args(["-c", r#"ulimit -f 800; exec "$@""#, "sh"]).arg(merge.get_program()).args(merge.get_args());
+    let outcome = run(shell);
+    assert!(outcome.error_line(1).contains("model-00004-of-00004.safetensors"), "{}", outcome.stderr);
+}
+
+fn unfinished() -> (Family, Saved) {
+    let family = family();
+    let saved = family.save();
+    interrupted(&saved, &[]);
+    (family, saved)
+}
+
+/// All files of the output but the lock, which names the last process.
+fn tree(saved: &Saved) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut tree = read_tree(&saved.path("out"));
+    tree.remove(Path::new(".tiesmith/lock"));
+    tree
+}
+
+fn shard(saved: &Saved, number: usize) -> PathBuf {
+    saved.path(&format!("out/model-{number:05}-of-00004.safetensors"))
+}
+
+/// Fails unless the output is finished and right.
+#[track_caller]
+fn finished(family: &Family, saved: &Saved) {
+    assert!(read_checkpoint(&saved.path("out")) == family.expected(&recipe()).tensors);
+    assert!(!saved.path("out/.tiesmith").exists());
+}
+
+#[test]
+fn what_is_finished_stays_and_the_report_says_so() {
+    let (family, saved) = unfinished();
+    let clean = saved.path("clean");
+    let mut undisturbed = merge(&saved, &recipe(), &[]);
+    undisturbed.args(["--out", &text(&clean)]);
+    let expected = run(undisturbed).succeeded().json();
+    let before: Vec<_> = (1..=3).map(|n| fs::metadata(shard(&saved, n)).unwrap()).collect();
+    let report = again(&saved, &[]).succeeded().json();
+    finished(&family, &saved);
+    for (number, before) in (1..).zip(before) {
+        let after = fs::metadata(shard(&saved, number)).unwrap();
+        assert_eq!((after.ino(), after.modified().unwrap()), (before.ino(), before.modified().unwrap()));
+    }
+    assert!(report["resumed"] == true && report["chunks_reused"] == 3, "{report}");
+    for same in ["kept_fraction", "sign_conflict_fraction", "bytes_read", "bytes_written", "tensors", "elements"] {
+        assert_eq!(report[same], expected[same], "{same}");
+    }
+}
+
+#[test]
+fn another_recipe_is_refused_by_the_name_of_the_setting() {
+    let (family, saved) = unfinished();
+    let before = tree(&saved);
+    let cases: [(Recipe, &[&str], &str); 5] = [
+        (Recipe { density: 0.5, ..recipe() }, &[], "density"),
+        (Recipe { lambda: 0.5, ..recipe() }, &[], "lambda"),
+        (recipe(), &["--seed=4"], "seed"),
+        (recipe(), &["--max-shard-size=60KB"], "max_shard_bytes"),
+        (recipe(), &["--exclude=b"], "exclude"),
+    ];
+    for (recipe, extra, named) in cases {
+        let outcome = run(merge(&saved, &recipe, extra));
+        let line = outcome.refusal();
+        assert!(line.contains(named) && line.contains("--restart"), "{line}");
+        assert!(before == tree(&saved), "{named}: a refused run changed something");
+    }
+    let fewer = Recipe { ..recipe() };
+    let mut fewer = merge(&saved, &fewer, &["--model", &text(&saved.signs)]);
+    fewer.arg("--json");
+    assert!(run(fewer).refusal().contains("number of models was 3, now 4"));
+    again(&saved, &["--threads=2", "--memory=100MB", "--io=mmap"]).succeeded();
+    finished(&family, &saved);
+}
+
+#[test]
+fn restart_starts_over_with_whatever_is_asked() {
+    let (family, saved) = unfinished();
+    let other = Recipe { density: 0.7, ..recipe() };
+    let report = run(merge(&saved, &other, &["--restart", "--max-shard-size=10MB"])).succeeded().json();
+    assert!(report["resumed"] == false && report["chunks_reused"] == 0);
+    assert!(read_checkpoint(&saved.path("out")) == family.expected(&other).tensors);
+    assert!(!shard(&saved, 1).exists(), "shards of the other cut are left");
+}
+
+/// Sets the modification time of `to` to that of `from`.
+fn copy_time(from: &fs::Metadata, to: &Path) {
+    let times = FileTimes::new().set_modified(from.modified().unwrap());
+    File::options().append(true).open(to).unwrap().set_times(times).unwrap();
+}
+
+#[test]
+fn changed_inputs_are_refused_by_name() {
+    type Change = fn(&Path);
+    let changes: [(&str, Change); 10] = [
+        ("a byte, the time put back", |path| {
+            let metadata = fs::metadata(path).unwrap();
+            let mut content = fs::read(path).unwrap();
+            *content.last_mut().unwrap() ^= 1;
+            fs::write(path, content).unwrap();
+            copy_time(&metadata, path);
+        }),
+        ("a byte", |path| {
+            let mut content = fs::read(path).unwrap();
+            *content.last_mut().unwrap() ^= 1;
+            fs::write(path, content).unwrap();
+        }),
+        ("touched", |path| {
+            drop(File::options().append(true).open(path).unwrap().set_modified(std::time::SystemTime::now()))
+        }),
+        ("made older", |path| {
+            let then = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+            File::options().append(true).open(path).unwrap().set_modified(then).unwrap();
+        }),
+        ("replaced by a copy, the time put back", |path| {
+            let metadata = fs::metadata(path).unwrap();
+            let copy = path.with_extension("copy");
+            fs::copy(path, &copy).unwrap();
+            fs::rename(&copy, path).unwrap();
+            copy_time(&metadata, path);
+        }),
+        ("cut off", |path| File::options().write(true).open(path).unwrap().set_len(1000).unwrap()),
+        ("emptied", |path| fs::write(path, "").unwrap()),
+        ("longer", |path| {
+            let mut content = fs::read(path).unwrap();
+            content.extend([0; 8]);
+            fs::write(path, content).unwrap();
+        }),
+        ("removed", |path| fs::remove_file(path).unwrap()),
+        ("permissions changed", |path| {
+            let mut permissions = fs::metadata(path).unwrap().permissions();
+            permissions.set_readonly(true);
+            fs::set_permissions(path, permissions).unwrap();
+        }),
+    ];
+    let (_, saved) = unfinished();
+    for (number, (what, change)) in changes.into_iter().enumerate() {
+        // A fresh unfinished run each time: a change cannot be taken back.
+        let fresh;
+        let saved = if number == 0 {
+            &saved
+        } else {
+            fresh = unfinished().1;
+            &fresh
+        };
+        let before = tree(saved);
+        let input = saved.models[0].join("model.safetensors");
+        change(&input);
+        let outcome = again(saved, &[]);
+        let line = outcome.refusal();
+        assert!(line.contains("model1"), "{what}: {line}");
+        assert!(before == tree(saved), "{what}: a refused run changed something");
+    }
+}
+
+#[test]
+fn inputs_that_were_only_moved_are_the_same_inputs() {
+    let (family, mut saved) = unfinished();
+    let moved = saved.path("elsewhere");
+    fs::rename(&saved.models[1], &moved).unwrap();
+    saved.models[1] = moved;
+    assert!(again(&saved, &[]).succeeded().json()["resumed"] == true);
+    finished(&family, &saved);
+}
+
+#[test]
+fn damage_to_what_is_kept_never_reaches_the_output() {
+    type Damage = fn(&Path);
+    let damages: [(&str, Damage); 7] = [
+        ("a flipped bit", |path| {
+            let mut content = fs::read(path).unwrap();
+            let middle = content.len() / 2;
+            content[middle] ^= 4;
+            fs::write(path, content).unwrap();
+        }),
+        ("a flipped bit in the header", |path| {
+            let mut content = fs::read(path).unwrap();
+            content[20] ^= 1;
+            fs::write(path, content).unwrap();
+        }),
+        ("cut off", |path| File::options().write(true).open(path).unwrap().set_len(30_000).unwrap()),
+        ("emptied", |path| fs::write(path, "").unwrap()),
+        ("longer", |path| File::options().write(true).open(path).unwrap().set_len(900_000).unwrap()),
+        ("removed", |path| fs::remove_file(path).unwrap()),
+        ("zeros", |path| fs::write(path, vec![0; fs::metadata(path).unwrap().len() as usize]).unwrap()),
+    ];
+    for (what, damage) in damages {
+        let (family, saved) = unfinished();
+        damage(&shard(&saved, 2));
+        let report = again(&saved, &[]).succeeded().json();
+        assert!(report["chunks_reused"].as_u64() >= Some(2), "{what}: {report}");
+        finished(&family, &saved);
+    }
+}
+
+#[test]
+fn a_damaged_journal_is_refused_and_a_cut_one_costs_work_only() {
+    let journal = |saved: &Saved| saved.path("out/.tiesmith/journal");
+    // What is damaged, and whether the run can go on all the same.
+    type Damage = fn(Vec<u8>) -> Vec<u8>;
+    let damages: [(&str, bool, Damage); 8] = [
+        ("a bit of the first record", false, |mut j| {
+            j[60] ^= 1;
+            j
+        }),
+        ("a bit of the name", false, |mut j| {
+            j[0] ^= 1;
+            j
+        }),
+        ("a record missing", false, |j| {
+            let starts: Vec<usize> = (0..j.len() - 4).filter(|&at| &j[at..at + 4] == b"TSR\n").collect();
+            [&j[..starts[1]], &j[starts[2]..]].concat()
+        }),
+        ("a bit of the last byte", true, |mut j| {
+            *j.last_mut().unwrap() ^= 1;
+            j
+        }),
+        ("the tail cut off", true, |j| j[..j.len() - 30].to_vec()),
+        ("zeros behind", true, |mut j| {
+            j.resize(j.len() + 5000, 0);
+            j
+        }),
+        ("rubbish behind", true, |mut j| {
+            j.extend(b"TSR\nrubbish of some length, but no record");
+            j
+        }),
+        ("the first record only", true, |j| {
+            let second = (17..j.len() - 4).find(|&at| &j[at..at + 4] == b"TSR\n").unwrap();
+            j[..second].to_vec()
+        }),
+    ];
+    for (what, goes_on, damage) in damages {
+        let (family, saved) = unfinished();
+        let content = fs::read(journal(&saved)).unwrap();
+        fs::write(journal(&saved), damage(content)).unwrap();
+        let before = tree(&saved);
+        let outcome = again(&saved, &[]);
+        if goes_on {
+            outcome.succeeded();
+        } else {
+            let line = outcome.refusal();
+            assert!(line.contains("journal") && line.contains("--restart"), "{what}: {line}");
+            assert!(before == tree(&saved), "{what}: a refused run changed something");
+            again(&saved, &["--restart"]).succeeded();
+        }
+        finished(&family, &saved);
+    }
+}
+
+#[test]
+fn foreign_files_are_never_removed() {
+    let (family, saved) = unfinished();
+    let note = saved.path("out/notes.txt");
+    fs::write(&note, "mine").unwrap();
+    again(&saved, &[]).succeeded();
+    finished(&family, &saved);
+    fs::write(saved.path("out/model-00009-of-00009.safetensors"), "mine").unwrap();
+    again(&saved, &["--force", "--max-shard-size=10MB"]).succeeded();
+    finished(&family, &saved);
+    assert_eq!(fs::read_to_string(&note).unwrap(), "mine");
+    assert_eq!(fs::read_to_string(saved.path("out/model-00009-of-00009.safetensors")).unwrap(), "mine");
+    assert!(!shard(&saved, 1).exists(), "shards of the replaced output are left");
+    // A model that somebody put beside an unfinished run is not taken for its own.
+    let (_, saved) = unfinished();
+    fs::write(saved.path("out/model.safetensors"), "mine").unwrap();
+    for extra in [&[][..], &["--force"], &["--restart"]] {
+        again(&saved, extra).refusal();
+    }
+    assert_eq!(fs::read_to_string(saved.path("out/model.safetensors")).unwrap(), "mine");
+}
+
+#[test]
+fn a_replaced_output_loses_its_side_files_but_not_those_that_were_edited() {
+    let family = family();
+    let saved = family.save();
+    for name in ["chat_template.jinja", "tokenizer.json", "merges.txt"] {
+        fs::write(saved.base.join(name), name).unwrap();
+    }
+    again(&saved, &[]).succeeded();
+    for name in ["chat_template.jinja", "tokenizer.json", "merges.txt"] {
+        fs::remove_file(saved.base.join(name)).unwrap();
+    }
+    fs::write(saved.base.join("tokenizer.json"), "of the new output").unwrap();
+    fs::write(saved.path("out/merges.txt"), "edited").unwrap();
+    again(&saved, &["--force"]).succeeded();
+    finished(&family, &saved);
+    assert!(!saved.path("out/chat_template.jinja").exists(), "a stale chat template is left");
+    assert_eq!(fs::read_to_string(saved.path("out/tokenizer.json")).unwrap(), "of the new output");
+    assert_eq!(fs::read_to_string(saved.path("out/merges.txt")).unwrap(), "edited");
+}
+
+#[test]
+fn an_interrupted_replacement_keeps_the_old_output_and_goes_on_with_force() {
+    let family = family();
+    let saved = family.save();
+    let older = Recipe { density: 0.9, ..recipe() };
+    run(merge(&saved, &older, &[])).succeeded();
+    interrupted(&saved, &["--force"]);
+    assert!(read_checkpoint(&saved.path("out")) == family.expected(&older).tensors, "the old output is gone");
+    assert!(again(&saved, &[]).refusal().contains("--force"));
+    assert!(again(&saved, &["--force"]).succeeded().json()["resumed"] == true);
+    finished(&family, &saved);
+}
