@@ -51,11 +51,12 @@ pub use checkpoint::Checkpoint;
 pub use dtype::{Dtype, Float, dtype_name};
 pub use engine::{
     Change, DiffOptions, DiffReport, DtypeTotal, InspectReport, Observer, OutputOptions, Report, TensorDiff,
-    TensorStats, ValueStats, diff, inspect, merge,
+    TensorStats, ValueStats, diff, inspect, is_finished, merge,
 };
 pub use error::{Error, ErrorKind, Result, printable};
 pub use method::{METHODS, Method, ParamKind, ParamSpec, Value};
 pub use plan::{InputSummary, PassSummary, Plan, PlanSummary, Run, Schedule, Spread};
+pub use recipe::mergekit;
 pub use recipe::{
     BaseLayers, Case, Filter, LayerSource, Missing, ModelInput, NonFinite, Overflow, Params, Recipe, Scope, Setting,
     Slice, ThresholdKind, TrimTies,

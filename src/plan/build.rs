@@ -89,16 +89,15 @@ fn check_request(recipe: &Recipe) -> Result<()> {
         true => vec![recipe.models.len()],
         false => recipe.slices.iter().map(|slice| slice.sources.len()).collect(),
     };
-    let accepted = method.models();
-    if let Some(count) = counts.into_iter().find(|count| !accepted.contains(count)) {
-        let (least, most) = accepted.into_inner();
-        let wanted = match (least, most) {
-            (least, most) if least == most => format!("exactly {least}"),
-            (least, usize::MAX) => format!("at least {least}"),
-            (least, most) => format!("{least} to {most}"),
+    let (fewest, most) = method.models();
+    if let Some(given) = counts.into_iter().find(|count| !(fewest..=most).contains(count)) {
+        let wanted = match (fewest, most) {
+            (fewest, usize::MAX) => format!("at least {fewest}"),
+            (fewest, most) if fewest == most => fewest.to_string(),
+            (fewest, most) => format!("{fewest} to {most}"),
         };
-        return Err(Error::usage(format!("{} merges {wanted} models at a time, not {count}", method.name()))
-            .help("base does not count"));
+        return Err(Error::usage(format!("{} merges {wanted} models, but {given} are given", method.name()))
+            .help("'tiesmith methods' says what each method takes"));
     }
     if method.needs_base() && recipe.base.is_none() {
         return Err(Error::usage(format!("{} works on task vectors and needs a base checkpoint", method.name()))

@@ -10,6 +10,7 @@
 //! | `bad_input` | one line, exit code 2, nothing written |
 //! | `cli` | verbs, help, reports, exit codes |
 //! | `output` | the files of a finished output |
+//! | `recipes` | recipe files, against the outputs of mergekit and against flags |
 
 mod support;
 
@@ -21,3 +22,4 @@ mod formats;
 mod golden;
 mod methods;
 mod output;
+mod recipes;
