@@ -151,6 +151,8 @@ pub struct Recipe {
     pub slices: Vec<Slice>,
     /// Whether a head that a checkpoint lacks is its input embedding.
     pub tied_heads: bool,
+    /// Whether embeddings and heads of models with longer vocabularies are cropped.
+    pub crop_vocabulary: bool,
     /// Where one trim threshold applies.
     pub scope: Scope,
     /// How it is found.
@@ -189,6 +191,7 @@ impl Default for Recipe {
             required: BTreeSet::new(),
             slices: Vec::new(),
             tied_heads: false,
+            crop_vocabulary: false,
             scope: Scope::default(),
             threshold: ThresholdKind::default(),
             trim_ties: TrimTies::default(),

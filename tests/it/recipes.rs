@@ -82,6 +82,7 @@ impl Place {
 
     /// The one line with which `recipe` is refused; nothing is written.
     fn refusal(&self, recipe: &str, extra: &[&str]) -> String {
+        let _ = fs::remove_dir_all(self.path("out"));
         self.write("recipe.yml", recipe);
         let outcome = self.tiesmith(&[&["merge", "recipe.yml", "--out", "out"], extra].concat());
         assert!(!self.path("out").exists());
@@ -301,6 +302,50 @@ fn a_head_that_is_not_stored_is_the_embedding() {
     // Stored by base alone.
     let base = place.model("base", 1, 1);
     assert!(place.merge(recipe, &[])[head] == moved(&base[head], &a["model.embed_tokens.weight"], 0.5));
+}
+
+/// `tensors` with `rows` rows of zeros more in its vocabulary.
+fn with_longer_vocabulary(tensors: &Tensors, rows: usize) -> Tensors {
+    let mut longer = tensors.clone();
+    for name in ["model.embed_tokens.weight", "lm_head.weight"] {
+        let tensor = &tensors[name];
+        let mut values = tensor.f32s();
+        values.extend(vec![0.0; rows * tensor.shape[1]]);
+        longer.insert(name.into(), Tensor::floats(Dtype::F32, &[tensor.shape[0] + rows, tensor.shape[1]], &values));
+    }
+    longer
+}
+
+#[test]
+fn vocabularies_of_different_size_are_cropped_with_a_warning() {
+    let place = Place::new();
+    let (base, a) = (place.model("base", 1, 1), place.model("a", 1, 2));
+    let ties = "merge_method: task_arithmetic\nbase_model: base\nmodels:\n- {model: a, parameters: {weight: 1}}\n";
+    let expected = place.merge(ties, &[]);
+    place.save("a", &with_longer_vocabulary(&a, 3), 1);
+    assert_eq!(differences(&expected, &place.merge(ties, &[])), "");
+    let report = place.tiesmith(&["merge", "recipe.yml", "--out", "again", "--json"]).succeeded().json();
+    let warnings = report["warnings"].to_string();
+    assert!(warnings.contains("model 1 (a) has 9 rows, of which the first 6 are merged"), "{warnings}");
+    let plan = place.tiesmith(&["plan", "recipe.yml", "--json"]).succeeded().json();
+    assert_eq!(plan["bytes_read"], report["bytes_read"]);
+
+    // An average is as long as its shortest model, and config.json follows.
+    place.save("base", &with_longer_vocabulary(&base, 5), 1);
+    let average = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: base}]\n";
+    place.model("c", 1, 2);
+    let merged = place.merge(average, &[]);
+    assert_eq!(merged["lm_head.weight"].shape, [9, 4]);
+    let config =
+        fs::read_to_string(place.path("a/config.json")).unwrap().replace("\"vocab_size\":6", "\"vocab_size\":9");
+    fs::write(place.path("a/config.json"), config).unwrap();
+    let merged = place.merge(&average.replace("model: base", "model: c"), &[]);
+    assert_eq!(merged["model.embed_tokens.weight"].shape, [6, 4]);
+    assert_eq!(read_json(&place.path("out/config.json"))["vocab_size"], 6);
+
+    // A model with fewer rows than base cannot be subtracted, and other tensors are never cropped.
+    let refusal = place.refusal(&ties.replace("model: a", "model: c"), &[]);
+    assert!(refusal.contains("shape [11, 4], but model 1 (c) has shape [6, 4]"), "{refusal}");
 }
 
 #[test]

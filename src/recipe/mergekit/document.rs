@@ -88,6 +88,7 @@ pub(super) fn read(reader: Reader<'_>, node: &Node) -> Result<Document> {
         dtype: dtype(reader, &fields)?,
         required: settings::required(method).collect(),
         tied_heads: true,
+        crop_vocabulary: true,
         ..Recipe::default()
     };
     let settings = Settings { reader, method };
