@@ -55,7 +55,7 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
     let float = recipe.dtype.or_else(|| commonest_float(&tensors));
     let vocabulary = vocabulary(&tensors, &checkpoints[base.unwrap_or(first_model)]);
     let layout = Layout::new(tensors.iter().map(output_tensor), recipe.max_shard_bytes)?;
-    let fingerprint = fingerprint(recipe, &checkpoints);
+    let fingerprint = fingerprint(recipe, &checkpoints, &params, &tensors);
     Ok(Plan {
         recipe: recipe.clone(),
         method,
@@ -145,7 +145,7 @@ fn commonest_float(tensors: &[PlannedTensor]) -> Option<Float> {
 }
 
 /// BLAKE3 over everything that decides output bytes, as far as it is known without reading tensor data.
-fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint]) -> String {
+fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint], params: &[ParamSet], tensors: &[PlannedTensor]) -> String {
     // What a checkpoint is called says nothing about its content, so a moved input keeps the fingerprint.
     let mut nameless = recipe.clone();
     nameless.base = nameless.base.map(|_| String::new());
@@ -161,6 +161,15 @@ fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint]) -> String {
             hasher.update(&file.header_hash);
             hasher.update(&identity.bytes.to_le_bytes());
             hasher.update(&identity.mtime_ns.to_le_bytes());
+        }
+    }
+    // Where parameters go by layers, and slices by stacks, `config.json` has its say too.
+    if params.len() > 1 || !recipe.slices.is_empty() {
+        for tensor in tensors {
+            hasher.update(&(tensor.name.len() as u64).to_le_bytes());
+            hasher.update(tensor.name.as_bytes());
+            hasher
+                .update(serde_json::to_string(&params[tensor.params as usize].settings).unwrap_or_default().as_bytes());
         }
     }
     hasher.finalize().to_hex().to_string()

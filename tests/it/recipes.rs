@@ -457,3 +457,34 @@ fn the_manifest_says_which_tensors_have_which_parameters() {
     let recorded = &manifest["recipe"]["models"][0]["params"]["weight"];
     assert_eq!(recorded[0], json!({"filter": "mlp", "value": 2.0}));
 }
+
+/// The contents of the ```yaml blocks of a page.
+fn examples(page: &str) -> Vec<String> {
+    let text = fs::read_to_string(repository(page)).unwrap();
+    let blocks = text.split("```yaml\n").skip(1);
+    blocks.map(|block| block.split("```").next().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn examples_in_the_docs() {
+    let place = Place::new();
+    for (seed, name) in [(1, "base"), (2, "chat"), (3, "code"), (4, "math")] {
+        place.model(name, 4, seed);
+    }
+    let pages = ["docs/recipes.md", "docs/from-mergekit.md", "README.md"];
+    let examples: Vec<String> = pages.iter().flat_map(|page| examples(page)).collect();
+    assert!(examples.len() >= 10);
+    for example in &examples {
+        let _ = fs::remove_dir_all(place.path("out.parts"));
+        assert!(!place.merge(example, &[]).is_empty(), "{example}");
+    }
+}
+
+#[test]
+fn the_refusal_in_the_docs_is_the_programs() {
+    let place = Place::new();
+    let recipe = "merge_method: ties\nbase_model: b\nmodels:\n- model: m\n  parameters: {weight: 1}\nparamters: {}\n";
+    let refusal = place.refusal(recipe, &[]);
+    let page = fs::read_to_string(repository("docs/recipes.md")).unwrap();
+    assert!(page.contains(&refusal), "{refusal}");
+}
