@@ -52,11 +52,12 @@ pub use checkpoint::Checkpoint;
 pub use dtype::{Dtype, Float, dtype_name};
 pub use engine::{
     Change, Damage, DamagedFile, DiffOptions, DiffReport, DtypeTotal, InspectReport, Observer, OutputOptions, Report,
-    TensorDiff, TensorStats, ValueStats, VerifyReport, diff, inspect, merge, verify,
+    TensorDiff, TensorStats, ValueStats, VerifyReport, diff, inspect, is_finished, merge, verify,
 };
 pub use error::{Error, ErrorKind, Result, printable};
 pub use method::{METHODS, Method, ParamKind, ParamSpec, Value};
 pub use plan::{InputSummary, PassSummary, Plan, PlanSummary, Run, Schedule, Spread};
+pub use recipe::mergekit;
 pub use recipe::{
     BaseLayers, Case, Filter, LayerSource, Missing, ModelInput, NonFinite, Overflow, Params, Recipe, Scope, Setting,
     Slice, ThresholdKind, TrimTies,

@@ -17,6 +17,14 @@ pub const MAX_SIDE_FILE_BYTES: u64 = 256_000_000;
 
 /// Longest accepted manifest in bytes: ten thousand listed units of a hundred models, and room to spare.
 pub const MAX_MANIFEST_BYTES: u64 = 256_000_000;
+/// Longest recipe file in bytes.
+pub const MAX_RECIPE_BYTES: u64 = 1 << 20;
+/// Most values in a recipe file, with aliases written out.
+pub const MAX_RECIPE_NODES: u64 = 100_000;
+/// Deepest nesting in a recipe file: the language itself needs about ten levels.
+pub const MAX_RECIPE_DEPTH: usize = 64;
+/// Most documents in a recipe file.
+pub const MAX_RECIPE_DOCUMENTS: usize = 1_000;
 
 /// Most models in one merge: each needs a tile in every worker.
 pub const MAX_MODELS: usize = 128;

@@ -14,7 +14,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("storage", &["limits", "error"]),
     ("checkpoint", &["storage", "dtype", "limits", "error"]),
     ("method", &["kernels", "sketch", "dtype", "error"]),
-    ("recipe", &["method", "dtype", "error"]),
+    ("recipe", &["method", "dtype", "limits", "error"]),
     ("plan", &["recipe", "checkpoint", "method", "storage", "dtype", "limits", "error"]),
     ("journal", &["storage", "limits", "error"]),
     (

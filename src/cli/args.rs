@@ -3,10 +3,12 @@
 //! Names of methods and words of method parameters are taken from the registry of methods, so that help, validation
 //! and shell completions cannot disagree with it.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use tiesmith::{
     Float, IoMode, METHODS, Missing, ModelInput, NonFinite, Overflow, ParamKind, Scope, ThresholdKind, TrimTies,
 };
@@ -42,6 +44,8 @@ Examples:
     tiesmith merge --base llama --model chat,weight=2 --model code,density=40% --out merged
   As mergekit trims: one threshold per tensor
     tiesmith merge --base llama --model chat --model code --scope tensor --out merged
+  What a recipe file says, in more memory
+    tiesmith merge recipe.yml --memory 8GiB --out merged
   Average three fine-tunes, no base needed
     tiesmith merge --method linear --model a --model b --model c --out soup
   Merge the attention only, in 1 GiB of memory
@@ -78,12 +82,40 @@ pub enum Command {
     Man(ManArgs),
 }
 
+impl Cli {
+    /// Parses `argv`, and notes which options of a merge it holds.
+    pub fn read(argv: &[OsString]) -> Result<Self, clap::Error> {
+        let mut command = Self::command();
+        let matches = command.try_get_matches_from_mut(argv)?;
+        let mut cli = Self::from_arg_matches(&matches).map_err(|e| e.format(&mut command))?;
+        if let (Command::Merge(args) | Command::Plan(args), Some((_, matches))) =
+            (&mut cli.command, matches.subcommand())
+        {
+            args.given = given(matches);
+        }
+        Ok(cli)
+    }
+}
+
+fn given(matches: &ArgMatches) -> Vec<String> {
+    let ids = matches.ids().map(clap::Id::as_str);
+    // Groups of arguments have ids too, and no value of their own.
+    let given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    ids.filter(given).map(str::to_owned).collect()
+}
+
 /// Inputs and options of `merge` and `plan`.
 #[derive(Debug, Args)]
 pub struct MergeArgs {
-    // Recipe files come later: until then a positional argument gets an explanation instead of "unexpected".
-    #[arg(hide = true, value_name = "RECIPE")]
-    pub positional: Vec<String>,
+    /// A recipe file in mergekit's language, instead of --base, --model and --method; other options override it
+    ///
+    /// See docs/recipes.md. It may hold several named documents, of which later ones use the outputs of earlier ones.
+    #[arg(value_name = "RECIPE.yml", conflicts_with_all = ["base", "models", "method"])]
+    pub recipe: Option<String>,
+
+    /// Options that were given, not filled in.
+    #[arg(skip)]
+    pub given: Vec<String>,
 
     #[command(flatten)]
     pub inputs: InputArgs,
@@ -215,6 +247,10 @@ pub struct OutputArgs {
     /// Directory of the merged checkpoint
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+
+    /// Where the documents of a recipe file are made that others use [default: DIR.parts]
+    #[arg(long, value_name = "PARTS", requires = "recipe")]
+    pub parts: Option<PathBuf>,
 
     /// Element type of the output [default: as the base stores it]
     ///
@@ -399,7 +435,6 @@ fn words(param: &str) -> PossibleValuesParser {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_definition_is_consistent() {

@@ -8,14 +8,13 @@ use super::args::MergeArgs;
 
 /// The recipe that `args` describe.
 pub fn recipe(args: &MergeArgs, verb: &str) -> Result<Recipe> {
-    refuse_positional(&args.positional)?;
     let example = match verb {
         "merge" => "tiesmith merge --base BASE --model A --model B --out DIR",
         _ => "tiesmith plan --base BASE --model A --model B",
     };
     if args.inputs.models.is_empty() {
         return Err(Error::usage("nothing to merge: no --model is given")
-            .help(format!("name the base and the fine-tuned models, as in '{example}'")));
+            .help(format!("name the base and the fine-tuned models, as in '{example}', or a recipe file")));
     }
     let mut recipe = Recipe {
         method: args.method.method.clone(),
@@ -35,17 +34,7 @@ pub fn recipe(args: &MergeArgs, verb: &str) -> Result<Recipe> {
         max_shard_bytes: args.output.max_shard_size,
         ..Recipe::default()
     };
-    let word = |word: &Option<String>| word.clone().map(Value::Word);
-    let given = [
-        ("lambda", args.method.lambda.map(Value::Number)),
-        ("density", args.trim.density.map(Value::Number)),
-        ("elect", word(&args.method.elect)),
-        ("combine", word(&args.method.combine)),
-        ("zero_sum", word(&args.method.zero_sum)),
-    ];
-    for (name, value) in given {
-        recipe.params.extend(value.map(|value| (name.to_string(), value.into())));
-    }
+    recipe.params.extend(method_params(args).map(|(name, value)| (name.to_string(), value.into())));
     Ok(recipe)
 }
 
@@ -63,13 +52,51 @@ pub fn output(args: &MergeArgs) -> Result<OutputOptions> {
     Ok(OutputOptions { dir, force: args.output.force, restart: args.output.restart })
 }
 
-fn refuse_positional(positional: &[String]) -> Result<()> {
-    let Some(first) = positional.first() else {
-        return Ok(());
-    };
-    let recipe = first.ends_with(".yml") || first.ends_with(".yaml");
-    let what = if recipe { "recipe files are not supported in this version" } else { "unexpected argument" };
-    Err(Error::usage(format!("{what}: '{first}'")).help("name the inputs with --base CKPT and --model CKPT"))
+/// What the command line says beside a recipe file goes before what the file says.
+pub fn override_recipe(recipe: &mut Recipe, args: &MergeArgs) -> Result<()> {
+    let given = |name: &str| args.given.iter().any(|id| id == name);
+    let (trim, method, output, inputs) = (&args.trim, &args.method, &args.output, &args.inputs);
+    if given("scope") {
+        recipe.scope = trim.scope;
+    }
+    if given("threshold") {
+        recipe.threshold = trim.threshold;
+    }
+    if given("trim_ties") {
+        recipe.trim_ties = trim.trim_ties;
+    }
+    if given("seed") {
+        recipe.seed = method.seed;
+    }
+    recipe.sign_from = method.sign_from.clone();
+    recipe.dtype = output.dtype.or(recipe.dtype);
+    recipe.include = inputs.include.clone();
+    recipe.exclude = inputs.exclude.clone();
+    recipe.missing = inputs.missing;
+    recipe.non_finite = inputs.non_finite;
+    recipe.overflow = output.overflow;
+    recipe.max_shard_bytes = output.max_shard_size;
+    for (name, value) in method_params(args) {
+        if !recipe.method()?.params().iter().any(|spec| spec.name == name) {
+            let flag = name.replace('_', "-");
+            return Err(Error::usage(format!("the recipe's method {} has no --{flag}", recipe.method)));
+        }
+        recipe.set_everywhere(name, value);
+    }
+    Ok(())
+}
+
+/// The parameters of the method that options set.
+fn method_params(args: &MergeArgs) -> impl Iterator<Item = (&'static str, Value)> {
+    let word = |word: &Option<String>| word.clone().map(Value::Word);
+    let given = [
+        ("lambda", args.method.lambda.map(Value::Number)),
+        ("density", args.trim.density.map(Value::Number)),
+        ("elect", word(&args.method.elect)),
+        ("combine", word(&args.method.combine)),
+        ("zero_sum", word(&args.method.zero_sum)),
+    ];
+    given.into_iter().filter_map(|(name, value)| Some((name, value?)))
 }
 
 #[cfg(test)]
@@ -120,8 +147,6 @@ mod tests {
     fn what_is_missing_or_unsupported_is_said() {
         let message = |line: &str| recipe(&args(line), "merge").unwrap_err().to_string();
         assert!(message("").contains("no --model is given; name the base"), "{}", message(""));
-        assert!(message("recipe.yml").starts_with("recipe files are not supported in this version"));
-        assert!(message("ckpt --model m").contains("unexpected argument: 'ckpt'"));
         assert!(output(&args("--model m")).unwrap_err().to_string().contains("--out DIR"));
     }
 }

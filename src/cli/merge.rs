@@ -1,21 +1,29 @@
 //! `tiesmith merge`: plan, schedule, merge, and a summary of what was done.
 
 use std::fmt::Write;
+use std::sync::Arc;
 
-use tiesmith::{Observer, Plan, Report, Result, Schedule, printable};
+use tiesmith::{Observer, OutputOptions, Plan, Report, Result, Schedule, Storage, printable};
 
 use super::args::MergeArgs;
+use super::jobs::{self, Job};
 use super::progress::Progress;
 use super::{disk, human, lower, print, print_json, signals};
 
 /// Runs the command.
 pub fn run(args: &MergeArgs) -> Result<u8> {
-    let recipe = lower::recipe(args, "merge")?;
-    let output = lower::output(args)?;
     let storage = disk(args.run.io);
     signals::install();
+    let mut jobs = jobs::read(args, "merge", &*storage)?;
+    let output = lower::output(args)?;
+    let last = jobs.pop().expect("a recipe has a document");
+    for job in jobs {
+        part(args, job, &storage)?;
+    }
     let progress = Progress::new(args.run.report.progress);
-    let plan = Plan::new(&recipe, &storage)?;
+    let mut plan = Plan::new(&last.recipe, &storage)?;
+    plan.warnings.splice(0..0, last.warnings);
+    let recipe = last.recipe;
     // Elsewhere they come with the result: a failed run's one line of error stands alone.
     for warning in plan.warnings.iter().filter(|_| progress.is_watched()) {
         progress.warn(warning);
@@ -39,6 +47,24 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
         line(&mut text, "sign conflicts", &format!("{share} of the merged parameters"));
     }
     print(&text)
+}
+
+/// Makes what later jobs use, unless it is there already.
+fn part(args: &MergeArgs, job: Job, storage: &Arc<dyn Storage>) -> Result<()> {
+    let (Some(dir), Some(name)) = (job.out, job.name) else { return Ok(()) };
+    let mut plan = Plan::new(&job.recipe, storage)?;
+    plan.warnings.splice(0..0, job.warnings);
+    let progress = Progress::new(args.run.report.progress);
+    if tiesmith::is_finished(&plan, &dir, &**storage)? {
+        return Ok(());
+    }
+    let schedule = Schedule::new(&plan, lower::run(args))?;
+    let output = OutputOptions { dir, force: args.output.force, restart: args.output.restart };
+    let report = tiesmith::merge(&plan, &schedule, &output, storage, &progress)?;
+    for warning in &report.warnings {
+        progress.warn(&format!("{name}: {warning}"));
+    }
+    Ok(())
 }
 
 fn line(text: &mut String, label: &str, value: &str) {

@@ -9,6 +9,7 @@ mod completions;
 mod diff;
 mod human;
 mod inspect;
+mod jobs;
 mod lower;
 mod man;
 mod merge;
@@ -26,7 +27,6 @@ use std::ffi::OsString;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::Parser;
 use tiesmith::{Disk, Error, ErrorKind, IoMode, Result, Storage};
 
 use args::{Cli, Command};
@@ -38,7 +38,7 @@ const DIFFERS: u8 = 1;
 /// Runs the command line `argv` and returns the exit code. Everything there is to say has been said.
 pub fn run(argv: impl IntoIterator<Item = OsString>) -> u8 {
     let argv: Vec<OsString> = argv.into_iter().collect();
-    let outcome = match Cli::try_parse_from(&argv) {
+    let outcome = match Cli::read(&argv) {
         Ok(cli) => dispatch(&cli.command),
         Err(error) if !error.use_stderr() => print(&error.render().to_string()),
         Err(error) => Err(usage::flatten(&error, &argv)),

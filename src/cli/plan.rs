@@ -1,26 +1,56 @@
 //! `tiesmith plan`: what a merge will read, hold and write, as a page or as JSON.
 
 use std::fmt::Write;
+use std::path::{Path, PathBuf};
 
 use tiesmith::{InputSummary, Plan, PlanSummary, Result, Schedule, printable};
 
 use super::args::MergeArgs;
 use super::table::Table;
-use super::{disk, human, lower, output, print, print_json};
+use super::{disk, human, jobs, lower, output, print, print_json};
 
 /// Most shards that are listed one by one.
 const LISTED_SHARDS: usize = 6;
 
 /// Runs the command.
 pub fn run(args: &MergeArgs) -> Result<u8> {
-    let recipe = lower::recipe(args, "plan")?;
-    let plan = Plan::new(&recipe, &disk(args.run.io))?;
-    let schedule = Schedule::new(&plan, lower::run(args))?;
-    let summary = PlanSummary::new(&plan, &schedule);
-    if args.run.report.json {
-        return print_json(&summary);
+    let storage = disk(args.run.io);
+    let jobs = jobs::read(args, "plan", &*storage)?;
+    let alone = jobs.len() == 1;
+    let (mut text, mut pending) = (String::new(), Vec::new());
+    for job in jobs {
+        let name = job.name.unwrap_or_else(|| "the last document".into());
+        // What is made of parts that are not there yet has no headers to plan by.
+        let waits = |source: &String| pending.iter().any(|dir: &PathBuf| dir.as_path() == Path::new(source));
+        let mut sources = job.recipe.base.iter().chain(job.recipe.models.iter().map(|model| &model.source));
+        if let Some(part) = sources.find(|source| waits(source)) {
+            let part = printable(part);
+            text.push_str(&format!("{}: planned once {part} is made\n", printable(&name)));
+            pending.extend(job.out);
+            continue;
+        }
+        let mut plan = Plan::new(&job.recipe, &storage)?;
+        plan.warnings.splice(0..0, job.warnings);
+        let schedule = Schedule::new(&plan, lower::run(args))?;
+        let summary = PlanSummary::new(&plan, &schedule);
+        if let (true, Some(dir)) = (job.part, &job.out)
+            && !tiesmith::is_finished(&plan, dir, &*storage)?
+        {
+            pending.push(dir.clone());
+        }
+        if args.run.report.json {
+            print_json(&summary)?;
+            continue;
+        }
+        if !alone {
+            text.push_str(&format!("{}\n\n", printable(&name)));
+        }
+        text.push_str(&render(&summary));
+        if !alone {
+            text.push('\n');
+        }
     }
-    print(&render(&summary))
+    if args.run.report.json { Ok(0) } else { print(&text) }
 }
 
 /// The page.

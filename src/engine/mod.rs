@@ -26,7 +26,7 @@ pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};
 pub use inspect::{DtypeTotal, InspectReport, TensorStats, ValueStats, inspect};
 pub use verify::{Damage, DamagedFile, VerifyReport, verify};
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -40,6 +40,7 @@ use shards::SealedShard;
 use worker::Tally;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits::MAX_SIDE_FILE_BYTES;
 use crate::method::Inputs;
 use crate::plan::{Goal, Plan, Schedule};
 use crate::plan::{ThresholdKind, TrimTies};
@@ -171,6 +172,17 @@ struct Finished {
     report: Report,
     shards: Vec<SealedShard>,
     thresholds: Thresholds,
+}
+/// Whether `dir` holds the finished output of `plan`.
+pub fn is_finished(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<bool> {
+    let path = dir.join(output::MANIFEST);
+    let loadable = ["model.safetensors", output::INDEX].iter().any(|name| storage.is_file(&dir.join(name)));
+    if !loadable || !storage.is_file(&path) {
+        return Ok(false);
+    }
+    let manifest = storage.read_small(&path, MAX_SIDE_FILE_BYTES)?;
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap_or_default();
+    Ok(manifest["fingerprint"] == *plan.fingerprint)
 }
 
 fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observer, begin: Instant) -> Result<Finished> {

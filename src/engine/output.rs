@@ -29,7 +29,7 @@ const JOURNAL: &str = "journal";
 /// Name of the manifest: its presence marks a finished output of this program.
 pub(super) const MANIFEST: &str = "tiesmith.json";
 /// Name of the index of a sharded checkpoint.
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
 /// Room for side files, headers and the file system's own needs, on top of the planned tensor bytes.
 const SPARE_DISK_BYTES: u64 = 32_000_000;

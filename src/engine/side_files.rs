@@ -111,9 +111,9 @@ fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Content)>> 
     Ok(files)
 }
 
-/// `config.json` with its data type and layers as they are in the output; other content and its order stay.
+/// `config.json` with its data type, layers and vocabulary as they are in the output; other content and its order stay.
 fn updated_config(path: &Path, content: Vec<u8>, plan: &Plan) -> Result<Vec<u8>> {
-    if plan.float.is_none() && plan.layers.is_none() {
+    if plan.float.is_none() && plan.layers.is_none() && plan.vocabulary.is_none() {
         return Ok(content);
     }
     let mut config: Value = serde_json::from_slice(&content)
@@ -125,6 +125,11 @@ fn updated_config(path: &Path, content: Vec<u8>, plan: &Plan) -> Result<Vec<u8>>
         if let (Some(value), Some(float)) = (object.get_mut(key), plan.float) {
             *value = float.torch_name().into();
         }
+    }
+    if let (Some([before, now]), Some(size)) = (plan.vocabulary, object.get_mut("vocab_size"))
+        && *size == before
+    {
+        *size = now.into();
     }
     if let Some(layers) = &plan.layers {
         set_layers(object, layers);

@@ -1,6 +1,7 @@
 //! Simple and weighted averaging of weights (model soups, Wortsman et al. 2022, arXiv 2203.05482).
 //!
-//! θ = Σ_t w_t θ_t / Σ_t w_t over the models; base takes no part unless it is listed as a model.
+//! θ = Σ_t w_t θ_t / Σ_t w_t over the models; base takes no part unless it is listed as a model. With `normalize false`
+//! there is no division.
 
 use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Tile};
 use crate::kernels;
@@ -26,24 +27,34 @@ impl Method for Linear {
     }
 
     fn params(&self) -> &'static [ParamSpec] {
-        &[ParamSpec {
-            name: "weight",
-            per_model: true,
-            kind: ParamKind::ANY,
-            help: "weight of a model; the weights must not sum to zero",
-        }]
+        &[
+            ParamSpec {
+                name: "weight",
+                per_model: true,
+                kind: ParamKind::ANY,
+                help: "weight of a model; the weights must not sum to zero where they are normalized",
+            },
+            ParamSpec {
+                name: "normalize",
+                per_model: false,
+                kind: ParamKind::Choice(&["true", "false"]),
+                help: "divide by the sum of the weights, or not",
+            },
+        ]
     }
 
     fn needs_base(&self) -> bool {
         false
     }
 
-    fn prepare(&self, _settings: &Settings) -> Box<dyn Merger> {
-        Box::new(LinearMerger)
+    fn prepare(&self, settings: &Settings) -> Box<dyn Merger> {
+        Box::new(LinearMerger { normalize: settings.word("normalize") == "true" })
     }
 }
 
-struct LinearMerger;
+struct LinearMerger {
+    normalize: bool,
+}
 
 impl Merger for LinearMerger {
     fn needs(&self) -> Needs {
@@ -51,7 +62,7 @@ impl Merger for LinearMerger {
     }
 
     fn divides_by_weights(&self) -> bool {
-        true
+        self.normalize
     }
 
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {
@@ -59,6 +70,8 @@ impl Merger for LinearMerger {
         for (input, &weight) in tile.inputs.iter().zip(tile.weights) {
             kernels::add_scaled(tile.isa, out, weight, input);
         }
-        kernels::divide(tile.isa, out, tile.weights.iter().sum());
+        if self.normalize {
+            kernels::divide(tile.isa, out, tile.weights.iter().sum());
+        }
     }
 }

@@ -13,8 +13,6 @@ mod ties;
 
 pub use params::{ParamKind, ParamSpec, Settings, Value};
 
-use std::ops::RangeInclusive;
-
 use crate::error::{Error, Result};
 use crate::kernels::Isa;
 
@@ -74,9 +72,9 @@ pub trait Method: Sync {
     fn weight_param(&self) -> &'static str {
         "weight"
     }
-    /// How many models a tensor may be merged from.
-    fn models(&self) -> RangeInclusive<usize> {
-        1..=usize::MAX
+    /// Fewest and most models that it merges.
+    fn models(&self) -> (usize, usize) {
+        (1, usize::MAX)
     }
     /// The merge itself for these settings. Settings are already checked against [`Method::params`].
     fn prepare(&self, settings: &Settings) -> Box<dyn Merger>;

@@ -68,7 +68,8 @@ impl ParamSpec {
         }
     }
 
-    fn check(&self, value: &Value) -> Result<()> {
+    /// Refuses what is not one of its values.
+    pub fn check(&self, value: &Value) -> Result<()> {
         match (self.kind, value) {
             (ParamKind::Number { min, max, .. }, Value::Number(x)) => {
                 // Written so that NaN fails.

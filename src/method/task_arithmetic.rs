@@ -1,6 +1,6 @@
 //! Task arithmetic: the weighted sum of task vectors (Ilharco et al. 2023, arXiv 2212.04089).
 //!
-//! τ = λ Σ_t w_t τ_t. Negative weights forget a task. The TIES paper uses λ = 0.4 where there is no validation data.
+//! τ = λ Σ_t w_t τ_t, with `normalize true` divided by Σ_t w_t (unless that is nearly zero). Negative weights forget a task. The TIES paper uses λ = 0.4 where there is no validation data.
 
 use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Tile};
 use crate::kernels;
@@ -39,17 +39,28 @@ impl Method for TaskArithmetic {
                 kind: ParamKind::ANY,
                 help: "scale of the sum (the TIES paper without validation data: 0.4)",
             },
+            ParamSpec {
+                name: "normalize",
+                per_model: false,
+                kind: ParamKind::Choice(&["false", "true"]),
+                help: "divide the sum by the sum of the weights, or not",
+            },
         ]
     }
 
     fn prepare(&self, settings: &Settings) -> Box<dyn Merger> {
-        Box::new(TaskArithmeticMerger { lambda: settings.number("lambda") as f32 })
+        let normalize = settings.word("normalize") == "true";
+        Box::new(TaskArithmeticMerger { lambda: settings.number("lambda") as f32, normalize })
     }
 }
 
 struct TaskArithmeticMerger {
     lambda: f32,
+    normalize: bool,
 }
+
+/// Weights whose sum is closer to zero than this are not divided by, as in mergekit.
+const LEAST_SUM: f32 = 1e-8;
 
 impl Merger for TaskArithmeticMerger {
     fn needs(&self) -> Needs {
@@ -60,6 +71,10 @@ impl Merger for TaskArithmeticMerger {
         out.fill(0.0);
         for (input, &weight) in tile.inputs.iter().zip(tile.weights) {
             kernels::add_scaled(tile.isa, out, weight, input);
+        }
+        let sum: f32 = tile.weights.iter().sum();
+        if self.normalize && sum.abs() >= LEAST_SUM {
+            kernels::divide(tile.isa, out, sum);
         }
         kernels::scale(tile.isa, out, self.lambda);
     }

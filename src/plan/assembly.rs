@@ -8,6 +8,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use super::LayerMap;
 use super::layers::{self, Stacks};
@@ -163,18 +164,24 @@ impl<'a> Opened<'a> {
     }
 
     fn check_range(self, slice: &Slice, stacks: &[Stacks]) -> Result<()> {
-        let sources = slice.sources.iter().map(|source| (self.first_model + source.model, source.first));
-        for (checkpoint, first) in sources.chain(self.base_of(slice)) {
+        let sources = slice.sources.iter();
+        let sources = sources.map(|source| (self.first_model + source.model, source.first, source.place.as_deref()));
+        let base = self.base_of(slice).map(|(checkpoint, first)| (checkpoint, first, None));
+        for (checkpoint, first, place) in sources.chain(base) {
             let input = &self.checkpoints[checkpoint];
             let (stack, depth) = stacks[checkpoint].main(input)?;
             let end = first.saturating_add(slice.layers);
             if end > depth {
-                return Err(Error::usage(format!(
+                let error = Error::usage(format!(
                     "layer_range [{first}, {end}] of {}, but \"{}\" has {depth} layers",
                     printable(&input.spec),
                     printable(stack)
                 ))
-                .help(format!("the range must lie within [0, {depth}]")));
+                .help(format!("the range must lie within [0, {depth}]"));
+                return Err(match place {
+                    Some(place) => error.at(Path::new(place)),
+                    None => error,
+                });
             }
         }
         Ok(())

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::assembly::{Assembly, Input, Opened, Source, Target};
+use super::layers;
 use super::params::{ParamTable, Scopes};
 use super::{Action, ParamSet, Piece, Plan, PlannedTensor, Trim};
 use crate::checkpoint::layout::{Layout, OutputTensor};
@@ -52,8 +53,9 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
     let trim = trims.then_some(Trim { threshold: recipe.threshold, ties: recipe.trim_ties });
 
     let float = recipe.dtype.or_else(|| commonest_float(&tensors));
+    let vocabulary = vocabulary(&tensors, &checkpoints[base.unwrap_or(first_model)]);
     let layout = Layout::new(tensors.iter().map(output_tensor), recipe.max_shard_bytes)?;
-    let fingerprint = fingerprint(recipe, &checkpoints);
+    let fingerprint = fingerprint(recipe, &checkpoints, &params, &tensors);
     Ok(Plan {
         recipe: recipe.clone(),
         method,
@@ -69,6 +71,7 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
         tensors,
         layout,
         layers,
+        vocabulary,
         float,
         warnings,
         fingerprint,
@@ -89,16 +92,15 @@ fn check_request(recipe: &Recipe) -> Result<()> {
         true => vec![recipe.models.len()],
         false => recipe.slices.iter().map(|slice| slice.sources.len()).collect(),
     };
-    let accepted = method.models();
-    if let Some(count) = counts.into_iter().find(|count| !accepted.contains(count)) {
-        let (least, most) = accepted.into_inner();
-        let wanted = match (least, most) {
-            (least, most) if least == most => format!("exactly {least}"),
-            (least, usize::MAX) => format!("at least {least}"),
-            (least, most) => format!("{least} to {most}"),
+    let (fewest, most) = method.models();
+    if let Some(given) = counts.into_iter().find(|count| !(fewest..=most).contains(count)) {
+        let wanted = match (fewest, most) {
+            (fewest, usize::MAX) => format!("at least {fewest}"),
+            (fewest, most) if fewest == most => fewest.to_string(),
+            (fewest, most) => format!("{fewest} to {most}"),
         };
-        return Err(Error::usage(format!("{} merges {wanted} models at a time, not {count}", method.name()))
-            .help("base does not count"));
+        return Err(Error::usage(format!("{} merges {wanted} models, but {given} are given", method.name()))
+            .help("'tiesmith methods' says what each method takes"));
     }
     if method.needs_base() && recipe.base.is_none() {
         return Err(Error::usage(format!("{} works on task vectors and needs a base checkpoint", method.name()))
@@ -123,6 +125,15 @@ fn output_tensor(tensor: &PlannedTensor) -> OutputTensor<'_> {
     OutputTensor { name: &tensor.name, dtype: tensor.dtype, shape: &tensor.shape }
 }
 
+/// The number of rows that the template's vocabulary had, and has in the output, if they differ.
+fn vocabulary(tensors: &[PlannedTensor], template: &Checkpoint) -> Option<[u64; 2]> {
+    tensors.iter().filter(|t| layers::is_head(&t.name) || layers::is_input_side(&t.name)).find_map(|tensor| {
+        let before = template.get(&tensor.name)?.shape.first()?;
+        let now = tensor.shape.first()?;
+        (before != now).then_some([*before, *now])
+    })
+}
+
 fn commonest_float(tensors: &[PlannedTensor]) -> Option<Float> {
     let mut elements: HashMap<Float, u64> = HashMap::new();
     for tensor in tensors {
@@ -134,7 +145,7 @@ fn commonest_float(tensors: &[PlannedTensor]) -> Option<Float> {
 }
 
 /// BLAKE3 over everything that decides output bytes, as far as it is known without reading tensor data.
-fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint]) -> String {
+fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint], params: &[ParamSet], tensors: &[PlannedTensor]) -> String {
     // What a checkpoint is called says nothing about its content, so a moved input keeps the fingerprint.
     let mut nameless = recipe.clone();
     nameless.base = nameless.base.map(|_| String::new());
@@ -152,6 +163,15 @@ fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint]) -> String {
             hasher.update(&identity.mtime_ns.to_le_bytes());
         }
     }
+    // Where parameters go by layers, and slices by stacks, `config.json` has its say too.
+    if params.len() > 1 || !recipe.slices.is_empty() {
+        for tensor in tensors {
+            hasher.update(&(tensor.name.len() as u64).to_le_bytes());
+            hasher.update(tensor.name.as_bytes());
+            hasher
+                .update(serde_json::to_string(&params[tensor.params as usize].settings).unwrap_or_default().as_bytes());
+        }
+    }
     hasher.finalize().to_hex().to_string()
 }
 
@@ -164,6 +184,13 @@ struct Reconciler<'a> {
     base: Option<usize>,
     first_model: usize,
     oracle: Option<usize>,
+}
+
+/// What becomes of a target.
+struct Decided {
+    action: Action,
+    params: u32,
+    shape: Box<[u64]>,
 }
 
 /// One party's lack of a usable tensor.
@@ -201,19 +228,22 @@ impl Reconciler<'_> {
         if self.recipe.slices.is_empty() {
             self.check_common_names(&self.checkpoints[self.template()])?;
         }
-        let mut differing = Vec::new();
+        let (mut differing, mut cropped) = (Vec::new(), Vec::new());
         let mut tensors = Vec::with_capacity(targets.len());
         for target in targets {
             let (entry, tensor) = self.find(&target.template).expect("a template exists");
-            let (action, params) = self.action(entry, tensor, target, table, &mut differing)?;
+            let Decided { action, params, shape } = self.action(entry, tensor, target, table, &mut differing)?;
+            if shape != tensor.shape {
+                cropped.push(format!("\"{}\" from {:?} to {shape:?}", printable(&target.name), tensor.shape));
+            }
             let dtype = match (self.recipe.dtype, Float::from_dtype(tensor.dtype)) {
                 (Some(float), Some(_)) => float.dtype(),
                 _ => tensor.dtype,
             };
             tensors.push(PlannedTensor {
                 name: (*target.name).into(),
-                shape: tensor.shape.clone(),
-                elements: tensor.elements(),
+                elements: shape.iter().product(),
+                shape,
                 dtype,
                 action,
                 params,
@@ -223,6 +253,12 @@ impl Reconciler<'_> {
             let count = differing.len();
             warnings.push(format!("{count} tensors are not merged everywhere: {}", list(&differing)));
         }
+        if !cropped.is_empty() {
+            let text =
+                format!("the vocabularies differ in size, and rows that not all have are cropped: {}", list(&cropped));
+            warnings.push(text);
+        }
+        self.report_longer(targets, &tensors, warnings);
         Ok(tensors)
     }
 
@@ -259,10 +295,11 @@ impl Reconciler<'_> {
         target: &Target<'_>,
         table: &mut ParamTable<'_>,
         differing: &mut Vec<String>,
-    ) -> Result<(Action, u32)> {
+    ) -> Result<Decided> {
         let template = target.template.checkpoint;
         let source = Piece { checkpoint: template as u32, entry };
-        let copy = |compared| Ok((Action::Copy { source, compared }, 0));
+        let decided = |action, params, shape: &[u64]| Ok(Decided { action, params, shape: shape.into() });
+        let copy = |compared| decided(Action::Copy { source, compared }, 0, &tensor.shape);
         if !self.filter.merges(&target.name) {
             return copy(Box::default());
         }
@@ -272,10 +309,12 @@ impl Reconciler<'_> {
         let scopes: Vec<_> = target.sources.iter().map(|s| (s.model, &*s.name, s.params)).collect();
         let scopes = Scopes { name: &target.name, t: target.t, slice: target.slice, models: &scopes };
         let params = table.index(&scopes)?;
+        let inputs = table.get(params).merger.needs().inputs;
+        let shape = &*self.common_shape(target, tensor, inputs);
         let mut models = Vec::with_capacity(target.sources.len());
         let mut lacks = Vec::new();
         for Source { model, name, .. } in &target.sources {
-            match self.usable(self.model_checkpoint(*model), name, &tensor.shape) {
+            match self.usable(self.model_checkpoint(*model), name, shape) {
                 Ok(piece) => models.push((*model as u32, piece)),
                 Err(lack) => lacks.push(lack),
             }
@@ -284,10 +323,10 @@ impl Reconciler<'_> {
         if let ([(model, piece)], true) = (&models[..], lacks.is_empty())
             && set.merger.is_copy(set.weights[*model as usize])
         {
-            return Ok((Action::Copy { source: *piece, compared: Box::default() }, params));
+            return decided(Action::Copy { source: *piece, compared: Box::default() }, params, shape);
         }
         self.refuse_quantised(&self.checkpoints[template], tensor)?;
-        let oracle = match self.oracle.map(|index| self.usable(index, &target.name, &tensor.shape)) {
+        let oracle = match self.oracle.map(|index| self.usable(index, &target.name, shape)) {
             None => None,
             Some(Ok(piece)) => Some(piece),
             Some(Err(lack)) => {
@@ -297,11 +336,10 @@ impl Reconciler<'_> {
                 None
             }
         };
-        let inputs = set.merger.needs().inputs;
         let needs_base = inputs != Inputs::Weights || self.recipe.non_finite == NonFinite::CopyBase;
         let mut base = None;
         if let (true, Some(input)) = (needs_base, &target.base) {
-            match self.usable(input.checkpoint, &input.name, &tensor.shape) {
+            match self.usable(input.checkpoint, &input.name, shape) {
                 Ok(piece) => base = Some(piece),
                 Err(lack) => {
                     lacks.push(lack);
@@ -319,7 +357,45 @@ impl Reconciler<'_> {
             return copy(Box::default());
         }
         self.check_weight_sum(tensor, &models, set)?;
-        Ok((Action::Merge { base, models: models.into(), oracle }, params))
+        decided(Action::Merge { base, models: models.into(), oracle }, params, shape)
+    }
+
+    /// The shape of `target`'s output: the template's, unless vocabularies may be cropped. Then base decides how many rows
+    /// a task vector has, and the shortest model how many there are to average.
+    fn common_shape(&self, target: &Target<'_>, tensor: &TensorEntry, inputs: Inputs) -> Box<[u64]> {
+        let mut shape = tensor.shape.clone();
+        if !self.is_croppable(&target.name, &shape) || inputs != Inputs::Weights {
+            return shape;
+        }
+        let rows = |source: &Source<'_>| {
+            let (_, other) = self.opened.find(self.model_checkpoint(source.model), &source.name)?;
+            (other.shape.len() == 2).then(|| other.shape[0])
+        };
+        shape[0] = target.sources.iter().filter_map(rows).min().unwrap_or(shape[0]);
+        shape
+    }
+
+    fn is_croppable(&self, name: &str, shape: &[u64]) -> bool {
+        self.recipe.crop_vocabulary && shape.len() == 2 && (layers::is_head(name) || layers::is_input_side(name))
+    }
+
+    /// Says which models have rows that the output does not.
+    fn report_longer(&self, targets: &[Target<'_>], tensors: &[PlannedTensor], warnings: &mut Vec<String>) {
+        for (target, planned) in targets.iter().zip(tensors).filter(|(t, p)| self.is_croppable(&t.name, &p.shape)) {
+            for source in &target.sources {
+                let index = self.model_checkpoint(source.model);
+                let Some((_, other)) = self.opened.find(index, &source.name) else { continue };
+                if other.shape.len() == 2 && other.shape[0] > planned.shape[0] {
+                    warnings.push(format!(
+                        "\"{}\": {} has {} rows, of which the first {} are merged",
+                        printable(&target.name),
+                        self.role(index),
+                        other.shape[0],
+                        planned.shape[0]
+                    ));
+                }
+            }
+        }
     }
 
     /// The other models' versions of a tensor that is only copied, as far as they can be compared byte for byte.
@@ -353,7 +429,9 @@ impl Reconciler<'_> {
     fn usable(&self, index: usize, name: &str, shape: &[u64]) -> Result<Piece, Lack> {
         let lack = |why: String| Lack { who: self.role(index), why };
         let (entry, other) = self.opened.find(index, name).ok_or_else(|| lack("does not have it".into()))?;
-        if *other.shape != *shape {
+        let longer =
+            other.shape.len() == 2 && shape.len() == 2 && other.shape[0] >= shape[0] && other.shape[1] == shape[1];
+        if *other.shape != *shape && !(longer && self.is_croppable(name, shape)) {
             return Err(lack(format!("has shape {:?}", other.shape)));
         }
         if Float::from_dtype(other.dtype).is_none() {

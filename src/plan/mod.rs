@@ -191,6 +191,8 @@ pub struct Plan {
     pub layout: Layout,
     /// Where the output's layers come from, if it is assembled from slices.
     pub layers: Option<LayerMap>,
+    /// Rows of the vocabulary in the template and in the output, if they differ.
+    pub vocabulary: Option<[u64; 2]>,
     /// Output type of float tensors, for `config.json`: the type asked for, or base's commonest float type.
     pub float: Option<Float>,
     /// What the user should know.
@@ -263,6 +265,11 @@ impl Plan {
             Action::Copy { source, .. } if self.is_raw_copy(index) => self.source(*source).0.bytes,
             _ => tensor.elements,
         }
+    }
+
+    /// Bytes of `piece` that tensor `index` is made of: all, unless it is cropped.
+    pub fn bytes_used(&self, index: u32, piece: Piece) -> u64 {
+        if self.is_raw_copy(index) { self.length(index) } else { self.length(index) * self.float_width(piece) }
     }
 
     /// Bytes of tensor `index` in the output.

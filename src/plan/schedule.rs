@@ -219,7 +219,7 @@ impl Schedule {
 
 /// Input bytes of `tensors` that a pass loads.
 fn bytes_of(plan: &Plan, tensors: &[u32], wanted: Wanted<'_>) -> u64 {
-    tensors.iter().map(|&t| plan.pieces(t, wanted).map(|p| plan.source(p).0.bytes).sum::<u64>()).sum()
+    tensors.iter().map(|&t| plan.pieces(t, wanted).map(|p| plan.bytes_used(t, p)).sum::<u64>()).sum()
 }
 
 /// Input bytes of `chunk` that a pass loads.

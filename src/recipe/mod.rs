@@ -3,6 +3,7 @@
 //! - A recipe plus the inputs determine every output byte; how the run is done (threads, memory, I/O) is not in it.
 //! - It opens no checkpoint: names are only spelled here, numbers only range-checked.
 
+pub mod mergekit;
 mod setting;
 
 use std::collections::BTreeSet;
@@ -12,7 +13,7 @@ use serde::Serialize;
 
 use crate::dtype::Float;
 use crate::error::{Error, Result};
-use crate::method::{self, Method};
+use crate::method::{self, Method, Value};
 
 pub use setting::{Case, Filter, Params, Setting};
 
@@ -119,6 +120,9 @@ pub struct LayerSource {
     pub first: u64,
     /// Its own parameters in this slice.
     pub params: Params,
+    /// Where this is written, for messages.
+    #[serde(skip)]
+    pub place: Option<String>,
 }
 
 /// Base in a slice.
@@ -147,6 +151,8 @@ pub struct Recipe {
     pub slices: Vec<Slice>,
     /// Whether a head that a checkpoint lacks is its input embedding.
     pub tied_heads: bool,
+    /// Whether embeddings and heads of models with longer vocabularies are cropped.
+    pub crop_vocabulary: bool,
     /// Where one trim threshold applies.
     pub scope: Scope,
     /// How it is found.
@@ -185,6 +191,7 @@ impl Default for Recipe {
             required: BTreeSet::new(),
             slices: Vec::new(),
             tied_heads: false,
+            crop_vocabulary: false,
             scope: Scope::default(),
             threshold: ThresholdKind::default(),
             trim_ties: TrimTies::default(),
@@ -205,6 +212,16 @@ impl Recipe {
     /// The method named, or an error that lists the closest and all names.
     pub fn method(&self) -> Result<&'static dyn Method> {
         method::find(&self.method)
+    }
+
+    /// Gives a parameter one value, whatever models and slices say.
+    pub fn set_everywhere(&mut self, name: &str, value: Value) {
+        for slice in &mut self.slices {
+            slice.params.remove(name);
+            slice.sources.iter_mut().for_each(|source| drop(source.params.remove(name)));
+        }
+        self.models.iter_mut().for_each(|model| drop(model.params.remove(name)));
+        self.params.insert(name.to_string(), value.into());
     }
 
     /// Which tensor names are to be merged.

@@ -79,6 +79,17 @@ impl Setting {
         }
     }
 
+    /// This setting, and `outer` where none of its cases is for a tensor.
+    pub fn or(self, outer: Self) -> Self {
+        match self {
+            Self::Cases(mut cases) => {
+                cases.push(Case { filter: None, value: outer });
+                Self::Cases(cases)
+            }
+            all => all,
+        }
+    }
+
     /// Whether it is the same for all tensors.
     pub fn is_constant(&self) -> bool {
         matches!(self, Self::Value(_))

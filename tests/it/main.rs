@@ -12,6 +12,7 @@
 //! | `output` | the files of a finished output |
 //! | `resume` | what becomes of an unfinished output |
 //! | `verify` | damage to a finished output is found and named |
+//! | `recipes` | recipe files, against the outputs of mergekit and against flags |
 
 mod support;
 
@@ -23,5 +24,6 @@ mod formats;
 mod golden;
 mod methods;
 mod output;
+mod recipes;
 mod resume;
 mod verify;

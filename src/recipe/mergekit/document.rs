@@ -1,0 +1,240 @@
+//! One document: its keys, and the recipe that they make.
+
+use super::Document;
+use super::models::{Inputs, model_ref};
+use super::node::{Node, Place};
+use super::reader::{Fields, Reader};
+use super::settings::{self, Scope, Settings};
+use crate::dtype::Float;
+use crate::error::{Result, printable};
+use crate::method::{METHODS, Method};
+use crate::recipe::{Params, Recipe, Scope as TrimScope, Setting, ThresholdKind, TrimTies};
+
+/// Every key of a document.
+const KEYS: &[&str] = &[
+    "merge_method",
+    "models",
+    "slices",
+    "modules",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+    "name",
+    "scope",
+    "threshold",
+    "trim_ties",
+    "seed",
+    "elect",
+    "combine",
+    "zero_sum",
+];
+/// Methods of mergekit by their names, to tell a slip of the pen from what is not there yet.
+const MERGEKIT_METHODS: &[&str] = &[
+    "linear",
+    "slerp",
+    "nuslerp",
+    "passthrough",
+    "model_stock",
+    "arcee_fusion",
+    "karcher",
+    "task_arithmetic",
+    "ties",
+    "dare_ties",
+    "dare_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "della",
+    "della_linear",
+    "multislerp",
+    "sce",
+    "nearswap",
+    "ram",
+    "ramplus_tl",
+];
+const SCOPES: &[(&str, TrimScope)] = &[("tensor", TrimScope::Tensor), ("model", TrimScope::Model)];
+const THRESHOLDS: &[(&str, ThresholdKind)] = &[("exact", ThresholdKind::Exact), ("sketch", ThresholdKind::Sketch)];
+const TRIM_TIES: &[(&str, TrimTies)] =
+    &[("keep", TrimTies::Keep), ("lowest", TrimTies::Lowest), ("sample", TrimTies::Sample)];
+const DTYPES: &[(&str, Float)] = &[
+    ("float32", Float::F32),
+    ("float16", Float::F16),
+    ("bfloat16", Float::BF16),
+    ("torch.float32", Float::F32),
+    ("torch.float16", Float::F16),
+    ("torch.bfloat16", Float::BF16),
+];
+
+/// Reads the document `node`.
+pub(super) fn read(reader: Reader<'_>, node: &Node) -> Result<Document> {
+    let fields = reader.fields(node, "a recipe", KEYS)?;
+    let method = method(reader, &fields)?;
+    let base = fields.get("base_model").map(|node| model_ref(reader, node, "base_model")).transpose()?;
+    if method.needs_base() && base.is_none() && !every_slice_has_base(reader, &fields) {
+        return Err(reader
+            .fail(fields.place, format!("{} works on task vectors and needs 'base_model'", method.name()))
+            .help("name the checkpoint that the models were fine-tuned from"));
+    }
+    let recipe = Recipe {
+        method: method.name().into(),
+        base,
+        scope: choice(reader, &fields, "scope", SCOPES)?.unwrap_or(TrimScope::Tensor),
+        threshold: choice(reader, &fields, "threshold", THRESHOLDS)?.unwrap_or_default(),
+        trim_ties: choice(reader, &fields, "trim_ties", TRIM_TIES)?.unwrap_or(TrimTies::Lowest),
+        seed: fields.get("seed").map_or(Ok(0), |node| reader.whole(node, "seed"))?,
+        dtype: dtype(reader, &fields)?,
+        required: settings::required(method).collect(),
+        tied_heads: true,
+        crop_vocabulary: true,
+        ..Recipe::default()
+    };
+    let settings = Settings { reader, method };
+    let mut inputs = Inputs { settings, recipe, warnings: Vec::new() };
+    let mut params = Params::new();
+    shared_params(&inputs.settings, &fields, &mut params, &mut inputs.warnings)?;
+    inputs.recipe.params = params;
+    sources(reader, &fields, &mut inputs)?;
+    for (name, default) in settings::defaults(method) {
+        let setting = match inputs.recipe.params.remove(&name) {
+            Some(Setting::Cases(cases)) => Setting::Cases(cases).or(default),
+            Some(given) => given,
+            None => default,
+        };
+        inputs.recipe.params.insert(name, setting);
+    }
+    tokenizer(reader, &fields, &inputs.recipe)?;
+    let name = fields.get("name").map(|node| name(reader, node)).transpose()?;
+    Ok(Document { name, recipe: inputs.recipe, warnings: inputs.warnings })
+}
+
+fn method(reader: Reader<'_>, fields: &Fields<'_>) -> Result<&'static dyn Method> {
+    let Some(node) = fields.get("merge_method") else {
+        return Err(reader.fail(fields.place, "no merge_method").help("write merge_method: NAME, such as ties"));
+    };
+    let name = reader.text(node, "merge_method")?;
+    let names: Vec<&str> = METHODS.iter().map(|method| method.name()).collect();
+    if let Some(method) = METHODS.iter().find(|method| method.name() == name) {
+        return Ok(*method);
+    }
+    if MERGEKIT_METHODS.contains(&name) {
+        let text = format!("merge_method {name} is not supported yet");
+        return Err(reader.fail(node.place, text).help(format!("supported are: {}", names.join(", "))));
+    }
+    Err(reader.unknown(node.place, "merge_method", name, &names))
+}
+
+fn every_slice_has_base(reader: Reader<'_>, fields: &Fields<'_>) -> bool {
+    let Some(Ok(items)) = fields.get("slices").map(|node| reader.list(node, "slices")) else { return false };
+    let has = |item: &Node| reader.map(item, "a slice").is_ok_and(|slice| slice.get("base_model").is_some());
+    items.iter().all(|item| has(item))
+}
+
+fn choice<T: Copy>(reader: Reader<'_>, fields: &Fields<'_>, key: &str, words: &[(&str, T)]) -> Result<Option<T>> {
+    fields.get(key).map(|node| reader.word(node, key, words)).transpose()
+}
+
+/// The type of the output: `out_dtype`, or else `dtype`.
+fn dtype(reader: Reader<'_>, fields: &Fields<'_>) -> Result<Option<Float>> {
+    let read = |key: &str| -> Result<Option<Float>> {
+        let Some(node) = fields.get(key) else { return Ok(None) };
+        if matches!(node.text(), Some("int64" | "torch.int64")) {
+            return Err(reader.fail(node.place, format!("{key} int64: weights are floating-point numbers")));
+        }
+        Ok(Some(reader.word(node, key, DTYPES)?))
+    };
+    let inner = read("dtype")?;
+    Ok(read("out_dtype")?.or(inner))
+}
+
+/// `parameters` of the whole merge, and those of the method that may stand beside `merge_method`.
+fn shared_params(
+    settings: &Settings<'_>,
+    fields: &Fields<'_>,
+    params: &mut Params,
+    warnings: &mut Vec<String>,
+) -> Result<()> {
+    if let Some(node) = fields.get("parameters") {
+        settings.read(node, Scope::Shared, params, warnings)?;
+    }
+    for (key, value) in fields.iter().filter(|(_, value)| !value.is_null()) {
+        if matches!(&*key.text, "elect" | "combine" | "zero_sum") {
+            settings.read_one(key, value, Scope::Shared, params, warnings)?;
+        }
+    }
+    Ok(())
+}
+
+fn sources(reader: Reader<'_>, fields: &Fields<'_>, inputs: &mut Inputs<'_>) -> Result<()> {
+    let given: Vec<&str> =
+        ["models", "slices", "modules"].into_iter().filter(|key| fields.get(key).is_some()).collect();
+    let node = |key: &str| fields.get(key).expect("it was found");
+    match given[..] {
+        ["models"] => inputs.models(node("models")),
+        ["slices"] => inputs.slices(node("slices")),
+        ["modules"] => inputs.modules(node("modules")),
+        [] => Err(reader
+            .fail(fields.place, "neither 'models' nor 'slices'")
+            .help("list the checkpoints to merge under 'models'")),
+        _ => Err(reader.fail(node(given[1]).place, format!("both '{}' and '{}': give one", given[0], given[1]))),
+    }
+}
+
+/// What is asked of tokenizer and vocabulary, as far as base's files are the answer.
+fn tokenizer(reader: Reader<'_>, fields: &Fields<'_>, recipe: &Recipe) -> Result<()> {
+    if let (Some(_), Some(second)) = (fields.get("tokenizer_source"), fields.get("tokenizer")) {
+        return Err(reader.fail(second.place, "both 'tokenizer_source' and 'tokenizer': give one"));
+    }
+    if let Some(node) = fields.get("chat_template") {
+        return Err(reader
+            .fail(node.place, "chat_template is not supported yet")
+            .help("leave it out: the template of base_model, or else of the first model, is copied"));
+    }
+    let source = match (fields.get("tokenizer_source"), fields.get("tokenizer")) {
+        (Some(node), _) => Some(node),
+        (None, Some(node)) => {
+            let parts = reader.fields(node, "tokenizer", &["source", "tokens", "pad_to_multiple_of"])?;
+            for key in ["tokens", "pad_to_multiple_of"] {
+                if let Some(value) = parts.get(key) {
+                    return Err(reader.fail(value.place, format!("tokenizer {key} is not supported yet")));
+                }
+            }
+            match parts.get("source") {
+                Some(source) => Some(source),
+                None => return Err(union(reader, node.place)),
+            }
+        }
+        (None, None) => None,
+    };
+    let Some(node) = source else { return Ok(()) };
+    let source = model_ref(reader, node, "tokenizer source")?;
+    let template = recipe.base.as_ref().or(recipe.models.first().map(|model| &model.source));
+    match &*source {
+        "union" => Err(union(reader, node.place)),
+        "base" => Ok(()),
+        other if template.is_some_and(|template| template == other) => Ok(()),
+        other => Err(reader
+            .fail(node.place, format!("a tokenizer from \"{}\" is not supported yet", printable(other)))
+            .help("only that of base_model, or of the first model where there is none")),
+    }
+}
+
+fn union(reader: Reader<'_>, place: Place) -> crate::error::Error {
+    reader
+        .fail(place, "a union of tokenizers is not supported yet")
+        .help("use tokenizer_source: base where the models share base's vocabulary")
+}
+
+/// A document's name, which becomes part of a path.
+fn name(reader: Reader<'_>, node: &Node) -> Result<String> {
+    let name = reader.text(node, "name")?;
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.starts_with('.') || !name.chars().all(plain) || name.len() > 128 {
+        return Err(reader
+            .fail(node.place, format!("\"{}\" cannot be the name of a directory", printable(name)))
+            .help("use letters, digits, '-', '_' and '.'"));
+    }
+    Ok(name.to_owned())
+}

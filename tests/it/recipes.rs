@@ -1,0 +1,490 @@
+//! Recipe files in mergekit's language: what they make, against mergekit's own outputs and against flags.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::support::family::text;
+use crate::support::files::{Layout, read_checkpoint, read_file, read_json, read_tree, write_checkpoint};
+use crate::support::random::Random;
+use crate::support::repository;
+use crate::support::run::{Outcome, command, run};
+use crate::support::tensor::{Tensor, Tensors, differences};
+
+/// A directory with models in it, where recipes are run.
+struct Place {
+    dir: TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn write(&self, name: &str, content: &str) {
+        fs::write(self.path(name), content).unwrap();
+    }
+
+    /// A model `name` of `layers` layers, its `config.json` and its tensors.
+    fn model(&self, name: &str, layers: u64, seed: u64) -> Tensors {
+        let mut random = Random::new(seed);
+        let mut tensors = Tensors::new();
+        let mut add = |name: &str, shape: &[usize]| {
+            let values: Vec<f32> = (0..shape.iter().product()).map(|_| random.symmetric()).collect();
+            tensors.insert(name.into(), Tensor::floats(Dtype::F32, shape, &values));
+        };
+        add("model.embed_tokens.weight", &[6, 4]);
+        for layer in 0..layers {
+            for part in ["mlp.up_proj.weight", "self_attn.q_proj.weight"] {
+                add(&format!("model.layers.{layer}.{part}"), &[4, 4]);
+            }
+        }
+        add("model.norm.weight", &[4]);
+        add("lm_head.weight", &[6, 4]);
+        let layer = Tensor::raw(Dtype::I64, &[1], seed.to_le_bytes().to_vec());
+        tensors.insert("model.layers.0.positions".into(), layer);
+        self.save(name, &tensors, layers);
+        tensors
+    }
+
+    fn save(&self, name: &str, tensors: &Tensors, layers: u64) {
+        let dir = self.path(name);
+        write_checkpoint(&dir, tensors, Layout::sharded(2, 3));
+        let kinds: Vec<String> = (0..layers).map(|layer| format!("kind{layer}")).collect();
+        let config = json!({
+            "model_type": "fixture", "num_hidden_layers": layers, "layer_types": kinds, "torch_dtype": "float32",
+            "vocab_size": 6,
+        });
+        fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    }
+
+    fn tiesmith(&self, args: &[&str]) -> Outcome {
+        let mut command = command();
+        command.current_dir(self.dir.path()).args(args);
+        run(command)
+    }
+
+    /// Merges as `recipe` says into `out`, which must succeed.
+    fn merge(&self, recipe: &str, extra: &[&str]) -> Tensors {
+        self.write("recipe.yml", recipe);
+        let _ = fs::remove_dir_all(self.path("out"));
+        let args = [&["merge", "recipe.yml", "--out", "out", "--json", "--progress", "none"], extra].concat();
+        self.tiesmith(&args).succeeded();
+        read_checkpoint(&self.path("out"))
+    }
+
+    /// The one line with which `recipe` is refused; nothing is written.
+    fn refusal(&self, recipe: &str, extra: &[&str]) -> String {
+        let _ = fs::remove_dir_all(self.path("out"));
+        self.write("recipe.yml", recipe);
+        let outcome = self.tiesmith(&[&["merge", "recipe.yml", "--out", "out"], extra].concat());
+        assert!(!self.path("out").exists());
+        outcome.refusal().to_owned()
+    }
+}
+
+/// Largest |actual − expected| / max(|expected|, 1e-6) over all tensors.
+fn worst(expected: &Tensors, actual: &Tensors) -> f64 {
+    assert_eq!(expected.keys().collect::<Vec<_>>(), actual.keys().collect::<Vec<_>>());
+    let pairs = expected.iter().flat_map(|(name, want)| {
+        let got = &actual[name];
+        assert_eq!((want.dtype, &want.shape), (got.dtype, &got.shape), "{name}");
+        want.values().into_iter().zip(got.values())
+    });
+    pairs.map(|(want, got)| (got - want).abs() / want.abs().max(1e-6)).fold(0.0, f64::max)
+}
+
+#[test]
+fn recipes_of_mergekit_give_its_outputs_within_a_millionth() {
+    let golden = repository("tests/golden/mergekit-f32");
+    let dir = tempfile::tempdir().unwrap();
+    let mut checked = Vec::new();
+    for entry in fs::read_dir(golden.join("recipes")).unwrap() {
+        let recipe = entry.unwrap().path();
+        let name = recipe.file_stem().unwrap().to_str().unwrap().to_owned();
+        let out = text(&dir.path().join(&name));
+        let mut command = command();
+        // Models are named relative to the family's folder.
+        command.current_dir(repository("tests/golden/family-f32"));
+        command.args(["merge", &text(&recipe), "--out", &out, "--progress", "none"]);
+        run(command).succeeded();
+        let expected = read_file(&golden.join(format!("{name}.safetensors")));
+        let deviation = worst(&expected, &read_checkpoint(Path::new(&out)));
+        assert!(deviation <= 1e-6, "{name}: {deviation:e}");
+        checked.push(name);
+    }
+    for name in
+        ["gradient", "linear", "linear_raw", "passthrough", "task_arithmetic", "ties", "ties_raw", "ties_weighted"]
+    {
+        assert!(checked.iter().any(|n| n == name), "{name} was not checked");
+    }
+}
+
+#[test]
+fn a_recipe_and_the_flags_that_say_the_same_give_the_same_bytes() {
+    let place = Place::new();
+    for (seed, name) in [(1, "base"), (2, "a"), (3, "b")] {
+        place.model(name, 3, seed);
+    }
+    let merged = place.merge(
+        "merge_method: ties\nbase_model: base\nparameters: {lambda: 0.8}\nmodels:\n\
+         - {model: a, parameters: {weight: 2, density: 0.4}}\n- {model: b, parameters: {weight: 1, density: 0.6}}\n",
+        &[],
+    );
+    let flags = [
+        "merge",
+        "--base",
+        "base",
+        "--model",
+        "a,weight=2,density=0.4",
+        "--model",
+        "b,density=0.6",
+        "--lambda",
+        "0.8",
+        "--scope",
+        "tensor",
+        "--trim-ties",
+        "lowest",
+        "--zero-sum",
+        "positive",
+        "--out",
+        "flags",
+    ];
+    place.tiesmith(&flags).succeeded();
+    assert_eq!(differences(&read_checkpoint(&place.path("flags")), &merged), "");
+}
+
+/// base + weight · (model − base), in the order of operations of the program.
+fn moved(base: &Tensor, model: &Tensor, weight: f32) -> Tensor {
+    let values: Vec<f32> =
+        base.f32s().iter().zip(model.f32s()).map(|(b, m)| (0.0 + weight * (m - b)) * 1.0 + b).collect();
+    Tensor::floats(Dtype::F32, &base.shape, &values)
+}
+
+#[test]
+fn gradients_and_filters_choose_the_weight_of_each_tensor() {
+    let place = Place::new();
+    let (base, a) = (place.model("base", 3, 1), place.model("a", 3, 2));
+    let merged = place.merge(
+        "merge_method: task_arithmetic\nbase_model: base\nmodels:\n- model: a\n  parameters:\n    weight:\n\
+         \x20   - {filter: self_attn, value: [0, 0.5, 2]}\n    - {filter: 'model.*.weight', value: [0.25, 0.75]}\n\
+         \x20   - value: [4, 8]\n",
+        &[],
+    );
+    let weight = |name: &str| match name {
+        "model.layers.0.self_attn.q_proj.weight" => 0.0,
+        "model.layers.1.self_attn.q_proj.weight" => 0.5,
+        "model.layers.2.self_attn.q_proj.weight" => 2.0,
+        "model.layers.1.mlp.up_proj.weight" => 0.5,
+        "model.layers.2.mlp.up_proj.weight" => 0.75,
+        // Outside the layers the first number holds, as in mergekit.
+        "lm_head.weight" => 4.0,
+        _ => 0.25,
+    };
+    let mut expected = Tensors::new();
+    for (name, tensor) in &base {
+        let float = tensor.dtype == Dtype::F32;
+        expected.insert(name.clone(), if float { moved(tensor, &a[name], weight(name)) } else { tensor.clone() });
+    }
+    assert_eq!(differences(&expected, &merged), "");
+    let plan = place.tiesmith(&["plan", "recipe.yml", "--json"]).succeeded().json();
+    assert_eq!(plan["inputs"][1]["params"]["weight"], json!([0.0, 4.0]));
+}
+
+#[test]
+fn layers_are_stacked_and_numbered_anew() {
+    let place = Place::new();
+    let (a, b) = (place.model("a", 4, 1), place.model("b", 3, 2));
+    let merged = place.merge(
+        "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 3]}]\n\
+         - sources: [{model: b, layer_range: [1, 3]}]\n- sources: [{model: a, layer_range: [2, 4]}]\n",
+        &[],
+    );
+    let from = [(&a, 0), (&a, 1), (&a, 2), (&b, 1), (&b, 2), (&a, 2), (&a, 3)];
+    let mut expected = Tensors::new();
+    for (layer, (model, source)) in from.iter().enumerate() {
+        for (name, tensor) in model.iter() {
+            if let Some(rest) = name.strip_prefix(&format!("model.layers.{source}.")) {
+                expected.insert(format!("model.layers.{layer}.{rest}"), tensor.clone());
+            }
+        }
+    }
+    for name in ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"] {
+        expected.insert(name.into(), a[name].clone());
+    }
+    assert_eq!(differences(&expected, &merged), "");
+    let config = read_json(&place.path("out/config.json"));
+    assert_eq!(config["num_hidden_layers"], 7);
+    assert_eq!(config["layer_types"], json!(["kind0", "kind1", "kind2", "kind1", "kind2", "kind2", "kind3"]));
+    assert_eq!(config["vocab_size"], 6);
+}
+
+#[test]
+fn the_input_side_is_the_first_slices_and_the_output_side_the_lasts() {
+    let place = Place::new();
+    let (a, b) = (place.model("a", 2, 1), place.model("b", 2, 2));
+    let merged = place.merge(
+        "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 1]}]\n\
+         - sources: [{model: b, layer_range: [0, 1], parameters: {scale: [{filter: norm, value: 2}, {value: 1}]}}]\n",
+        &[],
+    );
+    assert!(merged["model.embed_tokens.weight"] == a["model.embed_tokens.weight"]);
+    assert!(merged["lm_head.weight"] == b["lm_head.weight"]);
+    let doubled: Vec<f32> = b["model.norm.weight"].f32s().iter().map(|x| x * 2.0).collect();
+    assert_eq!(merged["model.norm.weight"].f32s(), doubled);
+}
+
+#[test]
+fn slices_merge_with_a_base_and_parameters_of_their_own() {
+    let place = Place::new();
+    let (base, a, b) = (place.model("base", 3, 1), place.model("a", 3, 2), place.model("b", 4, 3));
+    let merged = place.merge(
+        "merge_method: task_arithmetic\nbase_model: base\nparameters: {weight: 3}\nslices:\n\
+         - sources: [{model: a, layer_range: [0, 2]}]\n  parameters: {weight: [0.5, 1]}\n\
+         - sources: [{model: base, layer_range: [2, 3]}, {model: b, layer_range: [3, 4], parameters: {weight: 0.25}}]\n\
+         - base_model: b\n  sources: [{model: a, layer_range: [1, 2]}]\n",
+        &[],
+    );
+    let part = |model: &Tensors, layer: u64| model[&format!("model.layers.{layer}.mlp.up_proj.weight")].clone();
+    let layer = |index: u64| part(&merged, index);
+    assert!(layer(0) == moved(&part(&base, 0), &part(&a, 0), 0.5), "a slice's gradient begins");
+    assert!(layer(1) == moved(&part(&base, 1), &part(&a, 1), 1.0), "a slice's gradient ends");
+    assert!(layer(2) == moved(&part(&base, 2), &part(&b, 3), 0.25), "a source's own weight");
+    assert!(layer(3) == moved(&part(&b, 1), &part(&a, 1), 3.0), "a slice's own base");
+    let embed = "model.embed_tokens.weight";
+    assert!(merged[embed] == moved(&base[embed], &a[embed], 0.5));
+    assert!(merged["lm_head.weight"] == moved(&b["lm_head.weight"], &a["lm_head.weight"], 3.0));
+}
+
+#[test]
+fn an_assembled_output_does_not_depend_on_how_it_is_made() {
+    let place = Place::new();
+    for (seed, name) in [(1, "base"), (2, "a"), (3, "b")] {
+        place.model(name, 3, seed);
+    }
+    let recipe = "merge_method: ties\nbase_model: base\nparameters: {weight: 1, density: [0.3, 0.9]}\nslices:\n\
+                  - sources: [{model: a, layer_range: [0, 3]}, {model: b, layer_range: [0, 3]}]\n\
+                  - sources: [{model: b, layer_range: [1, 3]}]\n";
+    let tree = |extra: &[&str]| {
+        place.merge(recipe, extra);
+        let mut files = read_tree(&place.path("out"));
+        files.remove(&PathBuf::from("tiesmith.json"));
+        files
+    };
+    let first = tree(&["--threads", "1"]);
+    for extra in [&["--threads", "4"][..], &["--memory", "64MB", "--io", "mmap"], &["--io", "read"]] {
+        assert!(tree(extra) == first, "{extra:?}");
+    }
+}
+
+#[test]
+fn a_head_that_is_not_stored_is_the_embedding() {
+    let place = Place::new();
+    let (mut base, mut a) = (place.model("base", 1, 1), place.model("a", 1, 2));
+    let recipe = "merge_method: task_arithmetic\nbase_model: base\nmodels:\n- {model: a, parameters: {weight: 0.5}}\n";
+    // Stored by the model alone: the output has it, made with base's embedding.
+    let head = "lm_head.weight";
+    base.remove(head);
+    place.save("base", &base, 1);
+    let merged = place.merge(recipe, &[]);
+    assert!(merged[head] == moved(&base["model.embed_tokens.weight"], &a[head], 0.5));
+    // Stored by neither: absent.
+    a.remove(head);
+    place.save("a", &a, 1);
+    assert!(!place.merge(recipe, &[]).contains_key(head));
+    // Stored by base alone.
+    let base = place.model("base", 1, 1);
+    assert!(place.merge(recipe, &[])[head] == moved(&base[head], &a["model.embed_tokens.weight"], 0.5));
+}
+
+/// `tensors` with `rows` rows of zeros more in its vocabulary.
+fn with_longer_vocabulary(tensors: &Tensors, rows: usize) -> Tensors {
+    let mut longer = tensors.clone();
+    for name in ["model.embed_tokens.weight", "lm_head.weight"] {
+        let tensor = &tensors[name];
+        let mut values = tensor.f32s();
+        values.extend(vec![0.0; rows * tensor.shape[1]]);
+        longer.insert(name.into(), Tensor::floats(Dtype::F32, &[tensor.shape[0] + rows, tensor.shape[1]], &values));
+    }
+    longer
+}
+
+#[test]
+fn vocabularies_of_different_size_are_cropped_with_a_warning() {
+    let place = Place::new();
+    let (base, a) = (place.model("base", 1, 1), place.model("a", 1, 2));
+    let ties = "merge_method: task_arithmetic\nbase_model: base\nmodels:\n- {model: a, parameters: {weight: 1}}\n";
+    let expected = place.merge(ties, &[]);
+    place.save("a", &with_longer_vocabulary(&a, 3), 1);
+    assert_eq!(differences(&expected, &place.merge(ties, &[])), "");
+    let report = place.tiesmith(&["merge", "recipe.yml", "--out", "again", "--json"]).succeeded().json();
+    let warnings = report["warnings"].to_string();
+    assert!(warnings.contains("model 1 (a) has 9 rows, of which the first 6 are merged"), "{warnings}");
+    let plan = place.tiesmith(&["plan", "recipe.yml", "--json"]).succeeded().json();
+    assert_eq!(plan["bytes_read"], report["bytes_read"]);
+
+    // An average is as long as its shortest model, and config.json follows.
+    place.save("base", &with_longer_vocabulary(&base, 5), 1);
+    let average = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: base}]\n";
+    place.model("c", 1, 2);
+    let merged = place.merge(average, &[]);
+    assert_eq!(merged["lm_head.weight"].shape, [9, 4]);
+    let config =
+        fs::read_to_string(place.path("a/config.json")).unwrap().replace("\"vocab_size\":6", "\"vocab_size\":9");
+    fs::write(place.path("a/config.json"), config).unwrap();
+    let merged = place.merge(&average.replace("model: base", "model: c"), &[]);
+    assert_eq!(merged["model.embed_tokens.weight"].shape, [6, 4]);
+    assert_eq!(read_json(&place.path("out/config.json"))["vocab_size"], 6);
+
+    // A model with fewer rows than base cannot be subtracted, and other tensors are never cropped.
+    let refusal = place.refusal(&ties.replace("model: a", "model: c"), &[]);
+    assert!(refusal.contains("shape [11, 4], but model 1 (c) has shape [6, 4]"), "{refusal}");
+}
+
+#[test]
+fn options_go_before_what_the_file_says() {
+    let place = Place::new();
+    let (base, a) = (place.model("base", 2, 1), place.model("a", 2, 2));
+    let recipe = "merge_method: task_arithmetic\nbase_model: base\ndtype: bfloat16\nparameters: {lambda: 3}\nmodels:\n\
+                  - {model: a, parameters: {weight: 1}}\n";
+    let merged = place.merge(recipe, &["--lambda", "0.5", "--dtype", "float32", "--exclude", "*norm*"]);
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let half: Vec<f32> = base[name].f32s().iter().zip(a[name].f32s()).map(|(b, m)| (m - b) * 0.5 + b).collect();
+    assert_eq!(merged[name].f32s(), half);
+    assert!(merged["model.norm.weight"] == base["model.norm.weight"]);
+    assert_eq!(place.merge(recipe, &[])[name].dtype, Dtype::BF16);
+}
+
+#[test]
+fn what_cannot_be_planned_is_refused_with_its_place() {
+    let place = Place::new();
+    place.model("base", 3, 1);
+    place.model("a", 3, 2);
+    let slice =
+        |range: &str| format!("merge_method: passthrough\nslices:\n- sources: [{{model: a, layer_range: {range}}}]\n");
+    let ties = |more: &str| {
+        format!("merge_method: ties\nbase_model: base\n{more}\nmodels:\n- {{model: a, parameters: {{weight: 1}}}}\n")
+    };
+    for (recipe, message) in [
+        (slice("[1, 4]"), "error: recipe.yml:3:37: layer_range [1, 4] of a, but \"model.layers\" has 3 layers"),
+        (slice("[7, 9]"), "the range must lie within [0, 3]"),
+        (slice("[0, 2]").replace("model: a", "model: none"), "none: no such file or directory"),
+        (ties("scope: model\nparameters: {density: [0.1, 0.5]}"), "the density differs between tensors"),
+        (ties("parameters: {zero_sum: [positive, majority]}"), "must be the same for all tensors"),
+        (
+            ties("").replace("weight: 1", "weight: {filter: mlp, value: 1}"),
+            "ties needs the parameter weight, which is not given for model a",
+        ),
+        (ties("").replace("{weight: 1}", "{}"), "ties needs the parameter weight"),
+        (
+            "merge_method: passthrough\nmodels: [{model: a}, {model: base}]\n".into(),
+            "passthrough merges 1 models, but 2 are given",
+        ),
+    ] {
+        let refusal = place.refusal(&recipe, &[]);
+        assert!(refusal.contains(message), "{recipe}\n{refusal}");
+    }
+    let message = |args: &[&str]| place.tiesmith(args).refusal().to_owned();
+    assert!(message(&["merge", "a", "--out", "o"]).contains("'a' is a directory, not a recipe file"));
+    assert!(message(&["plan", "missing.yml"]).contains("missing.yml"));
+    assert!(message(&["merge", "recipe.yml", "--model", "a", "--out", "o"]).contains("cannot be used with"));
+    assert!(message(&["merge", "recipe.yml", "other.yml", "--out", "o"]).contains("other.yml"));
+    fs::write(place.path("bytes.yml"), [0xff, 0xfe, 0]).unwrap();
+    assert!(message(&["plan", "bytes.yml"]).contains("not a text file"));
+}
+
+#[test]
+fn a_filter_for_no_tensor_is_warned_of() {
+    let place = Place::new();
+    place.model("a", 1, 1);
+    let recipe =
+        "merge_method: linear\nmodels:\n- model: a\n  parameters: {weight: [{filter: atn, value: 2}, {value: 1}]}\n";
+    place.write("recipe.yml", recipe);
+    let plan = place.tiesmith(&["plan", "recipe.yml", "--json"]).succeeded().json();
+    assert_eq!(plan["warnings"], json!(["the filter \"atn\" matches no tensor"]));
+}
+
+/// Two documents: the second merges the output of the first with a third model.
+const CHAIN: &str = "merge_method: linear\nmodels:\n- {model: first, parameters: {weight: 1}}\n\
+                     - {model: c, parameters: {weight: 1}}\n---\nname: first\nmerge_method: linear\nmodels:\n\
+                     - {model: a, parameters: {weight: 1}}\n- {model: b, parameters: {weight: 1}}\n";
+
+#[test]
+fn a_document_uses_the_output_of_another() {
+    let place = Place::new();
+    let models: Vec<Tensors> = [("a", 1), ("b", 2), ("c", 3)].map(|(name, seed)| place.model(name, 1, seed)).into();
+    place.write("recipe.yml", CHAIN);
+    let plan = place.tiesmith(&["plan", "recipe.yml"]).succeeded().stdout;
+    assert!(plan.starts_with("first\n") && plan.contains("planned once out.parts/first is made"), "{plan}");
+    let merged = place.merge(CHAIN, &[]);
+    let value = |model: &Tensors| model["model.norm.weight"].f32s()[0];
+    let (a, b, c) = (value(&models[0]), value(&models[1]), value(&models[2]));
+    assert_eq!(value(&merged), ((a + b) / 2.0 + c) / 2.0);
+    // A finished part is used again, until its own recipe changes.
+    let part = place.path("out.parts/first/tiesmith.json");
+    let before = fs::metadata(&part).unwrap().modified().unwrap();
+    place.merge(CHAIN, &[]);
+    assert_eq!(fs::metadata(&part).unwrap().modified().unwrap(), before);
+    let changed = CHAIN.replace("{model: b, parameters: {weight: 1}}", "{model: b, parameters: {weight: 3}}");
+    fs::remove_dir_all(place.path("out")).unwrap();
+    assert!(place.refusal(&changed, &[]).contains("--force"));
+    assert_eq!(value(&place.merge(&changed, &["--force"])), ((a + 3.0 * b) / 4.0 + c) / 2.0);
+    place.merge(CHAIN, &["--parts", "elsewhere"]);
+    assert!(place.path("elsewhere/first/model.safetensors").exists());
+}
+
+#[test]
+fn the_manifest_says_which_tensors_have_which_parameters() {
+    let place = Place::new();
+    place.model("a", 2, 1);
+    place.merge(
+        "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: [{filter: mlp, value: 2}, {value: 1}]}}\n",
+        &[],
+    );
+    let manifest = read_json(&place.path("out/tiesmith.json"));
+    let sets = manifest["settings"].as_array().unwrap();
+    let mlp = sets.iter().find(|set| set["settings"]["per_model"]["weight"] == json!([2.0])).unwrap();
+    let mut names: Vec<&str> = mlp["tensors"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]);
+    let recorded = &manifest["recipe"]["models"][0]["params"]["weight"];
+    assert_eq!(recorded[0], json!({"filter": "mlp", "value": 2.0}));
+}
+
+/// The contents of the ```yaml blocks of a page.
+fn examples(page: &str) -> Vec<String> {
+    let text = fs::read_to_string(repository(page)).unwrap();
+    let blocks = text.split("```yaml\n").skip(1);
+    blocks.map(|block| block.split("```").next().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn examples_in_the_docs() {
+    let place = Place::new();
+    for (seed, name) in [(1, "base"), (2, "chat"), (3, "code"), (4, "math")] {
+        place.model(name, 4, seed);
+    }
+    let pages = ["docs/recipes.md", "docs/from-mergekit.md", "README.md"];
+    let examples: Vec<String> = pages.iter().flat_map(|page| examples(page)).collect();
+    assert!(examples.len() >= 10);
+    for example in &examples {
+        let _ = fs::remove_dir_all(place.path("out.parts"));
+        assert!(!place.merge(example, &[]).is_empty(), "{example}");
+    }
+}
+
+#[test]
+fn the_refusal_in_the_docs_is_the_programs() {
+    let place = Place::new();
+    let recipe = "merge_method: ties\nbase_model: b\nmodels:\n- model: m\n  parameters: {weight: 1}\nparamters: {}\n";
+    let refusal = place.refusal(recipe, &[]);
+    let page = fs::read_to_string(repository("docs/recipes.md")).unwrap();
+    assert!(page.contains(&refusal), "{refusal}");
+}
