@@ -56,6 +56,10 @@ pub const RESIDENT_BYTES: u64 = 32_000_000;
 /// Most windows on chunks that are held in memory at once: systems limit the number of mappings, often to 65,530.
 pub const RESIDENT_WINDOWS: u64 = 1 << 14;
 
+/// Longest row of a tensor that is treated as one, where a method works row by row: longer ones are taken in pieces of
+/// this length. Twice the longest of any language model known.
+pub const ROW_ELEMENTS: u64 = OUT_ELEMENTS;
+
 /// One element in so many is probed.
 pub const PROBE_SHARE: u64 = 100;
 /// Elements of one probed block: 8 KiB of a 16-bit type.

@@ -10,7 +10,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use tiesmith::{
-    Float, IoMode, METHODS, Missing, ModelInput, NonFinite, Overflow, ParamKind, Scope, ThresholdKind, TrimTies,
+    Float, IoMode, METHODS, Missing, ModelInput, NonFinite, Overflow, ParamKind, Scope, ThresholdKind, TrimTies, Value,
 };
 
 use super::parse;
@@ -141,8 +141,8 @@ pub struct InputArgs {
 
     /// A model to merge; give it once per model, in the order in which sums are to run
     ///
-    /// Parameters of this model alone follow the path: weight (a number, default 1) and density (see --density), as in
-    /// 'chat,weight=0.5,density=30%'. Only ',name=value' at the end is split off: paths may contain commas.
+    /// Parameters of this model alone follow the path: weight (a number, default 1), density (see --density) and others
+    /// that 'tiesmith methods' marks, as in 'chat,weight=0.5,density=30%'. Only ',name=value' at the end is split off: paths may contain commas.
     #[arg(long = "model", value_name = "CKPT[,weight=W][,density=D]", value_parser = parse::model)]
     pub models: Vec<ModelInput>,
 
@@ -189,7 +189,7 @@ pub struct MethodArgs {
     pub elect: Option<String>,
 
     /// What becomes of the values that agree with the elected sign: their mean (the paper), their sum, or the largest
-    /// [default: mean]
+    /// [default: mean] (sum in dare_ties and breadcrumbs_ties)
     #[arg(long, value_name = "RULE", value_parser = words("combine"))]
     pub combine: Option<String>,
 
@@ -197,6 +197,12 @@ pub struct MethodArgs {
     /// majority's (the paper's code) [default: zero]
     #[arg(long, value_name = "RULE", value_parser = words("zero_sum"))]
     pub zero_sum: Option<String>,
+
+    /// Any parameter of the method by its name, as in '--param gamma=0.01'; repeatable
+    ///
+    /// 'tiesmith methods' lists them. Those that each model may have of its own can also follow its path.
+    #[arg(long = "param", value_name = "NAME=VALUE", allow_hyphen_values = true, value_parser = parse::param)]
+    pub params: Vec<(String, Value)>,
 
     /// Take the elected signs from this checkpoint's task vector instead (oracle signs)
     ///
@@ -425,10 +431,9 @@ fn words(param: &str) -> PossibleValuesParser {
     let mut words: Vec<&str> = Vec::new();
     for spec in METHODS.iter().flat_map(|method| method.params()).filter(|spec| spec.name == param) {
         if let ParamKind::Choice(choices) = spec.kind {
-            words.extend(choices);
+            words.extend(choices.iter().filter(|choice| !words.contains(choice)).collect::<Vec<_>>());
         }
     }
-    words.dedup();
     PossibleValuesParser::new(words)
 }
 

@@ -34,7 +34,11 @@ pub fn recipe(args: &MergeArgs, verb: &str) -> Result<Recipe> {
         max_shard_bytes: args.output.max_shard_size,
         ..Recipe::default()
     };
-    recipe.params.extend(method_params(args).map(|(name, value)| (name.to_string(), value.into())));
+    for (name, value) in method_params(args) {
+        if recipe.params.insert(name.to_string(), value.into()).is_some() {
+            return Err(Error::usage(format!("{name} is given twice")).help("use --param once for each parameter"));
+        }
+    }
     Ok(recipe)
 }
 
@@ -78,8 +82,7 @@ pub fn override_recipe(recipe: &mut Recipe, args: &MergeArgs) -> Result<()> {
     recipe.max_shard_bytes = output.max_shard_size;
     for (name, value) in method_params(args) {
         if !recipe.method()?.params().iter().any(|spec| spec.name == name) {
-            let flag = name.replace('_', "-");
-            return Err(Error::usage(format!("the recipe's method {} has no --{flag}", recipe.method)));
+            return Err(Error::usage(format!("the recipe's method {} has no parameter {name}", recipe.method)));
         }
         recipe.set_everywhere(name, value);
     }
@@ -87,7 +90,7 @@ pub fn override_recipe(recipe: &mut Recipe, args: &MergeArgs) -> Result<()> {
 }
 
 /// The parameters of the method that options set.
-fn method_params(args: &MergeArgs) -> impl Iterator<Item = (&'static str, Value)> {
+fn method_params(args: &MergeArgs) -> impl Iterator<Item = (&str, Value)> {
     let word = |word: &Option<String>| word.clone().map(Value::Word);
     let given = [
         ("lambda", args.method.lambda.map(Value::Number)),
@@ -96,7 +99,8 @@ fn method_params(args: &MergeArgs) -> impl Iterator<Item = (&'static str, Value)
         ("combine", word(&args.method.combine)),
         ("zero_sum", word(&args.method.zero_sum)),
     ];
-    given.into_iter().filter_map(|(name, value)| Some((name, value?)))
+    let named = args.method.params.iter().map(|(name, value)| (name.as_str(), value.clone()));
+    given.into_iter().filter_map(|(name, value)| Some((name, value?))).chain(named)
 }
 
 #[cfg(test)]

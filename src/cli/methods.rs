@@ -35,6 +35,11 @@ fn describe(method: &dyn Method) -> Value {
         "reference": method.reference(),
         "needs_base": method.needs_base(),
         "trims": method.trims(),
+        "draws": method.draws(),
+        "models": {
+            "min": method.models().0,
+            "max": Some(method.models().1).filter(|&most| most < usize::MAX),
+        },
         "params": params,
     })
 }
@@ -59,8 +64,19 @@ fn render(method: &dyn Method) -> String {
     let mut text = format!("{}: {}\n", method.name(), method.summary());
     let _ = writeln!(text, "  {}\n  {}", method.formula(), method.reference());
     let base = if method.needs_base() { "needs --base" } else { "needs no base" };
-    let trims = if method.trims() { "; trims: --scope, --threshold and --trim-ties apply" } else { "" };
-    let _ = writeln!(text, "  {base}{trims}");
+    let trims = match (method.trims(), method.draws()) {
+        (true, false) => "; trims: --scope, --threshold and --trim-ties apply",
+        (_, true) => "; draws at random: --seed applies",
+        _ => "",
+    };
+    let models = match method.models() {
+        (1, usize::MAX) => String::new(),
+        (fewest, usize::MAX) => format!("; {fewest} models or more"),
+        (1, 1) => "; one model".into(),
+        (fewest, most) if fewest == most => format!("; {most} models"),
+        (fewest, most) => format!("; {fewest} to {most} models"),
+    };
+    let _ = writeln!(text, "  {base}{models}{trims}");
     let mut table = Table::new("    ", "llll");
     for spec in method.params() {
         let (default, values) = values(spec.kind);
@@ -70,14 +86,19 @@ fn render(method: &dyn Method) -> String {
     text
 }
 
-/// How the parameter is given: as an option, after a model (`*`), or both.
+/// How the parameter is given: as an option, after a model (`*`), or both. What has no option of its own is given by
+/// `--param`.
 fn spelling(spec: &ParamSpec) -> String {
     let cli = Cli::command();
     let merge = cli.find_subcommand("merge");
     let option = merge.and_then(|merge| merge.get_arguments().find(|argument| argument.get_id() == spec.name));
     let long = option.and_then(|argument| argument.get_long());
-    let name = long.map_or_else(|| spec.name.to_string(), |long| format!("--{long}"));
-    if spec.per_model { format!("{name} *") } else { name }
+    match (long, spec.per_model) {
+        (Some(long), true) => format!("--{long} *"),
+        (Some(long), false) => format!("--{long}"),
+        (None, true) => format!("{} *", spec.name),
+        (None, false) => format!("--param {}=", spec.name),
+    }
 }
 
 /// Default and accepted values.

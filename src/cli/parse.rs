@@ -120,6 +120,22 @@ pub fn model(text: &str) -> Result<ModelInput, String> {
     Ok(ModelInput { source: source.to_string(), params })
 }
 
+/// `NAME=VALUE` of any method's parameter. What it must be depends on the method, and is checked once that is known.
+pub fn param(text: &str) -> Result<(String, Value), String> {
+    let (name, value) = text.split_once('=').ok_or("a parameter is given as NAME=VALUE")?;
+    let name = name.trim().replace('-', "_");
+    let known = || METHODS.iter().flat_map(|method| method.params()).filter(|spec| spec.name == name);
+    if known().next().is_none() {
+        let names = METHODS.iter().flat_map(|method| method.params()).map(|spec| spec.name);
+        let closest = names.min_by_key(|known| edit_distance(&name, known)).unwrap_or_default();
+        return Err(format!("no method has a parameter '{name}': did you mean '{closest}'?"));
+    }
+    let mut values = known().map(|spec| param_value(spec, value.trim()));
+    let first = values.next().expect("there is one");
+    // A word of one method may be none of another.
+    first.or_else(|error| values.find_map(Result::ok).ok_or(error)).map(|value| (name, value))
+}
+
 /// Splits `rest,key=value`. A value with a slash belongs to a path: `runs,seed=3/model`.
 fn last_assignment(text: &str) -> Option<(&str, &str, &str)> {
     let (rest, last) = text.rsplit_once(',')?;

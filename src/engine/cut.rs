@@ -1,14 +1,13 @@
 //! A threshold and a rule for ties, made into something that trims a tile.
 
-use std::sync::{Condvar, Mutex, PoisonError};
-
-use crate::error::{Error, Result};
+use super::turns::Turns;
+use crate::error::Result;
 use crate::kernels::{self, Isa, Ties};
 use crate::plan::TrimTies;
 use crate::sketch::Threshold;
 
 /// What survives of one task vector in one unit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Cut {
     /// Everything that is not zero (no trim).
     NonZero,
@@ -35,9 +34,91 @@ pub(super) enum Cut {
         /// Keys the draws: depends on seed, model and tensor.
         draw_key: u64,
     },
+    /// Whatever its key: what has a draw below `accept`, multiplied by `scale`.
+    Random {
+        /// Share that survives, of 2^64.
+        accept: u64,
+        /// Factor of what survives.
+        scale: f32,
+        /// As in `Sample`.
+        draw_key: u64,
+    },
+    /// What has a draw below its probability, which depends on its rank in its row: see [`Ranked::apply`].
+    Ranked(Ranked),
+}
+
+/// Every key but zero's.
+const ANY: Ties = Ties { low: 1, high: u32::MAX };
+
+/// Probabilities by rank, from `least` for the smallest magnitude of a row to `most` for the largest.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Ranked {
+    least: f64,
+    most: f64,
+    rescale: bool,
+    draw_key: u64,
+}
+
+impl Ranked {
+    /// Trims a row, whose first element has index `first` in its tensor, and divides what survives by its probability
+    /// where that is asked for. Returns the number of survivors that are not zero. `order` is a buffer.
+    pub(super) fn apply(&self, row: &mut [f32], first: u64, order: &mut Vec<u64>) -> u64 {
+        order.clear();
+        // Keys are unique with their positions, so that the order is that of equal keys' positions too.
+        order.extend(row.iter().zip(0u64..).map(|(&value, at)| u64::from(kernels::key(value)) << 32 | at));
+        order.sort_unstable();
+        let step = match row.len() {
+            0 | 1 => 0.0,
+            length => (self.most - self.least) / (length - 1) as f64,
+        };
+        let only = row.len() == 1;
+        let mut kept = 0;
+        for (rank, entry) in order.iter().enumerate() {
+            let at = entry & u64::from(u32::MAX);
+            let probability = match only {
+                true => (self.least + self.most) / 2.0,
+                false => self.least + step * rank as f64,
+            };
+            let value = &mut row[at as usize];
+            let survives = kernels::draw(self.draw_key, first + at) < share_of_draws(probability) && *value != 0.0;
+            *value = match (survives, self.rescale) {
+                (true, true) => *value * (1.0 / probability) as f32,
+                (true, false) => *value,
+                (false, _) => 0.0,
+            };
+            kept += u64::from(survives);
+        }
+        kept
+    }
+}
+
+/// The bound that a draw is below with this probability, rounded down to a multiple of 2^-64.
+fn share_of_draws(probability: f64) -> u64 {
+    (probability * 2f64.powi(64)) as u64
 }
 
 impl Cut {
+    /// Keeps each entry with a probability that rises with its rank in its row, and is `density` on average.
+    pub(super) fn ranked(density: f64, epsilon: f64, rescale: bool) -> Self {
+        let epsilon = epsilon.min(density).min(1.0 - density);
+        Self::Ranked(Ranked { least: density - epsilon, most: density + epsilon, rescale, draw_key: 0 })
+    }
+
+    /// Keeps each entry with probability `density`, below 1.
+    pub(super) fn random(density: f64, scale: f32) -> Self {
+        Self::Random { accept: share_of_draws(density), scale, draw_key: 0 }
+    }
+
+    /// Drops the `count` largest of `threshold`'s data by `rule`: what this keeps is what is dropped. Entries that tie
+    /// with the largest one not dropped are not dropped either, where all ties are kept; then the threshold is that of
+    /// `count` + 1.
+    pub(super) fn outliers(threshold: Threshold, count: u64, rule: TrimTies) -> Self {
+        match rule {
+            TrimTies::Keep => Self::Keep { min_key: threshold.ties.high.saturating_add(1) },
+            _ => Self::new(threshold, count, rule),
+        }
+    }
+
     /// Trims to the `keep` largest of `threshold`'s data by `rule`.
     pub(super) fn new(threshold: Threshold, keep: u64, rule: TrimTies) -> Self {
         let Threshold { ties, above, tied } = threshold;
@@ -55,14 +136,22 @@ impl Cut {
 
     /// The same cut, with its draws keyed to one tensor of one model.
     pub(super) fn for_tensor(self, seed: u64, model: usize, tensor: &str) -> Self {
-        let Self::Sample { ties, accept, .. } = self else { return self };
+        if !matches!(self, Self::Sample { .. } | Self::Random { .. } | Self::Ranked(_)) {
+            return self;
+        }
         let mut hasher = blake3::Hasher::new();
         hasher.update(&seed.to_le_bytes());
         hasher.update(&(model as u64).to_le_bytes());
         hasher.update(tensor.as_bytes());
         let hash = hasher.finalize();
         let (first, _) = hash.as_bytes().split_first_chunk::<8>().expect("a hash has 32 bytes");
-        Self::Sample { ties, accept, draw_key: u64::from_le_bytes(*first) }
+        let draw_key = u64::from_le_bytes(*first);
+        match self {
+            Self::Sample { ties, accept, .. } => Self::Sample { ties, accept, draw_key },
+            Self::Random { accept, scale, .. } => Self::Random { accept, scale, draw_key },
+            Self::Ranked(ranked) => Self::Ranked(Ranked { draw_key, ..ranked }),
+            other => other,
+        }
     }
 
     /// The smallest key that survives, where that is all there is to it.
@@ -85,6 +174,12 @@ impl Cut {
             }
             Self::Keep { min_key } => kernels::trim(isa, tau, min_key),
             Self::Sample { ties, accept, draw_key } => kernels::trim_sample(isa, tau, ties, draw_key, first, accept),
+            Self::Random { accept, scale, draw_key } => {
+                let kept = kernels::trim_sample(isa, tau, ANY, draw_key, first, accept);
+                kernels::scale(isa, tau, scale);
+                kept
+            }
+            Self::Ranked(_) => unreachable!("ranks need whole rows"),
             Self::Lowest { ties, quota } => {
                 let here = if *seen < quota { kernels::count_ties(isa, tau, ties) } else { 0 };
                 let before = *seen;
@@ -101,90 +196,36 @@ impl Cut {
     }
 }
 
-/// Ties seen so far, per model.
+/// Ties seen so far, per cut.
 pub(super) type TieCounts = Vec<u64>;
 
 /// Hands each chunk the number of ties in all chunks before it, while chunks are worked on in parallel.
-///
-/// A worker counts its chunk's ties, then waits for its predecessors' counts. Chunks are handed out in order, so the
-/// earliest unfinished chunk never waits.
-pub(super) struct TieChain {
-    state: Mutex<ChainState>,
-    changed: Condvar,
-}
-
-struct ChainState {
-    next: usize,
-    counts: TieCounts,
-    /// First chunk that failed: those after it wait in vain.
-    failed: usize,
-}
+pub(super) type TieChain = Turns<TieCounts>;
 
 impl TieChain {
-    pub(super) fn new(models: usize) -> Self {
-        let state = ChainState { next: 0, counts: vec![0; models], failed: usize::MAX };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+    /// For so many cuts.
+    pub(super) fn of(cuts: usize) -> Self {
+        Self::new(vec![0; cuts])
     }
 
     /// Waits for the counts before chunk `ordinal`, adds `own` and passes them on. Returns the counts before.
     pub(super) fn pass(&self, ordinal: usize, own: &TieCounts) -> Result<TieCounts> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        while state.next != ordinal && state.failed > ordinal {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        if state.next != ordinal {
-            return Err(Error::failed("stopped because an earlier part of the work failed"));
-        }
-        let before = state.counts.clone();
-        for (sum, count) in state.counts.iter_mut().zip(own) {
-            *sum += count;
-        }
-        state.next += 1;
-        self.changed.notify_all();
-        Ok(before)
-    }
-
-    /// Work on chunk `ordinal`: unless it is completed, by failure or panic, the chunks after it do not wait for it.
-    pub(super) fn pending(&self, ordinal: usize) -> Pending<'_> {
-        Pending { chain: self, ordinal, complete: false }
-    }
-
-    fn abort(&self, ordinal: usize) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.failed = state.failed.min(ordinal);
-        self.changed.notify_all();
-    }
-}
-
-/// See [`TieChain::pending`].
-pub(super) struct Pending<'a> {
-    chain: &'a TieChain,
-    ordinal: usize,
-    complete: bool,
-}
-
-impl Pending<'_> {
-    /// The chunk is done.
-    pub(super) fn complete(&mut self) {
-        self.complete = true;
-    }
-}
-
-impl Drop for Pending<'_> {
-    fn drop(&mut self) {
-        if !self.complete {
-            self.chain.abort(self.ordinal);
-        }
+        self.take(ordinal, |counts| {
+            let before = counts.clone();
+            counts.iter_mut().zip(own).for_each(|(sum, count)| *sum += count);
+            before
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::turns::Pending;
 
     #[test]
     fn counts_arrive_in_order_whoever_comes_first() {
-        let chain = TieChain::new(1);
+        let chain = TieChain::of(1);
         std::thread::scope(|scope| {
             let chain = &chain;
             let before =
@@ -196,11 +237,11 @@ mod tests {
 
     #[test]
     fn a_failure_releases_the_chunks_after_it_and_no_others() {
-        let chain = TieChain::new(1);
+        let chain = TieChain::of(1);
         std::thread::scope(|scope| {
             let later = scope.spawn(|| chain.pass(3, &vec![1]));
             let earlier = scope.spawn(|| chain.pass(1, &vec![1]));
-            drop(chain.pending(2));
+            drop(Pending::new(&chain, 2));
             assert!(later.join().unwrap().is_err());
             chain.pass(0, &vec![5]).unwrap();
             assert_eq!(earlier.join().unwrap().unwrap(), [5]);

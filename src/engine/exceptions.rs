@@ -12,7 +12,6 @@ use super::worker::Worker;
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::limits::TILE_ELEMENTS;
 use crate::method::Inputs;
 use crate::plan::{NonFinite, Overflow, Piece};
 
@@ -60,7 +59,7 @@ impl Worker {
         let merge = span.data.merge();
         let base = merge.base.filter(|_| span.data.plan.needs().inputs != Inputs::Weights);
         let models = merge.models.iter().map(|&(_, piece)| piece);
-        let mut sums = [0.0f32; TILE_ELEMENTS];
+        let mut sums = vec![0.0f32; span.length];
         for piece in base.into_iter().chain(models).chain(merge.oracle) {
             for (i, sum) in sums[..span.length].iter_mut().enumerate() {
                 let value = span.value(piece, i);

@@ -48,7 +48,7 @@ impl Kept {
     /// Whether `unit` can be one of this plan.
     pub(super) fn fits_unit(plan: &Plan, unit: &UnitDone) -> bool {
         (unit.tensor as usize) < plan.tensors.len()
-            && unit.models.len() == plan.models()
+            && unit.found.len() == plan.models() * plan.bounds()
             && (-1..=1).contains(&unit.majority)
     }
 
@@ -59,9 +59,18 @@ impl Kept {
 
     /// Whether `range` can be a part of this plan.
     pub(super) fn fits(plan: &Plan, range: &RangeDone) -> bool {
-        let counted = |counts: &[u64]| counts.is_empty() || counts.len() == plan.models();
-        if range.tensor as usize >= plan.tensors.len() || !counted(&range.kept) || !counted(&range.ties) {
+        let counted = |counts: &[u64], bounds: usize| counts.is_empty() || counts.len() == plan.models() * bounds;
+        let known = (range.tensor as usize) < plan.tensors.len();
+        if !known || !counted(&range.kept, 1) || !counted(&range.ties, plan.bounds()) {
             return false;
+        }
+        // What stays together is done together.
+        if let Some(granule) = plan.granule(range.tensor) {
+            let end = range.start.saturating_add(range.count);
+            let ends = end.is_multiple_of(granule) || end == plan.length(range.tensor);
+            if !range.start.is_multiple_of(granule) || !ends {
+                return false;
+            }
         }
         let inside = range.start.checked_add(range.count).is_some_and(|end| end <= plan.length(range.tensor));
         let width = plan.output_bytes(range.tensor).checked_div(plan.length(range.tensor)).unwrap_or(1);
@@ -116,7 +125,8 @@ impl Kept {
             (Goal::All | Goal::Nothing, None) => true,
             _ => false,
         };
-        plan.goals(unit).iter().zip(&known.models).all(enough).then_some(known)
+        let facts = plan.facts(known.tensor);
+        (known.facts.len() == facts && plan.goals(unit).iter().zip(&known.found).all(enough)).then_some(known)
     }
 
     /// Whether something of tensor `tensor` is done.
@@ -147,7 +157,7 @@ impl Kept {
 
     /// For each tensor of a unit, in its order: ties of the parts done in all tensors before it.
     pub(super) fn ties_before(&self, plan: &Plan, tensors: &[u32]) -> HashMap<u32, TieCounts> {
-        let mut sum = vec![0; plan.models()];
+        let mut sum = vec![0; plan.models() * plan.bounds()];
         let mut before = HashMap::new();
         if self.spans.is_empty() {
             return before;

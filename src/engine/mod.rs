@@ -10,6 +10,7 @@ mod exceptions;
 mod identity;
 mod inspect;
 mod kept;
+mod looks;
 mod output;
 mod passes;
 mod pool;
@@ -19,6 +20,7 @@ mod shard_hash;
 mod shards;
 mod side_files;
 mod slot;
+mod turns;
 mod verify;
 mod worker;
 
@@ -261,17 +263,23 @@ fn report(
 
 /// A kept fraction far above what was asked for comes from ties at the threshold; that is worth knowing.
 fn tie_warnings(plan: &Plan, schedule: &Schedule, kept: &[u64]) -> Vec<String> {
-    if plan.trim.as_ref().is_none_or(|t| t.ties != TrimTies::Keep) {
+    if !plan.selects() || plan.trim.as_ref().is_none_or(|t| t.ties != TrimTies::Keep) {
         return Vec::new();
     }
     let mut wanted = vec![0; plan.models()];
     for unit in &schedule.units {
-        for (model, goal) in plan.goals(unit).iter().enumerate() {
-            wanted[model] += match goal {
+        for (index, goal) in plan.goals(unit).iter().enumerate() {
+            let model = index % plan.models();
+            let count: u64 = match goal {
                 Goal::All => unit.tensors.iter().map(|&t| plan.merged_length(t, model)).sum(),
                 Goal::Keep { keep, .. } => *keep,
                 Goal::Nothing => 0,
             };
+            match index < plan.models() {
+                true => wanted[model] += count,
+                // Of outliers, the largest magnitude kept is counted along.
+                false => wanted[model] -= count.saturating_sub(1),
+            }
         }
     }
     let excessive = |(_, (wanted, kept)): &(usize, (&u64, &u64))| **kept > **wanted + **wanted / 10;
@@ -295,7 +303,7 @@ fn tie_warnings(plan: &Plan, schedule: &Schedule, kept: &[u64]) -> Vec<String> {
 
 /// Certified interval of each model's kept fraction, where thresholds come from a sketch.
 fn kept_interval(plan: &Plan, thresholds: &Thresholds) -> Option<Vec<[f64; 2]>> {
-    plan.trim.as_ref().filter(|t| t.threshold == ThresholdKind::Sketch)?;
+    plan.trim.as_ref().filter(|t| plan.selects() && t.threshold == ThresholdKind::Sketch)?;
     let share = |(model, bounds): (usize, &[u64; 2])| bounds.map(|n| share(n, plan.merged_elements(model)));
     Some(thresholds.survivors.iter().enumerate().map(share).collect())
 }

@@ -9,26 +9,28 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::Observer;
 use super::cut::{Cut, TieChain, TieCounts};
 use super::kept::Kept;
+use super::looks::solo_facts;
 use super::pool;
 use super::records::UnitDone;
 use super::select::{Thresholds, UnitThresholds, cuts, observe, sample_stride, solo_thresholds, tensor_cuts};
 use super::shards::ShardWriter;
 use super::slot::{Loaded, Slot, locate};
-use super::worker::{Tally, Worker};
+use super::turns::{Ordered, Pending};
+use super::worker::{Known, Tally, Worker};
 use crate::error::{Error, Result, printable};
 use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
+use crate::plan::ThresholdKind;
 use crate::plan::{Action, Chunk, Goal, Plan, Schedule, Trim, Unit, UnitKind, Wanted};
-use crate::plan::{Scope, ThresholdKind};
 use crate::sketch::{Bracket, MagnitudeSketch, Probe, Selector, Threshold, bounds_of_sample};
 
 /// Everything that a run shares.
 pub(super) struct Passes<'a> {
-    plan: &'a Plan,
+    pub plan: &'a Plan,
     schedule: &'a Schedule,
     observer: &'a dyn Observer,
     writer: &'a ShardWriter<'a>,
     kept: &'a Kept,
-    workers: Vec<Worker>,
+    pub workers: Vec<Worker>,
     /// Tensor bytes that earlier attempts read for thresholds that are taken over.
     kept_reads: u64,
     /// What was selected so far.
@@ -44,7 +46,7 @@ struct Item<'s> {
 }
 
 /// Slots of a resident unit, one per chunk.
-struct Resident {
+pub(super) struct Resident {
     slots: Vec<Slot>,
     loaded: bool,
 }
@@ -66,7 +68,7 @@ impl<'a> Passes<'a> {
             kept,
             workers,
             kept_reads: 0,
-            thresholds: Thresholds::new(plan.models()),
+            thresholds: Thresholds::new(plan.models(), plan.selects()),
             warnings: Vec::new(),
         }
     }
@@ -116,13 +118,13 @@ impl<'a> Passes<'a> {
         matches!(&self.schedule.units[..], [unit] if unit.kind == UnitKind::Streamed)
     }
 
-    fn announce(&self, stage: &str, bytes: u64) {
+    pub(super) fn announce(&self, stage: &str, bytes: u64) {
         if self.announces_passes() {
             self.observer.stage(stage, bytes);
         }
     }
 
-    fn pass_bytes(&self, name: &str) -> u64 {
+    pub(super) fn pass_bytes(&self, name: &str) -> u64 {
         self.schedule.passes.iter().filter(|p| p.name == name).map(|p| p.bytes_read).sum()
     }
 
@@ -134,22 +136,24 @@ impl<'a> Passes<'a> {
         let found = self.shared_thresholds(unit, &goals, &mut resident)?;
         let cuts = cuts(self.plan, &goals, &found);
         let majority = self.majority(unit, &mut resident, &cuts)?;
+        let facts = self.facts(unit, &mut resident)?;
         let thresholds = UnitThresholds::new(unit, &goals, &found);
         self.writer.keep(UnitDone {
             tensor: thresholds.tensor,
-            models: thresholds.models.clone(),
+            found: thresholds.found.clone(),
             majority: majority as i8,
             bytes_read: self.tally().bytes_read - before,
+            facts: facts.clone(),
         })?;
         self.announce("merge", self.pass_bytes("merge"));
-        self.merge_unit(unit, &mut resident, &cuts, thresholds, majority)?;
+        self.merge_unit(unit, &mut resident, &cuts, thresholds, &Known { majority, facts })?;
         self.give_back(resident);
         Ok(())
     }
 
     /// A unit whose thresholds an earlier attempt found, and a part of which it may have merged.
     fn known_unit(&mut self, unit: &Unit, known: &UnitDone) -> Result<()> {
-        let found: Vec<_> = known.models.iter().map(|model| model.map(|(threshold, _)| threshold)).collect();
+        let found: Vec<_> = known.found.iter().map(|found| found.map(|(threshold, _)| threshold)).collect();
         let goals = self.plan.goals(unit);
         let cuts = cuts(self.plan, &goals, &found);
         let thresholds = UnitThresholds::new(unit, &goals, &found);
@@ -161,7 +165,8 @@ impl<'a> Passes<'a> {
         // What was in memory when the thresholds were found is read again: reads that an undisturbed run does not make.
         let rereads = unit.kind == UnitKind::Resident;
         self.workers.iter_mut().for_each(|worker| worker.rereads = rereads);
-        self.merge_unit(unit, &mut None, &cuts, thresholds, f32::from(known.majority))?;
+        let known = Known { majority: f32::from(known.majority), facts: known.facts.clone() };
+        self.merge_unit(unit, &mut None, &cuts, thresholds, &known)?;
         self.workers.iter_mut().for_each(|worker| worker.rereads = false);
         Ok(())
     }
@@ -172,17 +177,17 @@ impl<'a> Passes<'a> {
         if unit.kind != UnitKind::Resident {
             return None;
         }
-        let slots = match self.plan.scope {
-            Scope::Model => Schedule::chunks(self.plan, &unit.tensors, unit.chunk_elements)
+        let slots = match self.plan.per_tensor() {
+            false => Schedule::chunks(self.plan, &unit.tensors, unit.chunk_elements)
                 .map(|chunk| Slot::for_chunk(self.plan, chunk))
                 .collect(),
-            Scope::Tensor => self.workers.iter_mut().map(|w| std::mem::take(&mut w.slot)).collect(),
+            true => self.workers.iter_mut().map(|w| std::mem::take(&mut w.slot)).collect(),
         };
         Some(Resident { slots, loaded: false })
     }
 
     fn give_back(&mut self, resident: Option<Resident>) {
-        if let (Some(resident), Scope::Tensor) = (resident, self.plan.scope) {
+        if let (Some(resident), true) = (resident, self.plan.per_tensor()) {
             for (worker, slot) in self.workers.iter_mut().zip(resident.slots) {
                 worker.slot = slot;
             }
@@ -190,12 +195,12 @@ impl<'a> Passes<'a> {
     }
 
     /// Runs `work` on every chunk of `unit`, loaded. A failure releases those who wait in `chain`.
-    fn each_chunk(
+    pub(super) fn each_chunk(
         &mut self,
         unit: &Unit,
         resident: &mut Option<Resident>,
         wanted: Wanted<'_>,
-        chain: Option<&TieChain>,
+        chain: Option<&dyn Ordered>,
         work: impl Fn(&mut Worker, usize, Loaded<'_>) -> Result<()> + Sync,
     ) -> Result<()> {
         let (plan, kept) = (self.plan, self.kept);
@@ -215,7 +220,7 @@ impl<'a> Passes<'a> {
             let chunk = item.chunk;
             // A unit held in memory is loaded with all that later passes need.
             let pieces = plan.pieces(chunk.tensor, if held { Wanted::All } else { wanted });
-            let mut pending = chain.map(|chain| chain.pending(ordinal));
+            let mut pending = chain.map(|chain| Pending::new(chain, ordinal));
             let result = match item.slot {
                 Some(slot) if loaded => {
                     worker.begin();
@@ -279,19 +284,22 @@ impl<'a> Passes<'a> {
             return Ok(goals.iter().map(|goal| keep(goal).map(|(keep, _)| Selector::coarse(keep))).collect());
         }
         let brackets: Vec<Bracket> = if resident.is_some() {
-            let samples = self.sample(unit, resident, goals)?.into_iter().zip(goals);
-            let bracket = |(mut sample, goal): (Vec<u32>, &Goal)| match keep(goal) {
-                Some(goal) => Bracket::within(bounds_of_sample(&mut sample, TILE_ELEMENTS, share(goal)), bins),
+            let mut samples = self.sample(unit, resident, goals)?;
+            let models = samples.len();
+            let mut bracket = |(at, goal): (usize, &Goal)| match keep(goal) {
+                Some(goal) => {
+                    Bracket::within(bounds_of_sample(&mut samples[at % models], TILE_ELEMENTS, share(goal)), bins)
+                }
                 None => Bracket::COARSE,
             };
-            samples.map(bracket).collect()
+            goals.iter().enumerate().map(&mut bracket).collect()
         } else {
             let probes = self.probe(unit, goals)?;
             let bracket = |(probe, goal): (&Probe, &Goal)| match keep(goal) {
                 Some(goal) => probe.bracket(share(goal), bins),
                 None => Bracket::COARSE,
             };
-            probes.iter().zip(goals).map(bracket).collect()
+            probes.iter().cycle().zip(goals).map(bracket).collect()
         };
         let start = |(goal, bracket)| keep(goal).map(|(keep, _)| Selector::exact(keep, bracket, bins));
         Ok(goals.iter().zip(brackets).map(start).collect())
@@ -300,10 +308,11 @@ impl<'a> Passes<'a> {
     /// Loads a resident unit, and samples the keys of the models that need a threshold.
     fn sample(&mut self, unit: &Unit, resident: &mut Option<Resident>, goals: &[Goal]) -> Result<Vec<Vec<u32>>> {
         let stride = sample_stride(unit.elements);
-        let samples = Mutex::new(vec![Vec::new(); goals.len()]);
+        let searched = self.plan.searched(goals);
+        let samples = Mutex::new(vec![Vec::new(); searched.len()]);
         self.each_chunk(unit, resident, Wanted::All, None, |worker, ordinal, data| {
             for &(model, piece) in data.merge().models {
-                if goals[model as usize].needs_threshold() {
+                if searched[model as usize] {
                     let keys = worker.keys(data, (model as usize, piece), (ordinal, stride))?;
                     let sample = &mut lock(&samples)[model as usize];
                     // Uneven chunks can give more than planned: a sample need not be complete.
@@ -324,23 +333,30 @@ impl<'a> Passes<'a> {
         brackets: &[Option<Bracket>],
     ) -> Result<Vec<MagnitudeSketch>> {
         self.workers.iter_mut().for_each(|worker| worker.set_brackets(brackets));
-        let models: Vec<bool> = brackets.iter().map(Option::is_some).collect();
+        let models: Vec<bool> = (0..self.plan.models())
+            .map(|m| brackets.iter().skip(m).step_by(self.plan.models()).any(Option::is_some))
+            .collect();
         let wanted = Wanted::TaskVectors(&models);
         self.each_chunk(unit, resident, wanted, None, |worker, _, data| worker.sketch(data, brackets))?;
+        Ok(self.sum_of_sketches())
+    }
+
+    /// What all workers counted in their sketches.
+    pub(super) fn sum_of_sketches(&mut self) -> Vec<MagnitudeSketch> {
         let (first, rest) = self.workers.split_first_mut().expect("at least one worker");
         for worker in rest {
             for (sum, sketch) in first.sketches.iter_mut().zip(&worker.sketches) {
                 sum.merge(sketch);
             }
         }
-        Ok(first.sketches.clone())
+        first.sketches.clone()
     }
 
     /// Samples a streamed unit: one probe per model, empty for those that need no threshold.
     fn probe(&mut self, unit: &Unit, goals: &[Goal]) -> Result<Vec<Probe>> {
         let plan = self.plan;
         self.announce("probe", self.pass_bytes("probe"));
-        let models: Vec<bool> = goals.iter().map(Goal::needs_threshold).collect();
+        let models = plan.searched(goals);
         let brackets: Vec<_> = models.iter().map(|wanted| wanted.then_some(Bracket::COARSE)).collect();
         let probes = Mutex::new(vec![Probe::default(); plan.models()]);
         let observer = self.observer;
@@ -373,7 +389,7 @@ impl<'a> Passes<'a> {
         let plan = self.plan;
         self.announce("vote", self.pass_bytes("vote"));
         let sum = AtomicI64::new(0);
-        let chain = TieChain::new(plan.models());
+        let chain = TieChain::of(cuts.len());
         self.each_chunk(unit, resident, Wanted::All, Some(&chain), |worker, ordinal, data| {
             let cuts = tensor_cuts(plan, data.chunk, cuts);
             let (mut seen, _) = ties_before(worker, &chain, ordinal, data, &cuts)?;
@@ -390,12 +406,12 @@ impl<'a> Passes<'a> {
         resident: &mut Option<Resident>,
         cuts: &[Cut],
         thresholds: UnitThresholds,
-        majority: f32,
+        known: &Known,
     ) -> Result<()> {
         let (plan, writer, kept) = (self.plan, self.writer, self.kept);
         let before = self.tally().kept;
         let kept_ties = kept.ties_before(plan, &unit.tensors);
-        let chain = TieChain::new(plan.models());
+        let chain = TieChain::of(cuts.len());
         self.each_chunk(unit, resident, Wanted::All, Some(&chain), |worker, ordinal, data| {
             let cuts = tensor_cuts(plan, data.chunk, cuts);
             let (mut seen, own) = ties_before(worker, &chain, ordinal, data, &cuts)?;
@@ -404,7 +420,7 @@ impl<'a> Passes<'a> {
                 kept.add_ties_in_tensor(data.chunk, &mut seen);
             }
             let mut out = writer.chunk(data.chunk);
-            worker.merge(data, &cuts, &mut seen, majority, &mut |offset, bytes| out.write(offset, bytes))?;
+            worker.merge(data, &cuts, &mut seen, known, &mut |offset, bytes| out.write(offset, bytes))?;
             out.done(worker.counted(), own, false, None)
         })?;
         let mut survivors = difference(&self.tally().kept, &before);
@@ -425,19 +441,20 @@ impl<'a> Passes<'a> {
             worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
                 let found = solo_thresholds(worker, data, &goals, bins)?;
                 let cuts = tensor_cuts(plan, chunk, &cuts(plan, &goals, &found));
-                let mut majority = 0.0;
+                let mut known = Known { facts: solo_facts(worker, data)?, ..Known::default() };
                 if plan.votes() {
-                    majority = worker.vote(data, &cuts, &mut vec![0; plan.models()])?.signum() as f32;
+                    known.majority = worker.vote(data, &cuts, &mut vec![0; cuts.len()])?.signum() as f32;
                 }
                 let mut out = writer.chunk(chunk);
                 let mut sink = |offset, bytes: &[u8]| out.write(offset, bytes);
-                worker.merge(data, &cuts, &mut vec![0; plan.models()], majority, &mut sink)?;
+                worker.merge(data, &cuts, &mut vec![0; cuts.len()], &known, &mut sink)?;
                 let counted = worker.counted();
-                let found = UnitThresholds::new(unit, &goals, &found);
-                let models = found.models.clone();
-                lock(&thresholds).record(found, &counted.kept);
-                let known = UnitDone { tensor: chunk.tensor, models, majority: majority as i8, bytes_read: 0 };
-                out.done(counted, Vec::new(), false, Some(known))
+                let thresholds_found = UnitThresholds::new(unit, &goals, &found);
+                let found = thresholds_found.found.clone();
+                lock(&thresholds).record(thresholds_found, &counted.kept);
+                let Known { majority, facts } = known;
+                let done = UnitDone { tensor: chunk.tensor, found, majority: majority as i8, bytes_read: 0, facts };
+                out.done(counted, Vec::new(), false, Some(done))
             })
         })?;
         Ok(())
@@ -469,7 +486,8 @@ impl<'a> Passes<'a> {
                         }
                         Action::Copy { source, .. } => worker.convert(data, *source, &mut sink)?,
                         Action::Merge { .. } => {
-                            worker.merge(data, &no_cuts, &mut vec![0; plan.models()], 0.0, &mut sink)?;
+                            let cuts = tensor_cuts(plan, chunk, &no_cuts);
+                            worker.merge(data, &cuts, &mut vec![0; cuts.len()], &Known::default(), &mut sink)?;
                         }
                     }
                     out.done(worker.counted(), Vec::new(), !same, None)

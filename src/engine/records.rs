@@ -11,12 +11,14 @@ use crate::sketch::Threshold;
 pub(super) struct UnitDone {
     /// First tensor of the unit.
     pub tensor: u32,
-    /// Per model: the threshold and the number of elements it was found among, as in `UnitThresholds`.
-    pub models: Vec<Option<(Threshold, u64)>>,
+    /// Per goal: the threshold and the number of elements it was found among, as in `UnitThresholds`.
+    pub found: Vec<Option<(Threshold, u64)>>,
     /// Sign of the unit's vote: -1, 0 or 1.
     pub majority: i8,
     /// Tensor bytes read to find out.
     pub bytes_read: u64,
+    /// What looks at the tensor found.
+    pub facts: Vec<f64>,
 }
 
 /// A range of a tensor whose result is durable.
@@ -76,8 +78,10 @@ fn encode_unit(unit: &UnitDone, out: &mut Vec<u8>) {
     out.extend(unit.tensor.to_le_bytes());
     out.extend(unit.majority.to_le_bytes());
     out.extend(unit.bytes_read.to_le_bytes());
-    out.extend((unit.models.len() as u32).to_le_bytes());
-    for model in &unit.models {
+    out.extend((unit.facts.len() as u32).to_le_bytes());
+    unit.facts.iter().for_each(|fact| out.extend(fact.to_le_bytes()));
+    out.extend((unit.found.len() as u32).to_le_bytes());
+    for model in &unit.found {
         out.push(u8::from(model.is_some()));
         if let Some((threshold, elements)) = model {
             out.extend(threshold.ties.low.to_le_bytes());
@@ -129,7 +133,8 @@ fn decode_unit(rest: &mut Rest<'_>) -> Option<UnitDone> {
             Some(Some((Threshold { ties, above, tied }, elements)))
         }
     };
-    Some(UnitDone { tensor, majority: i8::from_le_bytes([majority]), bytes_read, models: rest.list(model)? })
+    let facts = rest.list(|rest| rest.u64().map(f64::from_bits))?;
+    Some(UnitDone { tensor, majority: i8::from_le_bytes([majority]), bytes_read, facts, found: rest.list(model)? })
 }
 
 fn decode_range(rest: &mut Rest<'_>) -> Option<RangeDone> {
@@ -183,9 +188,10 @@ mod tests {
         vec![
             Entry::Unit(UnitDone {
                 tensor: 9,
-                models: vec![None, Some((threshold, 77))],
+                found: vec![None, Some((threshold, 77))],
                 majority: -1,
                 bytes_read: 1 << 50,
+                facts: vec![0.1, f64::INFINITY],
             }),
             Entry::Range(RangeDone {
                 tensor: 1,

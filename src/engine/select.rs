@@ -5,6 +5,7 @@ use super::slot::Loaded;
 use super::worker::Worker;
 use crate::error::Result;
 use crate::limits::{LISTED_THRESHOLDS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
+use crate::method::Sparsify;
 use crate::plan::{Chunk, Goal, Plan, ThresholdKind, Unit};
 use crate::sketch::{Bracket, MagnitudeSketch, Selector, Threshold, bounds_of_sample, select_in_place};
 
@@ -20,8 +21,8 @@ const IN_MEMORY_BINS: usize = 1 << 18;
 pub(super) struct UnitThresholds {
     /// First tensor of the unit.
     pub tensor: u32,
-    /// Per model: the threshold and the number of elements it was found among; `None` where nothing was cut or kept.
-    pub models: Vec<Option<(Threshold, u64)>>,
+    /// Per goal: the threshold and the number of elements it was found among; `None` where nothing was cut or kept.
+    pub found: Vec<Option<(Threshold, u64)>>,
 }
 
 impl UnitThresholds {
@@ -30,7 +31,7 @@ impl UnitThresholds {
             Goal::Keep { elements, .. } => found.map(|threshold| (threshold, *elements)),
             Goal::All | Goal::Nothing => None,
         };
-        Self { tensor: unit.tensors[0], models: goals.iter().zip(found).map(one).collect() }
+        Self { tensor: unit.tensors[0], found: goals.iter().zip(found).map(one).collect() }
     }
 }
 
@@ -41,23 +42,30 @@ pub(super) struct Thresholds {
     pub survivors: Vec<[u64; 2]>,
     /// The units of the first tensors, in order: [`LISTED_THRESHOLDS`] over all models.
     pub listed: Vec<UnitThresholds>,
+    selects: bool,
 }
 
 impl Thresholds {
-    pub(super) fn new(models: usize) -> Self {
-        Self { survivors: vec![[0; 2]; models], listed: Vec::new() }
+    /// `selects`: whether there are thresholds at all.
+    pub(super) fn new(models: usize, selects: bool) -> Self {
+        Self { survivors: vec![[0; 2]; models], listed: Vec::new(), selects }
     }
 
     /// Takes in a unit, in any order, with the number of each model's entries that survived in it.
     pub(super) fn record(&mut self, unit: UnitThresholds, kept: &[u64]) {
-        for ((sums, found), &kept) in self.survivors.iter_mut().zip(&unit.models).zip(kept) {
-            // Where all or nothing was kept, there is nothing uncertain.
-            let [least, most] =
-                found.map_or([kept; 2], |(threshold, _)| [threshold.above, threshold.above + threshold.tied]);
+        let bounds = |(threshold, _): &(Threshold, u64)| [threshold.above, threshold.above + threshold.tied];
+        let models = self.survivors.len();
+        for (model, (sums, &kept)) in self.survivors.iter_mut().zip(kept).enumerate() {
+            // Where all or nothing was kept, there is nothing uncertain. What is dropped as outliers has bounds too.
+            let reached = unit.found[model].as_ref().map(bounds);
+            let outliers = unit.found.get(models + model).and_then(|found| found.as_ref().map(bounds));
+            let [fewest, most] = outliers.unwrap_or_default();
+            let [least, greatest] = reached.map_or([kept; 2], |[above, at]| [above.saturating_sub(most), at - fewest]);
             sums[0] += least;
-            sums[1] += most;
+            sums[1] += greatest;
         }
-        if (unit.tensor as usize) < LISTED_THRESHOLDS / unit.models.len().max(1) {
+        let listed = (unit.tensor as usize) < LISTED_THRESHOLDS / unit.found.len().max(1);
+        if listed && self.selects {
             let place = self.listed.partition_point(|other| other.tensor < unit.tensor);
             self.listed.insert(place, unit);
         }
@@ -77,29 +85,35 @@ pub(super) fn solo_thresholds(
     let mut found = vec![None; goals.len()];
     let mut bounds = vec![None; goals.len()];
     let mut selectors = vec![None; goals.len()];
+    let bins = bins.min(IN_MEMORY_BINS);
     for &(model, piece) in data.merge().models {
-        let model = model as usize;
-        let Goal::Keep { keep, .. } = goals[model] else { continue };
-        if coarse {
-            selectors[model] = Some(Selector::coarse(keep));
+        let own = || (model as usize..goals.len()).step_by(plan.models());
+        if coarse || !own().any(|at| matches!(goals[at], Goal::Keep { .. })) {
             continue;
         }
-        let keys = worker.keys(data, (model, piece), (0, stride))?;
-        if stride == 1 {
-            found[model] = Some(select_in_place(keys, keep));
-        } else {
-            let bins = bins.min(IN_MEMORY_BINS);
-            bounds[model] = bounds_of_sample(keys, TILE_ELEMENTS, keep as f64 / chunk.count as f64);
-            selectors[model] = Some(Selector::exact(keep, Bracket::within(bounds[model], bins), bins));
+        let keys = worker.keys(data, (model as usize, piece), (0, stride))?;
+        for at in own() {
+            let Goal::Keep { keep, .. } = goals[at] else { continue };
+            if stride == 1 {
+                found[at] = Some(select_in_place(keys, keep));
+            } else {
+                bounds[at] = bounds_of_sample(keys, TILE_ELEMENTS, keep as f64 / chunk.count as f64);
+                selectors[at] = Some(Selector::exact(keep, Bracket::within(bounds[at], bins), bins));
+            }
         }
     }
-    // All models in one look, which loads base once.
+    if coarse {
+        let coarse =
+            |goal: &Goal| if let Goal::Keep { keep, .. } = goal { Some(Selector::coarse(*keep)) } else { None };
+        selectors = goals.iter().map(coarse).collect();
+    }
+    // All thresholds in one look, which loads base once.
     if bounds.iter().any(Option::is_some) {
         worker.list_near(data, &bounds)?;
-        for (model, goal) in goals.iter().enumerate() {
-            if let (Goal::Keep { keep, .. }, Some(_)) = (goal, bounds[model]) {
-                found[model] = worker.near[model].threshold(*keep);
-                selectors[model].take_if(|_| found[model].is_some());
+        for (at, goal) in goals.iter().enumerate() {
+            if let (Goal::Keep { keep, .. }, Some(_)) = (goal, bounds[at]) {
+                found[at] = worker.near[at].threshold(*keep);
+                selectors[at].take_if(|_| found[at].is_some());
             }
         }
     }
@@ -140,17 +154,31 @@ pub(super) fn observe(selectors: &mut [Option<Selector>], sketches: &[MagnitudeS
 /// What survives of each model, from what was found.
 pub(super) fn cuts(plan: &Plan, goals: &[Goal], found: &[Option<Threshold>]) -> Vec<Cut> {
     let rule = plan.trim.as_ref().map(|t| t.ties).unwrap_or_default();
-    let cut = |(goal, found): (&Goal, &Option<Threshold>)| match (goal, found) {
+    let cut = |(index, (goal, found)): (usize, (&Goal, &Option<Threshold>))| match (goal, found) {
+        (Goal::Keep { keep, .. }, Some(threshold)) if index >= plan.models() => Cut::outliers(*threshold, *keep, rule),
         (Goal::Keep { keep, .. }, Some(threshold)) => Cut::new(*threshold, *keep, rule),
         (Goal::All, _) => Cut::NonZero,
         (Goal::Nothing, _) => Cut::Nothing,
         (Goal::Keep { .. }, None) => unreachable!("the search ends with a threshold"),
     };
-    goals.iter().zip(found).map(cut).collect()
+    goals.iter().zip(found).enumerate().map(cut).collect()
 }
 
 /// The cuts, with draws keyed to the chunk's tensor.
 pub(super) fn tensor_cuts(plan: &Plan, chunk: Chunk, cuts: &[Cut]) -> Vec<Cut> {
     let name = &plan.tensors[chunk.tensor as usize].name;
-    cuts.iter().enumerate().map(|(model, cut)| cut.for_tensor(plan.seed, model, name)).collect()
+    // One draw decides whether an entry is above a threshold and whether it is an outlier.
+    let params = plan.params_of(chunk.tensor);
+    let drawn = |model: usize| match (params.density.get(model), params.merger.sparsify(model)) {
+        (Some(&density), Sparsify::Random { scale }) if density < 1.0 => Cut::random(density, scale),
+        (Some(&density), Sparsify::Ranked { epsilon, rescale }) if density < 1.0 => {
+            Cut::ranked(density, epsilon, rescale)
+        }
+        _ => Cut::NonZero,
+    };
+    let cut = |(at, cut): (usize, &Cut)| {
+        let cut = if plan.method.draws() { drawn(at) } else { *cut };
+        cut.for_tensor(plan.seed, at % plan.models(), name)
+    };
+    cuts.iter().enumerate().map(cut).collect()
 }

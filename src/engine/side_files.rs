@@ -14,6 +14,7 @@ use super::{PROGRAM, Report};
 use crate::error::{Error, Result, printable};
 use crate::limits::MAX_SIDE_FILE_BYTES;
 use crate::plan::{Action, LAYER_COUNT_KEYS, LayerMap, Plan, PlanSummary, Schedule};
+use crate::sketch::Threshold;
 use crate::storage::Storage;
 
 /// Version of the manifest's format.
@@ -282,19 +283,23 @@ fn settings(plan: &Plan) -> Value {
 }
 
 fn unit_thresholds(plan: &Plan, unit: &UnitThresholds) -> Value {
-    let models = unit.models.iter().map(|found| {
-        found.map(|(threshold, elements)| {
-            json!({
-                "magnitude": f32::from_bits(threshold.ties.low),
-                "above": threshold.above,
-                "tied": threshold.tied,
-                "elements": elements,
-            })
-        })
-    });
+    let describe = |found: &Option<(Threshold, u64)>| match found {
+        Some((threshold, elements)) => json!({
+            "magnitude": f32::from_bits(threshold.ties.low),
+            "above": threshold.above,
+            "tied": threshold.tied,
+            "elements": elements,
+        }),
+        None => Value::Null,
+    };
+    let (models, outliers) = unit.found.split_at(plan.models().min(unit.found.len()));
     let scope = match plan.scope {
         crate::plan::Scope::Model => Value::Null,
         crate::plan::Scope::Tensor => (*plan.tensors[unit.tensor as usize].name).into(),
     };
-    json!({ "tensor": scope, "models": models.collect::<Vec<_>>() })
+    let mut described = json!({ "tensor": scope, "models": models.iter().map(describe).collect::<Vec<_>>() });
+    if !outliers.is_empty() {
+        described["outliers"] = outliers.iter().map(describe).collect();
+    }
+    described
 }

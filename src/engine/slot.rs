@@ -101,6 +101,16 @@ impl<'a> Loaded<'a> {
         Float::from_dtype(self.plan.source(piece).0.dtype).expect("the plan merges floats only")
     }
 
+    /// Elements of a tile.
+    pub(super) fn tile(&self) -> usize {
+        self.plan.tile(self.chunk.tensor)
+    }
+
+    /// Elements of a row, for [`Tile::row`](crate::method::Tile::row).
+    pub(super) fn row(&self) -> usize {
+        if self.plan.needs().rows { self.plan.row(self.chunk.tensor) as usize } else { self.tile() }
+    }
+
     /// The tiles of the chunk.
     pub(super) fn tiles(self) -> impl Iterator<Item = Span<'a>> {
         self.tiles_of(0..self.chunk.count as usize)
@@ -108,8 +118,8 @@ impl<'a> Loaded<'a> {
 
     /// The tiles of a range of the chunk.
     pub(super) fn tiles_of(self, range: Range<usize>) -> impl Iterator<Item = Span<'a>> {
-        let end = range.end;
-        range.step_by(TILE_ELEMENTS).map(move |from| Span { data: self, from, length: TILE_ELEMENTS.min(end - from) })
+        let (end, tile) = (range.end, self.tile());
+        range.step_by(tile).map(move |from| Span { data: self, from, length: tile.min(end - from) })
     }
 
     /// The output's type.
@@ -124,7 +134,7 @@ impl<'a> Loaded<'a> {
     }
 }
 
-/// One tile of a chunk: at most [`TILE_ELEMENTS`] elements from element `from` of the chunk on.
+/// One tile of a chunk: elements from element `from` of the chunk on.
 #[derive(Clone, Copy)]
 pub(super) struct Span<'a> {
     pub data: Loaded<'a>,

@@ -1,7 +1,7 @@
 //! What one thread does to one chunk: load, sketch, trim, merge, settle exceptions, encode.
 //!
 //! - Buffers are allocated once per worker, from the schedule's numbers, and reused for every chunk.
-//! - Inputs stay in their stored type; tiles of [`TILE_ELEMENTS`] elements are widened to f32, so that all arithmetic
+//! - Inputs stay in their stored type; tiles of about a thousand elements (or whole rows) are widened to f32, so that all arithmetic
 //!   happens in the first-level cache.
 //! - A chunk's result depends on the plan, the cuts and the chunk's own bytes: never on the worker or its history.
 
@@ -12,7 +12,7 @@ use super::slot::{Loaded, Slot, Span};
 use crate::dtype::Float;
 use crate::error::Result;
 use crate::kernels::{self, Isa};
-use crate::limits::{OUT_ELEMENTS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
+use crate::limits::{OUT_ELEMENTS, SMALL_UNIT_ELEMENTS};
 use crate::method::{Inputs, Tile};
 use crate::plan::near_keys;
 use crate::plan::{Chunk, Piece, Plan, Schedule};
@@ -48,11 +48,13 @@ pub(super) struct Worker {
     /// The worker's own windows, for chunks that nobody holds in memory.
     pub slot: Slot,
     pub tiles: Tiles,
-    weights: Vec<f32>,
+    pub weights: Vec<f32>,
     encoded: Vec<u8>,
     /// One sketch per model, where the plan trims.
     pub sketches: Vec<MagnitudeSketch>,
     keys: Vec<u32>,
+    /// The entries of a row in order of magnitude, for methods that rank them.
+    order: Vec<u64>,
     /// One list per model, where thresholds are selected in memory.
     pub near: Vec<NearKeys>,
     near_keys: usize,
@@ -63,12 +65,22 @@ pub(super) struct Worker {
     pub rereads: bool,
 }
 
+/// What was found out about a unit before it is merged.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    /// See [`Tile::majority`].
+    pub majority: f32,
+    /// See [`Tile::facts`].
+    pub facts: Vec<f64>,
+}
+
 /// Where a worker's results go: (offset in the tensor in bytes, encoded bytes).
 pub(super) type Sink<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<()>;
 
 impl Worker {
     pub(super) fn new(plan: &Plan, schedule: &Schedule) -> Self {
-        let tile = || vec![0.0f32; TILE_ELEMENTS];
+        let longest = (0..plan.tensors.len() as u32).map(|tensor| plan.tile(tensor)).max().unwrap_or(0);
+        let tile = || vec![0.0f32; longest];
         let out_width = plan.tensors.iter().filter_map(|t| Float::from_dtype(t.dtype)).map(Float::width).max();
         let out_elements = OUT_ELEMENTS.min(schedule.slot_elements.max(1)) as usize;
         Self {
@@ -80,12 +92,13 @@ impl Worker {
                 oracle: tile(),
                 out: tile(),
                 scratch: tile(),
-                exempt: vec![false; TILE_ELEMENTS],
+                exempt: vec![false; longest],
             },
             weights: Vec::with_capacity(plan.models()),
             encoded: vec![0; out_elements * out_width.unwrap_or(1)],
             sketches: Vec::new(),
             keys: Vec::new(),
+            order: Vec::with_capacity(if plan.needs().rows { longest } else { 0 }),
             near: Vec::new(),
             near_keys: near_keys(schedule.slot_elements) as usize,
             tally: Tally { kept: vec![0; plan.models()], ..Tally::default() },
@@ -156,10 +169,12 @@ impl Worker {
         for span in data.tiles() {
             self.load_base(span);
             for &(model, piece) in span.data.merge().models {
-                if brackets[model as usize].is_some() {
+                let own = || searches(brackets, model, data.plan.models());
+                if own().next().is_some() {
                     self.task_vector(span, (model as usize, piece))?;
-                    let tau = &self.tiles.inputs[model as usize][..span.length];
-                    self.sketches[model as usize].add(self.isa, tau);
+                }
+                for at in own() {
+                    self.sketches[at].add(self.isa, &self.tiles.inputs[model as usize][..span.length]);
                 }
             }
         }
@@ -176,9 +191,12 @@ impl Worker {
         for span in data.tiles() {
             self.load_base(span);
             for &(model, piece) in span.data.merge().models {
-                if bounds[model as usize].is_some() {
+                let own = || searches(bounds, model, data.plan.models());
+                if own().next().is_some() {
                     self.task_vector(span, (model as usize, piece))?;
-                    self.near[model as usize].add(self.isa, &self.tiles.inputs[model as usize][..span.length]);
+                }
+                for at in own() {
+                    self.near[at].add(self.isa, &self.tiles.inputs[model as usize][..span.length]);
                 }
             }
         }
@@ -204,15 +222,19 @@ impl Worker {
         Ok(&mut self.keys)
     }
 
-    /// Counts, per model, the entries of the chunk that are tied with a threshold whose ties are kept by position.
+    /// Counts, per cut, the entries of the chunk that are tied with a threshold whose ties are kept by position.
     pub(super) fn count_ties(&mut self, data: Loaded<'_>, cuts: &[Cut]) -> Result<TieCounts> {
         let mut counts = vec![0; cuts.len()];
         for span in data.tiles() {
             self.load_base(span);
             for &(model, piece) in span.data.merge().models {
-                if let Cut::Lowest { ties, .. } = cuts[model as usize] {
+                let own = || (model as usize..cuts.len()).step_by(data.plan.models());
+                let ties = |at: usize| if let Cut::Lowest { ties, .. } = cuts[at] { Some((at, ties)) } else { None };
+                if own().any(|at| ties(at).is_some()) {
                     self.task_vector(span, (model as usize, piece))?;
-                    counts[model as usize] +=
+                }
+                for (at, ties) in own().filter_map(ties) {
+                    counts[at] +=
                         kernels::count_ties(self.isa, &self.tiles.inputs[model as usize][..span.length], ties);
                 }
             }
@@ -232,7 +254,8 @@ impl Worker {
             let merge = span.data.merge();
             with_refs(inputs, merge.models, span.length, |inputs| {
                 let oracle = merge.oracle.is_some().then_some(&oracle[..span.length]);
-                let tile = Tile { isa: self.isa, inputs, weights: &self.weights, oracle, majority: 0.0 };
+                let weights = &self.weights;
+                let tile = Tile { isa: self.isa, inputs, weights, oracle, majority: 0.0, facts: &[], row: data.row() };
                 sum += data.plan.params_of(data.chunk.tensor).merger.sum_of_signs(&tile, &mut scratch[..span.length]);
             });
         }
@@ -246,13 +269,13 @@ impl Worker {
         data: Loaded<'_>,
         cuts: &[Cut],
         seen: &mut TieCounts,
-        majority: f32,
+        known: &Known,
         sink: Sink<'_>,
     ) -> Result<()> {
         self.set_weights(data);
         self.in_blocks(data, sink, |worker, span, encoded| {
             let clean = worker.load_inputs(span, cuts, seen)?;
-            worker.combine(span, majority);
+            worker.combine(span, known);
             worker.finish(span, clean, encoded)
         })?;
         self.tally.merged += data.chunk.count;
@@ -310,7 +333,7 @@ impl Worker {
             let block = &mut encoded[..count as usize * width];
             let spans = data.tiles_of(start as usize..(start + count) as usize);
             result = spans
-                .zip(block.chunks_mut(TILE_ELEMENTS * width))
+                .zip(block.chunks_mut(data.tile() * width))
                 .try_for_each(|(span, encoded)| tile(self, span, encoded))
                 .and_then(|()| sink((chunk.start + start) * width as u64, block));
             start += count;
@@ -319,7 +342,7 @@ impl Worker {
         result
     }
 
-    fn set_weights(&mut self, data: Loaded<'_>) {
+    pub(super) fn set_weights(&mut self, data: Loaded<'_>) {
         self.weights.clear();
         let weights = &data.plan.params_of(data.chunk.tensor).weights;
         self.weights.extend(data.merge().models.iter().map(|&(model, _)| weights[model as usize]));
@@ -348,13 +371,16 @@ impl Worker {
         &mut self,
         span: Span<'_>,
         (model, piece): (usize, Piece),
-        cut: &Cut,
-        seen: &mut u64,
+        cuts: &[Cut],
+        seen: &mut [u64],
     ) -> Result<bool> {
+        let cut = &cuts[model];
+        let at = span.data.plan.models() + model;
+        let outliers = cuts.get(at).filter(|cut| **cut != Cut::Nothing);
         let base = span.data.merge().base.expect("task vectors need a base");
         let (float, bytes) = span.stored(piece);
         let narrow = float != Float::F64 && span.data.float(base) != Float::F64;
-        if let Some(min_key) = cut.min_key().filter(|_| narrow) {
+        if let Some(min_key) = cut.min_key().filter(|_| narrow && outliers.is_none()) {
             let Tiles { base, inputs, .. } = &mut self.tiles;
             let tau = &mut inputs[model][..span.length];
             if let Some(kept) = kernels::trimmed_task_vector(self.isa, float, bytes, &base[..span.length], min_key, tau)
@@ -364,14 +390,31 @@ impl Worker {
             }
         }
         let finite = self.task_vector(span, (model, piece))?;
-        let tau = &mut self.tiles.inputs[model][..span.length];
-        self.tally.kept[model] += cut.apply(self.isa, tau, span.element(0), seen);
+        let Tiles { inputs, out, .. } = &mut self.tiles;
+        let (tau, dropped) = (&mut inputs[model][..span.length], &mut out[..span.length]);
+        let first = span.element(0);
+        // Outliers are told apart in the whole task vector; the out tile is free until the merge.
+        if let Some(outliers) = outliers {
+            dropped.copy_from_slice(tau);
+            outliers.apply(self.isa, dropped, first, &mut seen[at]);
+        }
+        let mut kept = match cut {
+            Cut::Ranked(ranked) => {
+                let rows = (first..).step_by(span.data.row()).zip(tau.chunks_mut(span.data.row()));
+                rows.map(|(first, row)| ranked.apply(row, first, &mut self.order)).sum()
+            }
+            _ => cut.apply(self.isa, tau, first, &mut seen[model]),
+        };
+        if outliers.is_some() {
+            kept = kernels::drop_where(self.isa, tau, dropped);
+        }
+        self.tally.kept[model] += kept;
         Ok(finite)
     }
 
     /// Fills base, input (trimmed, where the method asks for that) and oracle tiles; returns whether every input was
     /// finite.
-    fn load_inputs(&mut self, span: Span<'_>, cuts: &[Cut], seen: &mut TieCounts) -> Result<bool> {
+    pub(super) fn load_inputs(&mut self, span: Span<'_>, cuts: &[Cut], seen: &mut TieCounts) -> Result<bool> {
         let merge = span.data.merge();
         self.load_base(span);
         let mut clean = true;
@@ -389,10 +432,7 @@ impl Worker {
                     finite
                 }
                 Inputs::TaskVectors => self.task_vector(span, (model, piece))?,
-                Inputs::TrimmedTaskVectors => {
-                    let (cut, seen) = (&cuts[model], &mut seen[model]);
-                    self.trimmed_task_vector(span, (model, piece), cut, seen)?
-                }
+                Inputs::TrimmedTaskVectors => self.trimmed_task_vector(span, (model, piece), cuts, seen)?,
             };
         }
         if let Some(piece) = merge.oracle {
@@ -415,7 +455,7 @@ impl Worker {
     }
 
     /// Runs the method on the input tiles; the result is in the out tile.
-    fn combine(&mut self, span: Span<'_>, majority: f32) {
+    fn combine(&mut self, span: Span<'_>, known: &Known) {
         let (merge, length) = (span.data.merge(), span.length);
         let merger = &span.data.plan.params_of(span.data.chunk.tensor).merger;
         let Tiles { inputs, oracle, out, scratch, .. } = &mut self.tiles;
@@ -424,7 +464,9 @@ impl Worker {
                 self.tally.conflicts += kernels::conflicts(self.isa, inputs);
             }
             let oracle = merge.oracle.is_some().then_some(&oracle[..length]);
-            let tile = Tile { isa: self.isa, inputs, weights: &self.weights, oracle, majority };
+            let (isa, weights, row) = (self.isa, &self.weights[..], span.data.row());
+            let Known { majority, facts } = known;
+            let tile = Tile { isa, inputs, weights, oracle, majority: *majority, facts, row };
             merger.merge(&tile, &mut out[..length], &mut scratch[..length]);
         });
     }
@@ -468,8 +510,18 @@ fn subtract(isa: Isa, span: Span<'_>, piece: Piece, base: &[f32], out: &mut [f32
     }
 }
 
+/// The searches of `model` that go on, where each has an entry in `all`.
+fn searches<T>(all: &[Option<T>], model: u32, models: usize) -> impl Iterator<Item = usize> + '_ {
+    (model as usize..all.len()).step_by(models).filter(|&at| all[at].is_some())
+}
+
 /// Calls `f` with the first `length` elements of the tiles of `models`, without allocating.
-fn with_refs<R>(tiles: &[Vec<f32>], models: &[(u32, Piece)], length: usize, f: impl FnOnce(&[&[f32]]) -> R) -> R {
+pub(super) fn with_refs<R>(
+    tiles: &[Vec<f32>],
+    models: &[(u32, Piece)],
+    length: usize,
+    f: impl FnOnce(&[&[f32]]) -> R,
+) -> R {
     let mut refs = [&[][..]; crate::limits::MAX_MODELS];
     for (slot, &(model, _)) in refs.iter_mut().zip(models) {
         *slot = &tiles[model as usize][..length];

@@ -286,6 +286,21 @@ fn trim_lowest_within(tau: &mut [f32], ties: Ties, mut left: u64) -> u64 {
 }
 
 #[inline(always)]
+pub(super) fn drop_where(tau: &mut [f32], dropped: &[f32]) -> u64 {
+    let mut survivors = 0;
+    for (tau, dropped) in tau.chunks_mut(STRETCH).zip(dropped.chunks(STRETCH)) {
+        let mut count = 0;
+        for (tau, dropped) in tau.iter_mut().zip(dropped) {
+            let kept = mask(key(*dropped) == 0) & mask(key(*tau) != 0);
+            *tau = keep(kept, *tau);
+            count += kept & 1;
+        }
+        survivors += u64::from(count);
+    }
+    survivors
+}
+
+#[inline(always)]
 pub(super) fn count_ties(tau: &[f32], ties: Ties) -> u64 {
     let mut total = 0;
     for stretch in tau.chunks(STRETCH) {
@@ -627,6 +642,22 @@ combine! {
 }
 
 // ---- Linear -------------------------------------------------------------------------------------------------------
+
+#[inline(always)]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f64 {
+    // One sum per lane, so that lanes can be worked on together. Products of two f32 are exact in f64.
+    let mut sums = [0.0f64; LANES];
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += f64::from(*a) * f64::from(*b);
+        }
+    }
+    let mut total = 0.0;
+    for sum in sums {
+        total += sum;
+    }
+    total
+}
 
 #[inline(always)]
 pub(super) fn scale(values: &mut [f32], factor: f32) {

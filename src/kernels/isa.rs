@@ -137,6 +137,7 @@ kernels! {
     fn trim(tau: &mut [f32], min_key: u32) -> u64;
     fn trim_sample(tau: &mut [f32], ties: Ties, draw_key: u64, first_index: u64, accept: u64) -> u64;
     fn trim_lowest(tau: &mut [f32], ties: Ties, quota: u64) -> (u64, u64);
+    fn drop_where(tau: &mut [f32], dropped: &[f32]) -> u64;
     fn count_ties(tau: &[f32], ties: Ties) -> u64;
     fn histogram(tau: &[f32], low: u32, shift: u32, bins: &mut [u64]) -> u64;
     fn collect(tau: &[f32], low: u32, high: u32, between: &mut [u32]) -> Near;
@@ -149,6 +150,7 @@ kernels! {
     fn combine_mean(taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]);
     fn combine_sum(taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]);
     fn combine_max(taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]);
+    fn dot(a: &[f32], b: &[f32]) -> f64;
     fn scale(values: &mut [f32], factor: f32);
     fn divide(values: &mut [f32], divisor: f32);
     fn add(values: &mut [f32], other: &[f32]);

@@ -188,6 +188,12 @@ pub fn trim_lowest(isa: Isa, tau: &mut [f32], ties: Ties, quota: u64) -> (u64, u
     isa::trim_lowest(isa, tau, ties, quota)
 }
 
+/// Zeroes every entry where `dropped` is not zero and returns the number of non-zero entries left.
+pub fn drop_where(isa: Isa, tau: &mut [f32], dropped: &[f32]) -> u64 {
+    assert_eq!(tau.len(), dropped.len());
+    isa::drop_where(isa, tau, dropped)
+}
+
 /// The number of entries that tie.
 pub fn count_ties(isa: Isa, tau: &[f32], ties: Ties) -> u64 {
     isa::count_ties(isa, tau, ties)
@@ -294,6 +300,12 @@ pub fn combine_max(isa: Isa, taus: &[&[f32]], weights: &[f32], gamma: Option<&[f
 }
 
 // ---- Linear -------------------------------------------------------------------------------------------------------
+
+/// Σ a·b in f64. The order of the sum depends on the length alone.
+pub fn dot(isa: Isa, a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    isa::dot(isa, a, b)
+}
 
 /// values *= factor.
 pub fn scale(isa: Isa, values: &mut [f32], factor: f32) {

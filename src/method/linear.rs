@@ -47,7 +47,7 @@ impl Method for Linear {
         false
     }
 
-    fn prepare(&self, settings: &Settings) -> Box<dyn Merger> {
+    fn prepare(&self, settings: &Settings, _base: bool) -> Box<dyn Merger> {
         Box::new(LinearMerger { normalize: settings.word("normalize") == "true" })
     }
 }
@@ -58,7 +58,7 @@ struct LinearMerger {
 
 impl Merger for LinearMerger {
     fn needs(&self) -> Needs {
-        Needs { inputs: Inputs::Weights, majority_sign: false }
+        Needs::of(Inputs::Weights)
     }
 
     fn divides_by_weights(&self) -> bool {

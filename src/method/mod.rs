@@ -5,9 +5,25 @@
 //! - [`Method::prepare`] turns checked settings into a [`Merger`]: a pure function of a tile.
 //! - No method sees a file, a tensor name or a plan, and none divides the work: the engine does.
 
+mod arcee_fusion;
+mod breadcrumbs;
+mod dare;
+mod della;
+mod described;
+mod gram;
+mod karcher;
 mod linear;
+mod model_stock;
+mod multislerp;
+mod nearswap;
+mod nuslerp;
 mod params;
 mod passthrough;
+mod ram;
+mod ramplus;
+mod sce;
+mod slerp;
+mod sparse;
 mod task_arithmetic;
 mod ties;
 
@@ -17,8 +33,28 @@ use crate::error::{Error, Result};
 use crate::kernels::Isa;
 
 /// Every method, in the order in which they are listed to users.
-pub const METHODS: &[&dyn Method] =
-    &[&ties::Ties, &task_arithmetic::TaskArithmetic, &linear::Linear, &passthrough::Passthrough];
+pub const METHODS: &[&dyn Method] = &[
+    &ties::Ties,
+    &task_arithmetic::TaskArithmetic,
+    &linear::Linear,
+    &dare::DARE_TIES,
+    &dare::DARE_LINEAR,
+    &della::DELLA,
+    &della::DELLA_LINEAR,
+    &breadcrumbs::BREADCRUMBS_TIES,
+    &breadcrumbs::BREADCRUMBS,
+    &sce::SCE,
+    &ram::RAM,
+    &ramplus::RAMPLUS_TL,
+    &model_stock::MODEL_STOCK,
+    &slerp::SLERP,
+    &nuslerp::NUSLERP,
+    &multislerp::MULTISLERP,
+    &karcher::KARCHER,
+    &nearswap::NEARSWAP,
+    &arcee_fusion::ARCEE_FUSION,
+    &passthrough::Passthrough,
+];
 
 /// The method called `name`, or an error that lists what there is.
 pub fn find(name: &str) -> Result<&'static dyn Method> {
@@ -35,8 +71,33 @@ pub enum Inputs {
     Weights,
     /// τ_t = θ_t − θ_0; the result is a task vector that the engine adds to base.
     TaskVectors,
-    /// τ̂_t: trimmed task vectors (zeros elsewhere); the result is a task vector that the engine adds to base.
+    /// τ̂_t: sparse task vectors (see [`Sparsify`]); the result is a task vector that the engine adds to base.
     TrimmedTaskVectors,
+}
+
+/// How one task vector of d entries becomes sparse, where a density K below 1 asks for it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Sparsify {
+    /// The ⌊K·d⌋ entries of largest magnitude are kept.
+    Magnitude,
+    /// The ⌊γ·d⌋ entries of largest magnitude are dropped, and the ⌊K·d⌋ that follow are kept.
+    Outliers {
+        /// The fraction dropped at the top.
+        gamma: f64,
+    },
+    /// Each entry is kept with probability K, and what is kept is multiplied by `scale`.
+    Random {
+        /// Factor of what is kept.
+        scale: f32,
+    },
+    /// The entry of rank r by magnitude in its row of C, the smallest having 0, is kept with probability
+    /// p = K − ε + 2ε r / (C − 1).
+    Ranked {
+        /// Half the difference between the largest and the smallest probability.
+        epsilon: f64,
+        /// Whether what is kept is divided by p.
+        rescale: bool,
+    },
 }
 
 /// What a prepared method needs from the passes over the data.
@@ -46,6 +107,40 @@ pub struct Needs {
     pub inputs: Inputs,
     /// Whether the sign of the sum of all elected signs must be known before merging.
     pub majority_sign: bool,
+    /// What is gathered over each tensor, in this order, before it is merged: [`Tile::facts`] tells the outcome.
+    pub looks: &'static [Look],
+    /// Whether tiles hold whole rows, for methods that treat each row on its own.
+    pub rows: bool,
+}
+
+impl Needs {
+    /// Nothing but `inputs`.
+    pub const fn of(inputs: Inputs) -> Self {
+        Self { inputs, majority_sign: false, looks: &[], rows: false }
+    }
+}
+
+/// One look at all of a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// Sums over the tensor: [`Merger::add_sums`].
+    Sums,
+    /// Values of given rank of a score that each element has: [`Merger::score`].
+    Ranks,
+}
+
+/// Most values that one [`Look::Ranks`] may ask for.
+pub const MAX_RANKS: usize = 3;
+
+/// A tensor that is being looked at.
+#[derive(Debug, Clone, Copy)]
+pub struct Subject<'a> {
+    /// Its elements.
+    pub elements: u64,
+    /// The weights of the models that have it.
+    pub weights: &'a [f32],
+    /// What earlier looks found.
+    pub facts: &'a [f64],
 }
 
 /// A merge method, as registered.
@@ -60,8 +155,12 @@ pub trait Method: Sync {
     fn reference(&self) -> &'static str;
     /// Its parameters.
     fn params(&self) -> &'static [ParamSpec];
-    /// Whether task vectors are trimmed to a `density` first.
+    /// Whether task vectors are made sparse first, to a `density`.
     fn trims(&self) -> bool {
+        false
+    }
+    /// Whether what is kept of them is drawn at random, and not chosen by thresholds.
+    fn draws(&self) -> bool {
         false
     }
     /// Whether it works on task vectors and therefore needs a base checkpoint.
@@ -72,12 +171,17 @@ pub trait Method: Sync {
     fn weight_param(&self) -> &'static str {
         "weight"
     }
-    /// Fewest and most models that it merges.
+    /// Fewest and most models that a tensor is merged from, base aside.
     fn models(&self) -> (usize, usize) {
         (1, usize::MAX)
     }
-    /// The merge itself for these settings. Settings are already checked against [`Method::params`].
-    fn prepare(&self, settings: &Settings) -> Box<dyn Merger>;
+    /// Whether a base that is given beside a single model is the first of two models.
+    fn base_is_model(&self) -> bool {
+        false
+    }
+    /// The merge itself for these settings, which are already checked against [`Method::params`]; `base` says whether
+    /// there is a base checkpoint.
+    fn prepare(&self, settings: &Settings, base: bool) -> Box<dyn Merger>;
 }
 
 /// A slice of the inputs, aligned element by element.
@@ -92,12 +196,21 @@ pub struct Tile<'a> {
     pub oracle: Option<&'a [f32]>,
     /// Sign of the sum of all elected signs, where [`Needs::majority_sign`] asked for it; else 0.
     pub majority: f32,
+    /// What the looks at the tensor found: see [`Merger::conclude`].
+    pub facts: &'a [f64],
+    /// Elements of a row, where [`Needs::rows`] asked for whole ones; else those of the tile.
+    pub row: usize,
 }
 
 /// A method with its parameters fixed: a pure, element-wise function.
 pub trait Merger: Send + Sync {
     /// What it needs.
     fn needs(&self) -> Needs;
+    /// How the task vector of model `model` becomes sparse, for [`Inputs::TrimmedTaskVectors`].
+    fn sparsify(&self, model: usize) -> Sparsify {
+        let _ = model;
+        Sparsify::Magnitude
+    }
     /// Writes the merged tile to `out`. `scratch` has the same length and arbitrary content.
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], scratch: &mut [f32]);
     /// Whether it divides by the sum of the weights, which then must not be zero.
@@ -108,6 +221,34 @@ pub trait Merger: Send + Sync {
     fn is_copy(&self, weight: f32) -> bool {
         let _ = weight;
         false
+    }
+    /// How many facts the looks find where `models` models have the tensor.
+    fn facts(&self, models: usize) -> usize {
+        let _ = models;
+        0
+    }
+    /// How many sums look `look` gathers where `models` models have the tensor.
+    fn sums(&self, look: usize, models: usize) -> usize {
+        let _ = (look, models);
+        0
+    }
+    /// Adds the tile's share to the sums of look `look`.
+    fn add_sums(&self, look: usize, tile: &Tile<'_>, sums: &mut [f64]) {
+        let _ = (look, tile, sums);
+    }
+    /// The ranks that a [`Look::Ranks`] asks for, 1 being the largest score; at most [`MAX_RANKS`].
+    fn ranks(&self, subject: Subject<'_>) -> Vec<u64> {
+        let _ = subject;
+        Vec::new()
+    }
+    /// The score of each element, neither negative nor NaN.
+    fn score(&self, tile: &Tile<'_>, out: &mut [f32]) {
+        let _ = (tile, out);
+    }
+    /// What follows from the sums, or from the scores at the ranks, that look `look` found: added to the facts.
+    fn conclude(&self, look: usize, subject: Subject<'_>, found: &[f64]) -> Vec<f64> {
+        let _ = (look, subject);
+        found.to_vec()
     }
     /// Sum over the tile of the elected signs, for [`Needs::majority_sign`].
     fn sum_of_signs(&self, tile: &Tile<'_>, scratch: &mut [f32]) -> i64 {

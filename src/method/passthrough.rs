@@ -41,7 +41,7 @@ impl Method for Passthrough {
         (1, 1)
     }
 
-    fn prepare(&self, _settings: &Settings) -> Box<dyn Merger> {
+    fn prepare(&self, _settings: &Settings, _base: bool) -> Box<dyn Merger> {
         Box::new(PassthroughMerger)
     }
 }
@@ -50,7 +50,7 @@ struct PassthroughMerger;
 
 impl Merger for PassthroughMerger {
     fn needs(&self) -> Needs {
-        Needs { inputs: Inputs::Weights, majority_sign: false }
+        Needs::of(Inputs::Weights)
     }
 
     fn is_copy(&self, weight: f32) -> bool {

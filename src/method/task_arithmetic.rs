@@ -48,7 +48,7 @@ impl Method for TaskArithmetic {
         ]
     }
 
-    fn prepare(&self, settings: &Settings) -> Box<dyn Merger> {
+    fn prepare(&self, settings: &Settings, _base: bool) -> Box<dyn Merger> {
         let normalize = settings.word("normalize") == "true";
         Box::new(TaskArithmeticMerger { lambda: settings.number("lambda") as f32, normalize })
     }
@@ -64,7 +64,7 @@ const LEAST_SUM: f32 = 1e-8;
 
 impl Merger for TaskArithmeticMerger {
     fn needs(&self) -> Needs {
-        Needs { inputs: Inputs::TaskVectors, majority_sign: false }
+        Needs::of(Inputs::TaskVectors)
     }
 
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {

@@ -14,6 +14,46 @@ use crate::kernels;
 /// See the module's documentation.
 pub(super) struct Ties;
 
+/// Weights of models where signs are elected.
+pub(super) const WEIGHT: ParamSpec =
+    ParamSpec { name: "weight", per_model: true, kind: ParamKind::ANY, help: "weight of a model in election and mean" };
+
+/// The scale of the result.
+pub(super) const LAMBDA: ParamSpec =
+    ParamSpec { name: "lambda", per_model: false, kind: ParamKind::ANY, help: "scale of the merged task vector" };
+
+/// How signs are elected.
+pub(super) const ELECT: ParamSpec = ParamSpec {
+    name: "elect",
+    per_model: false,
+    kind: ParamKind::Choice(&["mass", "count", "none"]),
+    help: "elect signs by summed mass (paper), by count, or not at all",
+};
+
+/// How what agrees is combined.
+pub(super) const COMBINE: ParamSpec = ParamSpec {
+    name: "combine",
+    per_model: false,
+    kind: ParamKind::Choice(&["mean", "sum", "max"]),
+    help: "disjoint mean (paper), sum, or entry of largest magnitude",
+};
+
+/// How what agrees is combined, in methods whose authors add it up.
+pub(super) const COMBINE_SUM: ParamSpec = ParamSpec {
+    name: "combine",
+    per_model: false,
+    kind: ParamKind::Choice(&["sum", "mean", "max"]),
+    help: "sum of what agrees with the elected sign, its mean, or the entry of largest magnitude",
+};
+
+/// What becomes of elections that cancel.
+pub(super) const ZERO_SUM: ParamSpec = ParamSpec {
+    name: "zero_sum",
+    per_model: false,
+    kind: ParamKind::Choice(&["zero", "positive", "majority"]),
+    help: "sign where an election cancels exactly: none (paper), positive, or the majority's",
+};
+
 impl Method for Ties {
     fn name(&self) -> &'static str {
         "ties"
@@ -33,42 +73,17 @@ impl Method for Ties {
 
     fn params(&self) -> &'static [ParamSpec] {
         &[
-            ParamSpec {
-                name: "weight",
-                per_model: true,
-                kind: ParamKind::ANY,
-                help: "weight of a model in election and mean",
-            },
+            WEIGHT,
             ParamSpec {
                 name: "density",
                 per_model: true,
                 kind: ParamKind::Number { default: 0.2, min: 0.0, max: 1.0 },
                 help: "fraction of each task vector kept, by magnitude",
             },
-            ParamSpec {
-                name: "lambda",
-                per_model: false,
-                kind: ParamKind::ANY,
-                help: "scale of the merged task vector",
-            },
-            ParamSpec {
-                name: "elect",
-                per_model: false,
-                kind: ParamKind::Choice(&["mass", "count", "none"]),
-                help: "elect signs by summed mass (paper), by count, or not at all",
-            },
-            ParamSpec {
-                name: "combine",
-                per_model: false,
-                kind: ParamKind::Choice(&["mean", "sum", "max"]),
-                help: "disjoint mean (paper), sum, or entry of largest magnitude",
-            },
-            ParamSpec {
-                name: "zero_sum",
-                per_model: false,
-                kind: ParamKind::Choice(&["zero", "positive", "majority"]),
-                help: "sign where an election cancels exactly: none (paper), positive, or the majority's",
-            },
+            LAMBDA,
+            ELECT,
+            COMBINE,
+            ZERO_SUM,
         ]
     }
 
@@ -76,23 +91,8 @@ impl Method for Ties {
         true
     }
 
-    fn prepare(&self, settings: &Settings) -> Box<dyn Merger> {
-        let elect = match settings.word("elect") {
-            "mass" => Elect::Mass,
-            "count" => Elect::Count,
-            _ => Elect::None,
-        };
-        let combine = match settings.word("combine") {
-            "mean" => Combine::Mean,
-            "sum" => Combine::Sum,
-            _ => Combine::Max,
-        };
-        let zero_sum = match settings.word("zero_sum") {
-            "zero" => ZeroSum::Sign(0.0),
-            "positive" => ZeroSum::Sign(1.0),
-            _ => ZeroSum::Majority,
-        };
-        Box::new(TiesMerger { elect, combine, zero_sum, lambda: settings.number("lambda") as f32 })
+    fn prepare(&self, settings: &Settings, _base: bool) -> Box<dyn Merger> {
+        Box::new(TiesMerger::elected(settings))
     }
 }
 
@@ -116,7 +116,8 @@ enum ZeroSum {
     Majority,
 }
 
-struct TiesMerger {
+/// Election and disjoint merge of task vectors, however they became sparse.
+pub(super) struct TiesMerger {
     elect: Elect,
     combine: Combine,
     zero_sum: ZeroSum,
@@ -124,6 +125,32 @@ struct TiesMerger {
 }
 
 impl TiesMerger {
+    /// As `elect`, `combine`, `zero_sum` and `lambda` say.
+    pub(super) fn elected(settings: &Settings) -> Self {
+        let elect = match settings.word("elect") {
+            "mass" => Elect::Mass,
+            "count" => Elect::Count,
+            _ => Elect::None,
+        };
+        let combine = match settings.word("combine") {
+            "mean" => Combine::Mean,
+            "sum" => Combine::Sum,
+            _ => Combine::Max,
+        };
+        let zero_sum = match settings.word("zero_sum") {
+            "zero" => ZeroSum::Sign(0.0),
+            "positive" => ZeroSum::Sign(1.0),
+            _ => ZeroSum::Majority,
+        };
+        Self { elect, combine, zero_sum, lambda: settings.number("lambda") as f32 }
+    }
+
+    /// λ Σ w τ̂: no election.
+    pub(super) fn sum(settings: &Settings) -> Self {
+        let lambda = settings.number("lambda") as f32;
+        Self { elect: Elect::None, combine: Combine::Sum, zero_sum: ZeroSum::Sign(0.0), lambda }
+    }
+
     /// Elects signs into `gamma` without regard to exact cancellation. False if every survivor takes part.
     fn elect(&self, tile: &Tile<'_>, gamma: &mut [f32]) -> bool {
         match (tile.oracle, self.elect) {
@@ -138,10 +165,8 @@ impl TiesMerger {
 
 impl Merger for TiesMerger {
     fn needs(&self) -> Needs {
-        Needs {
-            inputs: Inputs::TrimmedTaskVectors,
-            majority_sign: self.elect != Elect::None && self.zero_sum == ZeroSum::Majority,
-        }
+        let majority_sign = self.elect != Elect::None && self.zero_sum == ZeroSum::Majority;
+        Needs { majority_sign, ..Needs::of(Inputs::TrimmedTaskVectors) }
     }
 
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], scratch: &mut [f32]) {

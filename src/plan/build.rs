@@ -12,8 +12,8 @@ use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, Float, dtype_name};
 use crate::error::{Error, Result, printable};
 use crate::limits::MAX_MODELS;
-use crate::method::Inputs;
-use crate::recipe::{Filter, Missing, NonFinite, Recipe, TensorFilter};
+use crate::method::{Inputs, Method};
+use crate::recipe::{Filter, Missing, ModelInput, NonFinite, Recipe, TensorFilter};
 use crate::storage::Storage;
 
 /// Changes whenever a change of the program changes output bytes.
@@ -24,6 +24,7 @@ const NAMES_LISTED: usize = 3;
 /// Lowers `recipe`: see [`Plan::new`].
 pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan> {
     let method = recipe.method()?;
+    let recipe = &base_as_model(recipe, method);
     let filter = recipe.filter()?;
     check_request(recipe)?;
     // Whatever keeps an input from being opened, nothing has been written yet.
@@ -79,6 +80,23 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
     })
 }
 
+/// The recipe with base as the first of two models, where the method means that: as one of them, or beside a single one.
+fn base_as_model(recipe: &Recipe, method: &dyn Method) -> Recipe {
+    let mut recipe = recipe.clone();
+    let Some(base) = recipe.base.clone().filter(|_| method.base_is_model()) else { return recipe };
+    let models = &recipe.models;
+    let listed = models.iter().position(|model| model.source == base);
+    recipe.slices.iter_mut().for_each(|slice| slice.sources.sort_by_key(|source| Some(source.model) != listed));
+    match (listed, recipe.slices.is_empty()) {
+        (Some(index), true) => recipe.models[..=index].rotate_right(1),
+        (None, true) if recipe.models.len() == 1 => {
+            recipe.models.insert(0, ModelInput { source: base, ..ModelInput::default() });
+        }
+        _ => {}
+    }
+    recipe
+}
+
 fn check_request(recipe: &Recipe) -> Result<()> {
     let method = recipe.method()?;
     if recipe.models.is_empty() {
@@ -106,7 +124,8 @@ fn check_request(recipe: &Recipe) -> Result<()> {
         return Err(Error::usage(format!("{} works on task vectors and needs a base checkpoint", method.name()))
             .help("give --base CKPT, the checkpoint that the models were fine-tuned from"));
     }
-    if recipe.sign_from.is_some() && !method.trims() {
+    let elects = method.params().iter().any(|spec| spec.name == "elect");
+    if recipe.sign_from.is_some() && !elects {
         return Err(Error::usage(format!("{} elects no signs, so --sign-from has no meaning", method.name())));
     }
     if recipe.non_finite == NonFinite::CopyBase && recipe.base.is_none() {

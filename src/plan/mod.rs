@@ -24,8 +24,8 @@ use crate::checkpoint::layout::Layout;
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, Float};
 use crate::error::Result;
-use crate::limits::OUT_ELEMENTS;
-use crate::method::{Merger, Method, Needs, Settings};
+use crate::limits::{MIN_CHUNK_ELEMENTS, OUT_ELEMENTS, ROW_ELEMENTS, TILE_ELEMENTS};
+use crate::method::{Merger, Method, Needs, Settings, Sparsify};
 use crate::recipe::Recipe;
 pub use crate::recipe::{NonFinite, Overflow, Scope, ThresholdKind, TrimTies};
 use crate::storage::{InputFile, Storage};
@@ -229,22 +229,85 @@ impl Plan {
         first.into_iter().chain(models).chain(others.iter().copied()).chain(last)
     }
 
-    /// What is wanted of each model in `unit`.
+    /// What is wanted of each model in `unit`. Where outliers are dropped, as many goals follow that say what is dropped:
+    /// goal i, and whatever comes of it, is about model i mod n.
     pub fn goals(&self, unit: &Unit) -> Vec<Goal> {
-        if self.trim.is_none() {
+        let Some(trim) = self.trim.as_ref().filter(|_| self.selects()) else {
             return vec![Goal::All; self.models()];
-        }
+        };
         // In model scope densities are the same for all tensors of the unit.
         let params = self.params_of(unit.tensors[0]);
-        let goal = |model| {
+        let goal = |index: usize| {
+            let model = index % self.models();
             let elements = unit.tensors.iter().map(|&t| self.merged_length(t, model)).sum();
-            match params.keep(model, elements, self.scope == Scope::Tensor) {
-                keep if keep >= elements => Goal::All,
-                0 => Goal::Nothing,
-                keep => Goal::Keep { keep, elements },
+            let keep = params.keep(model, elements, self.scope == Scope::Tensor);
+            let dropped = match params.merger.sparsify(model) {
+                Sparsify::Outliers { gamma } => ((gamma * elements as f64) as u64).min(elements - keep),
+                _ => 0,
+            };
+            match (index < self.models(), keep) {
+                (false, _) if dropped == 0 || keep == 0 => Goal::Nothing,
+                // Where all ties are kept, the largest magnitude that is not dropped is what matters.
+                (false, _) => Goal::Keep { keep: dropped + u64::from(trim.ties == TrimTies::Keep), elements },
+                (true, 0) => Goal::Nothing,
+                // Nothing is too small: all but the outliers are kept.
+                (true, keep) if keep + dropped >= elements => Goal::All,
+                (true, keep) => Goal::Keep { keep: keep + dropped, elements },
             }
         };
-        (0..self.models()).map(goal).collect()
+        (0..self.bounds() * self.models()).map(goal).collect()
+    }
+
+    /// Which models' task vectors must be looked at for `goals`.
+    pub fn searched(&self, goals: &[Goal]) -> Vec<bool> {
+        let own = |model| goals.iter().skip(model).step_by(self.models());
+        (0..self.models()).map(|model| own(model).any(Goal::needs_threshold)).collect()
+    }
+
+    /// Whether thresholds decide what is kept of task vectors, so that magnitudes have to be counted.
+    pub fn selects(&self) -> bool {
+        self.trim.is_some() && !self.method.draws()
+    }
+
+    /// Thresholds per task vector: one to keep what is above, and a second where outliers above that are dropped.
+    pub fn bounds(&self) -> usize {
+        let outliers = self.selects() && matches!(self.params[0].merger.sparsify(0), Sparsify::Outliers { .. });
+        if outliers { 2 } else { 1 }
+    }
+
+    /// How many facts the looks at tensor `index` find.
+    pub fn facts(&self, index: u32) -> usize {
+        match &self.tensors[index as usize].action {
+            Action::Merge { models, .. } => self.params_of(index).merger.facts(models.len()),
+            Action::Copy { .. } => 0,
+        }
+    }
+
+    /// Whether every tensor is a unit of its own: where thresholds are per tensor, or something else is gathered over it.
+    pub fn per_tensor(&self) -> bool {
+        self.scope == Scope::Tensor || !self.needs().looks.is_empty()
+    }
+
+    /// Elements of a row of tensor `index`, where the method works row by row.
+    pub fn row(&self, index: u32) -> u64 {
+        self.tensors[index as usize].shape.last().map_or(1, |&last| last.clamp(1, ROW_ELEMENTS))
+    }
+
+    /// Elements of a tile of tensor `index`: whole rows, where the method works row by row.
+    pub fn tile(&self, index: u32) -> usize {
+        let tile = TILE_ELEMENTS as u64;
+        match self.needs().rows {
+            true => (self.row(index) * (tile / self.row(index)).max(1)) as usize,
+            false => TILE_ELEMENTS,
+        }
+    }
+
+    /// Elements that stay together however tensor `index` is cut, where that matters: whole tiles, over which sums run in
+    /// order.
+    pub fn granule(&self, index: u32) -> Option<u64> {
+        let matters = self.needs().rows || !self.needs().looks.is_empty();
+        let merged = matches!(self.tensors[index as usize].action, Action::Merge { .. });
+        (matters && merged).then(|| MIN_CHUNK_ELEMENTS.next_multiple_of(self.tile(index) as u64))
     }
 
     /// Whether the sign of the sum of all elected signs must be known before merging.
@@ -284,7 +347,12 @@ impl Plan {
     /// How many elements of tensor `index` to take from element `start` on: at most `most`, less than
     /// [`OUT_ELEMENTS`] fewer, and so that they end at a round place of the output file, which lets pieces be hashed
     /// where they are written.
+    ///
+    /// Where a tensor has granules, as many of them instead.
     pub fn aligned(&self, index: u32, start: u64, most: u64) -> u64 {
+        if let Some(granule) = self.granule(index) {
+            return if most < granule { most } else { most / granule * granule };
+        }
         let width = self.output_bytes(index).checked_div(self.length(index)).unwrap_or(1).max(1);
         let first = self.layout.tensors[index as usize].offset / width + start;
         let block = OUT_ELEMENTS.min(1 << most.ilog2());
@@ -309,7 +377,7 @@ impl Plan {
 
     /// Whether the trim depends on positions, so that chunks have an order.
     pub fn position_ordered(&self) -> bool {
-        self.trim.as_ref().is_some_and(|t| t.ties == TrimTies::Lowest)
+        self.selects() && self.trim.as_ref().is_some_and(|t| t.ties == TrimTies::Lowest)
     }
 
     /// The checkpoint whose layout and side files the output follows: base, or the first model.

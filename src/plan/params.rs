@@ -108,7 +108,9 @@ impl<'a> ParamTable<'a> {
             return Err(Error::usage("parameters that decide how often the data is read differ between tensors")
                 .help("elect, zero_sum and the like must be the same for all tensors"));
         }
-        if self.recipe.scope == Scope::Model && first.density != other.density {
+        let rules = |set: &ParamSet| (0..set.density.len()).map(|m| set.merger.sparsify(m)).collect::<Vec<_>>();
+        let differ = first.density != other.density || rules(first) != rules(other);
+        if self.recipe.scope == Scope::Model && !self.method.draws() && differ {
             return Err(Error::usage("the density differs between tensors, but one threshold is for the whole model")
                 .help("use scope tensor"));
         }
@@ -126,7 +128,7 @@ impl<'a> ParamTable<'a> {
             true => settings.per_model("density").unwrap_or_default(),
             false => Vec::new(),
         };
-        Ok(ParamSet { merger: self.method.prepare(&settings), settings, weights, density })
+        Ok(ParamSet { merger: self.method.prepare(&settings, self.recipe.base.is_some()), settings, weights, density })
     }
 
     /// The values that hold: for the merge, and for each model of the recipe (none where it takes no part).

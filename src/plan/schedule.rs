@@ -8,7 +8,7 @@
 //! Nothing here changes an output byte: only how often inputs are read, and how fast.
 
 use super::summary::PassSummary;
-use super::{Action, Goal, Plan, Wanted};
+use super::{Action, Plan, Wanted};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::limits::{
@@ -16,7 +16,8 @@ use crate::limits::{
     PROBE_BLOCK, PROBE_GROUPS, PROBE_MIN_ELEMENTS, PROBE_SHARE, PROCESS_BYTES, RESIDENT_BYTES, RESIDENT_WINDOWS,
     SKETCH_BINS_MAX, SKETCH_BINS_MIN, SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS, TILE_ELEMENTS,
 };
-use crate::recipe::{Scope, ThresholdKind};
+use crate::method::{Look, MAX_RANKS};
+use crate::recipe::ThresholdKind;
 use crate::storage::Window;
 
 /// What keeping track of one unit costs: itself, its list of one tensor, and the allocator's needs.
@@ -126,7 +127,7 @@ impl Schedule {
             memory_limit: run.memory_bytes,
             passes: Vec::new(),
         };
-        let resident = |u: &&Unit| u.kind == UnitKind::Resident && plan.scope == Scope::Model;
+        let resident = |u: &&Unit| u.kind == UnitKind::Resident && !plan.per_tensor();
         for unit in schedule.units.iter().filter(resident) {
             let chunks = Self::chunks(plan, &unit.tensors, unit.chunk_elements).count() as u64;
             let windows = chunks * schedule.widths.len() as u64 * WINDOW_BYTES;
@@ -186,13 +187,17 @@ impl Schedule {
     fn passes(&self, plan: &Plan) -> Vec<PassSummary> {
         let exact = plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact);
         let (mut probe, mut sketch, mut vote, mut merge) = (0, 0, 0, bytes_of(plan, &self.direct, Wanted::All));
+        // Ranks are bracketed by one look and found by a second, at the latest.
+        let reads = |look: &Look| if *look == Look::Ranks { 2 } else { 1 };
+        let looks: u64 = plan.needs().looks.iter().map(reads).sum();
+        let mut gather = 0;
         for unit in &self.units {
             let all = bytes_of(plan, &unit.tensors, Wanted::All);
             merge += all;
             if unit.kind != UnitKind::Streamed {
                 continue;
             }
-            let models: Vec<bool> = plan.goals(unit).iter().map(Goal::needs_threshold).collect();
+            let models = plan.searched(&plan.goals(unit));
             if models.contains(&true) {
                 let wanted = Wanted::TaskVectors(&models);
                 sketch += bytes_of(plan, &unit.tensors, wanted);
@@ -203,6 +208,7 @@ impl Schedule {
             if plan.votes() {
                 vote += all;
             }
+            gather += looks * all;
         }
         let written = plan.layout.shards.iter().map(|s| s.bytes).sum();
         let pass = |name, purpose, bytes_read, bytes_written| PassSummary { name, purpose, bytes_read, bytes_written };
@@ -210,6 +216,7 @@ impl Schedule {
             pass("probe", "sample magnitudes to bracket the thresholds", probe, 0),
             pass("sketch", "count magnitudes to find the thresholds", sketch, 0),
             pass("vote", "count elected signs for the majority", vote, 0),
+            pass("gather", "sum up or rank what the method needs of each tensor", gather, 0),
             pass("merge", "merge and write", merge, written),
         ];
         passes.retain(|p| p.bytes_read > 0 || p.name == "merge");
@@ -233,6 +240,14 @@ struct Demand {
     widths: Vec<u64>,
     out_width: u64,
     models: u64,
+    /// Thresholds per model.
+    bounds: u64,
+    /// Elements of the longest tile, and of the longest granule, if there are any.
+    tile: u64,
+    granule: u64,
+    /// Most sums, and most ranks, that a look gathers.
+    sums: u64,
+    ranks: u64,
     /// Longest tensor, in elements (bytes for raw copies).
     longest: u64,
     /// Longest tensor that is a unit of its own.
@@ -257,7 +272,9 @@ struct Cut {
 
 impl Demand {
     fn of(plan: &Plan) -> Self {
-        let needs_units = plan.trim.is_some() || plan.votes();
+        let needs = plan.needs();
+        let needs_units = plan.selects() || plan.votes() || !needs.looks.is_empty();
+        let sums = |look| plan.params.iter().map(|set| set.merger.sums(look, plan.models())).max().unwrap_or(0);
         let merged = |t: &u32| matches!(plan.tensors[*t as usize].action, Action::Merge { .. });
         let all = 0..plan.tensors.len() as u32;
         let (mut grouped, direct): (Vec<u32>, Vec<u32>) = all.partition(|t| needs_units && merged(t));
@@ -277,16 +294,21 @@ impl Demand {
                 out_width = out_width.max(float.width() as u64);
             }
         }
-        let tensor_scope = plan.scope == Scope::Tensor;
+        let tensor_scope = plan.per_tensor();
         let longest = |tensors: &[u32]| tensors.iter().map(|&t| plan.length(t)).max().unwrap_or(0);
         Self {
             out_width,
             models: plan.models() as u64,
+            bounds: plan.bounds() as u64,
+            tile: (0..plan.tensors.len() as u32).map(|t| plan.tile(t)).max().unwrap_or(TILE_ELEMENTS) as u64,
+            granule: (0..plan.tensors.len() as u32).filter_map(|t| plan.granule(t)).max().unwrap_or(0),
+            sums: (0..needs.looks.len()).map(sums).max().unwrap_or(0) as u64,
+            ranks: if needs.looks.contains(&Look::Ranks) { MAX_RANKS as u64 } else { 0 },
             longest: longest(&direct).max(longest(&grouped)).max(1),
             longest_unit: if tensor_scope { longest(&grouped) } else { 0 },
-            trims: plan.trim.is_some(),
+            trims: plan.selects(),
             tensor_scope,
-            exact: plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact),
+            exact: plan.selects() && plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact),
             catalogue_bytes: catalogue_bytes(plan),
             widths,
             direct,
@@ -297,13 +319,13 @@ impl Demand {
     /// The division for `threads` workers, or `None` if not even the smallest fits into `limit`.
     fn fit(&self, threads: usize, limit: u64) -> Option<Cut> {
         let total = |slot, bins| self.terms(threads, slot, bins).iter().map(|(_, b)| b).sum::<u64>();
-        let smallest = MIN_CHUNK_ELEMENTS.min(self.longest);
+        let smallest = self.smallest_slot();
         if total(smallest, SKETCH_BINS_MIN) > limit {
             return None;
         }
         // Windows come first, as far as they make reads long; then narrow bins, so that one look finds a threshold;
         // then windows that hold whole tensors, so that one read serves sketch and merge.
-        let mut slot = CHUNK_ELEMENTS.min(self.longest);
+        let mut slot = CHUNK_ELEMENTS.min(self.longest).max(smallest);
         while total(slot, SKETCH_BINS_MIN) > limit {
             slot = (slot / 2).max(smallest);
         }
@@ -338,15 +360,21 @@ impl Demand {
         Some(Cut { threads, slot_elements: slot, bins, terms })
     }
 
+    /// The shortest windows that work.
+    fn smallest_slot(&self) -> u64 {
+        MIN_CHUNK_ELEMENTS.max(self.granule).min(self.longest)
+    }
+
     fn smallest(&self) -> u64 {
-        self.terms(1, MIN_CHUNK_ELEMENTS.min(self.longest), SKETCH_BINS_MIN).iter().map(|(_, b)| b).sum()
+        self.terms(1, self.smallest_slot(), SKETCH_BINS_MIN).iter().map(|(_, b)| b).sum()
     }
 
     /// Peak memory as a sum.
     fn terms(&self, threads: usize, slot_elements: u64, bins: usize) -> Vec<(String, u64)> {
         let n = threads as u64;
         let windows = slot_elements * self.widths.iter().sum::<u64>();
-        let tiles = (self.models + 5) * TILE_ELEMENTS as u64 * 4;
+        // Inputs, base, signs, results, scratch and exceptions, and the order of a row's entries.
+        let tiles = (self.models + 5) * self.tile * 4 + self.tile * 8;
         let out = OUT_ELEMENTS.min(slot_elements.max(1)) * self.out_width;
         let mut terms = vec![
             ("program and allocator".to_string(), PROCESS_BYTES),
@@ -356,17 +384,23 @@ impl Demand {
         ];
         if self.trims {
             // Each worker's sketches, and the sum of them.
-            let sketches = (n + 1) * self.models * bins as u64 * 8;
+            let searches = self.models * self.bounds;
+            let sketches = (n + 1) * searches * bins as u64 * 8;
             // A worker's sample and the keys near each threshold; samples of a unit that all workers share.
             let sample = SMALL_UNIT_ELEMENTS.min(slot_elements);
-            let keys =
-                n * 4 * (sample + self.models * near_keys(slot_elements)) + self.models * 4 * SMALL_UNIT_ELEMENTS;
+            let keys = n * 4 * (sample + searches * near_keys(slot_elements)) + self.models * 4 * SMALL_UNIT_ELEMENTS;
             let keys = if self.exact { keys } else { 0 };
             let probe = if self.exact { PROBE_GROUPS as u64 * self.models * SKETCH_BINS_MIN as u64 * 4 } else { 0 };
             terms.push(("magnitude sketches".to_string(), sketches + keys + probe));
             let units = if self.tensor_scope { self.grouped.len() as u64 } else { 1 };
-            let listed = (units * self.models).min(LISTED_THRESHOLDS as u64) * LISTED_BYTES;
+            let listed = (units * self.models * self.bounds).min(LISTED_THRESHOLDS as u64) * LISTED_BYTES;
             terms.push(("units and their thresholds".to_string(), units * UNIT_BYTES + listed));
+        }
+        if self.sums + self.ranks > 0 {
+            // The sums of each granule of a chunk that waits for the chunks before it; a tensor alone adds up as it goes.
+            let granules = slot_elements.min(CHUNK_ELEMENTS.max(self.granule)).div_ceil(MIN_CHUNK_ELEMENTS) + 1;
+            let sketches = (n + 1) * self.ranks * SKETCH_BINS_MIN as u64 * 8;
+            terms.push(("sums and scores of tensors".to_string(), (n * granules + 2) * self.sums * 8 + sketches));
         }
         terms
     }
@@ -445,11 +479,17 @@ mod tests {
             (trims, tensor_scope, exact) in any::<(bool, bool, bool)>(),
             catalogue_bytes in 0u64..50_000_000,
             units in 0u32..1000,
+            (bounds, tile, sums, ranks) in (1u64..=2, 1024u64..=OUT_ELEMENTS, 0u64..9_000, prop::sample::select(vec![0, 3])),
         ) -> Demand {
             Demand {
                 widths,
                 out_width: 4,
                 models,
+                bounds,
+                tile,
+                granule: if sums + ranks > 0 { MIN_CHUNK_ELEMENTS.next_multiple_of(tile) } else { 0 },
+                sums,
+                ranks,
                 longest,
                 longest_unit: if tensor_scope { longest * unit_share / 4 } else { 0 },
                 trims,

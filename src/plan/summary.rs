@@ -58,7 +58,7 @@ impl std::fmt::Display for Spread {
 /// One pass over the data.
 #[derive(Debug, Clone, Serialize)]
 pub struct PassSummary {
-    /// "probe", "sketch", "vote" or "merge".
+    /// "probe", "sketch", "vote", "gather" or "merge".
     pub name: &'static str,
     /// What it is for, in a few words.
     pub purpose: &'static str,
@@ -160,7 +160,7 @@ fn word(choice: &impl Serialize) -> String {
 }
 
 fn trim(plan: &Plan) -> BTreeMap<String, String> {
-    if plan.trim.is_none() {
+    if !plan.selects() {
         return BTreeMap::new();
     }
     BTreeMap::from([

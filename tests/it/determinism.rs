@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use safetensors::Dtype;
+use serde_json::Value;
 
-use crate::support::family::{Deltas, Family, Output, Spec};
+use crate::support::family::{Deltas, Family, Output, Saved, Spec, text};
 use crate::support::files::{Layout, read_tree};
 use crate::support::oracle::{Method, Recipe, Scope, TrimTies, ZeroSum};
+use crate::support::run::{Outcome, tiesmith};
 
 /// Everything in an output but the manifest, which also records how long the run took.
 fn bytes(output: &Output) -> BTreeMap<PathBuf, Vec<u8>> {
@@ -105,4 +107,58 @@ fn small_tensors_give_the_same_bytes_again() {
     let saved = Family::adversarial().save();
     let merged = || bytes(&saved.merge(&Recipe::default(), &[]));
     assert_eq!(merged(), merged());
+}
+
+/// `VERB` with a method on as many of `saved`'s models as it takes, with its defaults.
+fn run_by(verb: &str, saved: &Saved, method: &Value, extra: &[&str]) -> Outcome {
+    let name = method["name"].as_str().unwrap();
+    let most = method["models"]["max"].as_u64().unwrap_or(u64::MAX).min(saved.models.len() as u64) as usize;
+    let mut args = vec![verb.to_owned(), "--method".into(), name.into()];
+    if method["needs_base"] == true {
+        args.extend(["--base".into(), text(&saved.base)]);
+    }
+    for model in &saved.models[..most] {
+        args.extend(["--model".into(), text(model)]);
+    }
+    args.extend(extra.iter().map(|arg| (*arg).to_owned()));
+    tiesmith(args)
+}
+
+/// What the refusal of too small a budget says is needed, in bytes.
+fn smallest_memory(saved: &Saved, method: &Value, scope: &str) -> u64 {
+    let outcome = run_by("plan", saved, method, &["--memory=1MB", scope]);
+    let (_, rest) = outcome.refusal().split_once("at least ").expect("the smallest memory");
+    rest.split(' ').next().unwrap().parse().unwrap()
+}
+
+fn merge_by(saved: &Saved, method: &Value, run: &[&str]) -> BTreeMap<PathBuf, Vec<u8>> {
+    let dir = tempfile::tempdir().unwrap();
+    let out = text(&dir.path().join("out"));
+    run_by("merge", saved, method, &[run, &["--progress=none", "--out", &out]].concat()).succeeded();
+    let mut files = read_tree(dir.path().join("out").as_path());
+    files.remove(&PathBuf::from("tiesmith.json")).expect("an output has a manifest");
+    files
+}
+
+#[test]
+fn no_method_depends_on_how_a_run_is_done() {
+    // Tensors that do not fit into the smallest windows, so that they are read in chunks.
+    let spec = Spec {
+        shapes: vec![("a", vec![100, 257]), ("b", vec![201, 299]), ("c", vec![3]), ("d", vec![20_001])],
+        ..Spec::default()
+    };
+    let saved = spec.family().save();
+    for method in tiesmith(["methods", "--json"]).succeeded().json()["methods"].as_array().unwrap() {
+        for scope in ["--scope=model", "--scope=tensor"] {
+            if scope == "--scope=tensor" && method["trims"] != true {
+                continue;
+            }
+            let first = merge_by(&saved, method, &[scope, "--threads=1"]);
+            let smallest = format!("--memory={}", smallest_memory(&saved, method, scope));
+            for run in [&["--threads=2", &smallest][..], &["--threads=3", "--io=mmap"]] {
+                let other = merge_by(&saved, method, &[&[scope], run].concat());
+                assert!(first == other, "{}: {scope} {run:?}", method["name"]);
+            }
+        }
+    }
 }

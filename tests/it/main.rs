@@ -3,12 +3,15 @@
 //! | module | what it holds the program to |
 //! |---|---|
 //! | `methods` | every option against the oracle, bit for bit |
+//! | `draws` | methods that draw at random: distribution and repetition |
+//! | `merges` | every method against a reference in f64 and against mergekit |
 //! | `determinism` | bytes do not depend on threads, memory, input mode or layout |
 //! | `formats` | stored types and every way to name a checkpoint |
 //! | `golden` | outputs of the paper's own code and of mergekit |
 //! | `digits` | accuracies of a real, tiny family |
 //! | `bad_input` | one line, exit code 2, nothing written |
 //! | `cli` | verbs, help, reports, exit codes |
+//! | `properties` | what must hold for every method of the registry |
 //! | `output` | the files of a finished output |
 //! | `resume` | what becomes of an unfinished output |
 //! | `verify` | damage to a finished output is found and named |
@@ -20,10 +23,13 @@ mod bad_input;
 mod cli;
 mod determinism;
 mod digits;
+mod draws;
 mod formats;
 mod golden;
+mod merges;
 mod methods;
 mod output;
+mod properties;
 mod recipes;
 mod resume;
 mod verify;

@@ -246,3 +246,15 @@ fn linear_kernels() {
         assert_eq!(from_one(&|isa, tile, out| add_scaled(isa, out, 0.3, &two[tile.clone()])), expected);
     }
 }
+
+#[test]
+fn dot_products_are_those_of_f64_on_every_instruction_set() {
+    for len in LENGTHS {
+        let (a, b) = (noise(len, 5), wild(len, 6, true));
+        let found: Vec<u64> = Isa::available().into_iter().map(|isa| dot(isa, &a, &b).to_bits()).collect();
+        assert!(found.windows(2).all(|pair| pair[0] == pair[1]), "{len} elements");
+        let products = || a.iter().zip(&b).map(|(a, b)| f64::from(*a) * f64::from(*b));
+        let (sum, size) = (products().sum::<f64>(), products().map(f64::abs).sum::<f64>());
+        assert!((f64::from_bits(found[0]) - sum).abs() <= 1e-13 * size, "{len} elements");
+    }
+}

@@ -226,3 +226,21 @@ fn histograms_count_every_key_once() {
         }
     }
 }
+
+#[test]
+fn what_another_slice_marks_is_dropped() {
+    for len in LENGTHS {
+        let (values, marks) = (wild(len, 3, false), coarse(len, 4));
+        let expected: Vec<f32> =
+            values.iter().zip(&marks).map(|(value, mark)| if *mark == 0.0 { *value } else { 0.0 }).collect();
+        let count = expected.iter().filter(|value| **value != 0.0 || value.is_nan()).count() as u64;
+        let found = everywhere(len, |isa, tiles| {
+            let mut tau = values.clone();
+            let kept: u64 =
+                tiles.iter().map(|tile| drop_where(isa, &mut tau[tile.clone()], &marks[tile.clone()])).sum();
+            (bits(&tau), kept)
+        });
+        // A negative zero that is kept becomes +0.0.
+        assert_eq!(found, (bits(&expected.iter().map(|value| value + 0.0).collect::<Vec<_>>()), count));
+    }
+}

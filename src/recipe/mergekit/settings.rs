@@ -60,6 +60,7 @@ const REQUIRED: &[(&str, &[&str])] = &[
 const FIXED: &[(&str, bool, &[&str])] = &[
     ("normalize", false, &["task_arithmetic", "dare_linear", "breadcrumbs", "della_linear"]),
     ("normalize", true, &["linear"]),
+    ("nuslerp_row_wise", false, &["nuslerp"]),
     ("rescale", false, &["task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties"]),
 ];
 
@@ -106,6 +107,8 @@ pub(super) fn defaults(method: &dyn Method) -> Params {
             ("combine", ParamKind::Choice(words)) if words.contains(&"mean") && words.contains(&"sum") => {
                 Value::Word(if matches!(method.name(), "ties" | "della") { "mean" } else { "sum" }.into())
             }
+            // What mergekit divides by at least, and where it takes models for equals.
+            ("norm_floor" | "uniform_below", ParamKind::Number { .. }) => Value::Number(1e-6),
             ("zero_sum", ParamKind::Choice(words)) if words.contains(&"positive") => Value::Word("positive".into()),
             ("rescale", ParamKind::Choice(words)) if words.contains(&"l1") => Value::Word("l1".into()),
             _ => continue,

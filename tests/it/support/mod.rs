@@ -7,6 +7,7 @@ pub mod files;
 pub mod numbers;
 pub mod oracle;
 pub mod random;
+pub mod reference;
 pub mod run;
 pub mod tensor;
 

@@ -1,0 +1,180 @@
+//! What a method needs to know of a whole tensor before it is merged: sums, and values of given rank.
+//!
+//! - Sums run over granules (whole tiles, from the tensor's first element on), and granules are added up in order: the
+//!   same sum for any number of workers and any length of chunks.
+//! - Ranks are found by counting the bits of scores, in any order: see `sketch`.
+//! - Knows no method: what is summed and ranked is the merger's affair.
+
+use super::passes::{Passes, Resident};
+use super::slot::{Loaded, Span};
+use super::turns::{Ordered, Turns};
+use super::worker::{Worker, with_refs};
+use crate::error::Result;
+use crate::limits::SKETCH_BINS_MIN;
+use crate::method::{Look, Merger, Subject, Tile};
+use crate::plan::{Action, Plan, Unit, Wanted};
+use crate::sketch::{Bracket, MagnitudeSketch, Selector};
+
+impl Worker {
+    /// Shows `see` the tile of `span`, loaded, and buffers of its length.
+    fn show<R>(
+        &mut self,
+        span: Span<'_>,
+        facts: &[f64],
+        see: impl FnOnce(&dyn Merger, &Tile<'_>, &mut [f32]) -> R,
+    ) -> Result<R> {
+        self.load_inputs(span, &[], &mut Vec::new())?;
+        let (isa, row, models) = (self.isa, span.data.row(), span.data.merge().models);
+        let (weights, out) = (&self.weights, &mut self.tiles.out[..span.length]);
+        Ok(with_refs(&self.tiles.inputs, models, span.length, |inputs| {
+            let tile = Tile { isa, inputs, weights, oracle: None, majority: 0.0, facts, row };
+            see(&*span.data.plan.params_of(span.data.chunk.tensor).merger, &tile, out)
+        }))
+    }
+
+    /// The sums of look `look` over each granule of the chunk, one after the other, in `each`.
+    fn sum(&mut self, data: Loaded<'_>, look: usize, facts: &[f64], mut each: impl FnMut(&[f64])) -> Result<()> {
+        self.set_weights(data);
+        let granule = data.plan.granule(data.chunk.tensor).unwrap_or(u64::MAX);
+        let mut sums = vec![0.0; data.plan.params_of(data.chunk.tensor).merger.sums(look, data.merge().models.len())];
+        for span in data.tiles() {
+            self.show(span, facts, |merger, tile, _| merger.add_sums(look, tile, &mut sums))?;
+            let end = (span.from + span.length) as u64;
+            if end.is_multiple_of(granule) || end == data.chunk.count {
+                each(&sums);
+                sums.fill(0.0);
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts the scores of the chunk in the sketches that have a bracket.
+    fn sketch_scores(&mut self, data: Loaded<'_>, facts: &[f64], brackets: &[Option<Bracket>]) -> Result<()> {
+        self.set_weights(data);
+        for span in data.tiles() {
+            self.show(span, facts, |merger, tile, out| merger.score(tile, out))?;
+            for (sketch, _) in self.sketches.iter_mut().zip(brackets).filter(|(_, bracket)| bracket.is_some()) {
+                sketch.add(self.isa, &self.tiles.out[..span.length]);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Someone who can look at all of a tensor.
+trait Looker {
+    fn sums(&mut self, look: usize, facts: &[f64]) -> Result<Vec<f64>>;
+    fn sketches(&mut self, facts: &[f64], brackets: &[Option<Bracket>]) -> Result<Vec<MagnitudeSketch>>;
+}
+
+/// Does all looks that the plan's method asks for.
+fn look(plan: &Plan, tensor: u32, looker: &mut dyn Looker) -> Result<Vec<f64>> {
+    let (looks, params) = (plan.needs().looks, plan.params_of(tensor));
+    let planned = &plan.tensors[tensor as usize];
+    let Action::Merge { models, .. } = &planned.action else { return Ok(Vec::new()) };
+    let weights: Vec<f32> = models.iter().map(|&(model, _)| params.weights[model as usize]).collect();
+    let mut facts = Vec::new();
+    for (number, look) in looks.iter().enumerate() {
+        let subject = Subject { elements: planned.elements, weights: &weights, facts: &facts };
+        let found = match look {
+            Look::Sums => looker.sums(number, &facts)?,
+            Look::Ranks => ranked(params.merger.ranks(subject), &facts, looker)?,
+        };
+        let concluded = params.merger.conclude(number, subject, &found);
+        facts.extend(concluded);
+    }
+    Ok(facts)
+}
+
+/// The scores at `ranks`.
+fn ranked(ranks: Vec<u64>, facts: &[f64], looker: &mut dyn Looker) -> Result<Vec<f64>> {
+    let mut selectors: Vec<Selector> =
+        ranks.into_iter().map(|rank| Selector::exact(rank, Bracket::COARSE, SKETCH_BINS_MIN)).collect();
+    loop {
+        let brackets: Vec<_> = selectors.iter().map(Selector::bracket).collect();
+        if brackets.iter().all(Option::is_none) {
+            break;
+        }
+        let sketches = looker.sketches(facts, &brackets)?;
+        for (selector, sketch) in selectors.iter_mut().zip(&sketches).filter(|(s, _)| s.bracket().is_some()) {
+            selector.observe(sketch);
+        }
+    }
+    let key = |selector: &Selector| selector.threshold().map_or(0, |threshold| threshold.ties.low);
+    Ok(selectors.iter().map(|selector| f64::from(f32::from_bits(key(selector)))).collect())
+}
+
+/// A tensor that one worker holds in memory.
+struct Solo<'a> {
+    worker: &'a mut Worker,
+    data: Loaded<'a>,
+}
+
+impl Looker for Solo<'_> {
+    fn sums(&mut self, look: usize, facts: &[f64]) -> Result<Vec<f64>> {
+        let params = self.data.plan.params_of(self.data.chunk.tensor);
+        let mut total = vec![0.0; params.merger.sums(look, self.data.merge().models.len())];
+        self.worker.sum(self.data, look, facts, |sums| add(&mut total, sums))?;
+        Ok(total)
+    }
+
+    fn sketches(&mut self, facts: &[f64], brackets: &[Option<Bracket>]) -> Result<Vec<MagnitudeSketch>> {
+        self.worker.set_brackets(brackets);
+        self.worker.sketch_scores(self.data, facts, brackets)?;
+        Ok(self.worker.sketches.clone())
+    }
+}
+
+/// What the method needs to know of a tensor that `worker` holds in memory.
+pub(super) fn solo_facts(worker: &mut Worker, data: Loaded<'_>) -> Result<Vec<f64>> {
+    look(data.plan, data.chunk.tensor, &mut Solo { worker, data })
+}
+
+/// A tensor that all workers share.
+struct Shared<'p, 'a> {
+    passes: &'p mut Passes<'a>,
+    unit: &'p Unit,
+    resident: &'p mut Option<Resident>,
+}
+
+impl Looker for Shared<'_, '_> {
+    fn sums(&mut self, look: usize, facts: &[f64]) -> Result<Vec<f64>> {
+        let turns = Turns::new(Vec::new());
+        let ordered: &dyn Ordered = &turns;
+        self.passes.each_chunk(self.unit, self.resident, Wanted::All, Some(ordered), |worker, ordinal, data| {
+            let mut granules = Vec::new();
+            worker.sum(data, look, facts, |sums| granules.push(sums.to_vec()))?;
+            turns.take(ordinal, |total: &mut Vec<f64>| {
+                for sums in &granules {
+                    total.resize(sums.len(), 0.0);
+                    add(total, sums);
+                }
+            })
+        })?;
+        Ok(turns.into_inner())
+    }
+
+    fn sketches(&mut self, facts: &[f64], brackets: &[Option<Bracket>]) -> Result<Vec<MagnitudeSketch>> {
+        self.passes.workers.iter_mut().for_each(|worker| worker.set_brackets(brackets));
+        self.passes.each_chunk(self.unit, self.resident, Wanted::All, None, |worker, _, data| {
+            worker.sketch_scores(data, facts, brackets)
+        })?;
+        Ok(self.passes.sum_of_sketches())
+    }
+}
+
+impl Passes<'_> {
+    /// What the method needs to know of a shared unit, which is one tensor wherever a method needs to know anything.
+    pub(super) fn facts(&mut self, unit: &Unit, resident: &mut Option<Resident>) -> Result<Vec<f64>> {
+        let plan = self.plan;
+        if plan.needs().looks.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.announce("gather", self.pass_bytes("gather"));
+        look(plan, unit.tensors[0], &mut Shared { passes: self, unit, resident })
+    }
+}
+
+fn add(total: &mut [f64], sums: &[f64]) {
+    total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
+}
