@@ -215,3 +215,54 @@ fn a_file_size_limit_is_an_error_that_can_be_resumed() {
     run(merge(&saved, &out, &[])).succeeded();
     assert!(lasting(&out) == lasting(&clean));
 }
+
+#[test]
+#[cfg(target_os = "linux")]
+fn an_input_cut_off_during_the_run_is_an_error_that_names_it_however_it_is_read() {
+    let original = family(300_000).save();
+    let mut random = Random::new(3);
+    for round in 0..12 {
+        let io = ["--io=mmap", "--io=read"][round % 2];
+        let saved = family_of(&original);
+        let out = saved.path("out");
+        let child =
+            merge(&saved, &out, &["--threads=2", "--scope=tensor", "--max-shard-size=2MB", io]).spawn().unwrap();
+        while !out.join(".tiesmith/journal").exists() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(random.below(150) as u64));
+        let input = saved.models[0].join("model.safetensors");
+        let kept = 1 << (12 + random.below(11));
+        fs::File::options().write(true).open(&input).unwrap().set_len(kept).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.signal(), None, "{io}: ended by a signal\n{stderr}");
+        if output.status.success() {
+            eprintln!("skipped: the run was over before the input was cut off");
+        } else {
+            assert_eq!(output.status.code(), Some(1), "{stderr}");
+            assert!(
+                stderr.starts_with("error: ") && stderr.contains("model1") && stderr.lines().count() == 1,
+                "{stderr}"
+            );
+            assert!(!out.join("model.safetensors.index.json").exists(), "looks like a model");
+        }
+    }
+}
+
+/// The same family once more, to be spoiled.
+#[cfg(target_os = "linux")]
+fn family_of(original: &Saved) -> Saved {
+    let dir = tempfile::tempdir().unwrap();
+    let place = |path: &Path| {
+        let copy = dir.path().join(path.file_name().unwrap());
+        support::files::copy_tree(path, &copy);
+        copy
+    };
+    Saved {
+        base: place(&original.base),
+        models: original.models.iter().map(|model| place(model)).collect(),
+        signs: place(&original.signs),
+        dir,
+    }
+}

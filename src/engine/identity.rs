@@ -92,7 +92,10 @@ impl Begin {
         }
         if self.fingerprint != now.fingerprint || self.shards != now.shards {
             let program = printable(&self.program);
-            return Err(refuse(format!("it was begun by {program}, which computes in another way than {PROGRAM}")));
+            return Err(refuse(match program == PROGRAM {
+                true => "a config.json that decides which layers are meant was another".into(),
+                false => format!("it was begun by {program}, which computes in another way than {PROGRAM}"),
+            }));
         }
         Ok(())
     }

@@ -261,7 +261,7 @@ impl OutputDir {
             }
             self.storage.sync_dir(&self.dir)?;
         }
-        self.clear_work(&[LOCK])?;
+        self.clear_work()?;
         check_space(plan.layout.shards.iter().map(|s| s.bytes).sum(), &self.dir, &*self.storage)?;
         let begin = Begin::of(plan)?.encode()?;
         let journal = Journal::create(&self.work.join(JOURNAL), kind::BEGIN, &begin, &*self.storage)?;
@@ -283,14 +283,15 @@ impl OutputDir {
         }
     }
 
-    /// Removes the files of the work directory but those in `except`.
-    fn clear_work(&self, except: &[&str]) -> Result<()> {
+    /// Empties the work directory but for the lock. The journal goes last: it says whose the other files are.
+    fn clear_work(&self) -> Result<()> {
         for name in self.storage.list(&self.work)? {
-            if !except.iter().any(|kept| name == *kept) {
+            if name != LOCK && name != JOURNAL {
                 self.storage.remove_file(&self.work.join(name))?;
             }
         }
-        Ok(())
+        self.sync_work()?;
+        self.storage.remove_file(&self.work.join(JOURNAL))
     }
 
     /// Removes the lock, then its directory, and the output directory if it was made for nothing. Somebody else may take
@@ -311,7 +312,7 @@ impl OutputDir {
                 let _ = self.storage.remove_file(&self.dir.join(&shard.name));
             }
         }
-        let _ = self.clear_work(&[LOCK]);
+        let _ = self.clear_work();
         self.remove_work();
     }
 
@@ -419,7 +420,7 @@ impl OutputDir {
     /// Removes the work directory of a published output. What cannot be removed disturbs nobody.
     pub(super) fn tidy_up(mut self) {
         self.created = false;
-        if self.clear_work(&[LOCK]).is_ok() {
+        if self.clear_work().is_ok() {
             self.remove_work();
         }
         let _ = self.storage.sync_dir(&self.dir);

@@ -90,6 +90,7 @@ impl ShardWriter<'_> {
 
     /// Keeps the thresholds of a unit before anything is written that depends on them.
     pub(super) fn keep(&self, unit: UnitDone) -> Result<()> {
+        self.shards.output.storage.check_mapped()?;
         self.send(Message::Precious(unit))
     }
 
@@ -118,6 +119,7 @@ impl ChunkWriter<'_> {
 
     /// Says that the chunk is done, counted as `tally`; `unit` are its thresholds if they are not kept yet.
     pub(super) fn done(self, tally: Tally, ties: TieCounts, differs: bool, unit: Option<UnitDone>) -> Result<()> {
+        self.writer.shards.output.storage.check_mapped()?;
         if let Some(unit) = unit {
             self.writer.send(Message::Done(Entry::Unit(unit)))?;
         }

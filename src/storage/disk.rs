@@ -10,8 +10,9 @@ use std::ffi::OsString;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{ErrorKind as IoKind, Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
+use super::mmap::Faults;
 use super::system::{self, Hint};
 use super::{Identity, InputFile, IoMode, Lock, OutputFile, Storage, Window};
 use crate::error::{Error, Result, printable};
@@ -23,6 +24,8 @@ const LOCK_ATTEMPTS: usize = 100;
 #[derive(Debug)]
 pub struct Disk {
     mode: IoMode,
+    /// Inputs that could not be read while they were mapped.
+    faults: Arc<Faults>,
 }
 
 impl Disk {
@@ -30,15 +33,16 @@ impl Disk {
     /// hundreds of shards, and several are open at once.
     pub fn new(mode: IoMode) -> Self {
         system::raise_file_limit();
-        Self { mode }
+        Self { mode, faults: Arc::default() }
     }
 }
 
 struct DiskInput {
     file: File,
-    path: PathBuf,
+    path: Arc<Path>,
     identity: Identity,
     mode: IoMode,
+    faults: Arc<Faults>,
 }
 
 impl InputFile for DiskInput {
@@ -70,7 +74,7 @@ impl InputFile for DiskInput {
     }
 
     fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
-        if self.mode == IoMode::Mmap && window.map(&self.file, offset, length) {
+        if self.mode == IoMode::Mmap && window.map(&self.file, &self.path, &self.faults, offset, length) {
             // A mapping shows zeros between the end of the file and the end of its last page.
             if self.identity_now()?.bytes >= offset + length as u64 {
                 return Ok(());
@@ -132,7 +136,19 @@ impl Storage for Disk {
             return Err(not_regular(path));
         }
         let identity = system::identity_of(&metadata);
-        Ok(Box::new(DiskInput { file, path: path.to_path_buf(), identity, mode: self.mode }))
+        let faults = Arc::clone(&self.faults);
+        Ok(Box::new(DiskInput { file, path: path.into(), identity, mode: self.mode, faults }))
+    }
+
+    fn check_mapped(&self) -> Result<()> {
+        match self.faults.first() {
+            None => Ok(()),
+            Some(path) => {
+                Err(Error::failed("the file could not be read while it was mapped: it was cut off, or its disk failed")
+                    .at(&path)
+                    .help("do not change inputs during a run; run it again with whole files, or with --io read"))
+            }
+        }
     }
 
     fn read_small(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {

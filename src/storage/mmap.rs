@@ -3,12 +3,16 @@
 //! - The buffer is allocated at the first read and reused: a window that is only mapped has none.
 //! - A mapping covers exactly the range, is populated before it is shown, so that a range that cannot be read is an
 //!   error and not a signal, and is dropped before the next load: mapped pages count as memory like any others.
+//! - A range that becomes unreadable while it is shown shows zeros from there on, and [`Faults`] knows of it. The system
+//!   raises a signal for such a page; the handler here puts zeros in its place (`faults`).
 //!
-//! Knows neither paths nor what the bytes mean.
+//! Does not know what the bytes mean.
 
 #![allow(unsafe_code)]
 
 use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
 
 use memmap2::{Mmap, MmapMut, MmapOptions};
 
@@ -20,7 +24,21 @@ pub struct Window {
     buffer: Option<MmapMut>,
     capacity: usize,
     length: usize,
-    mapping: Option<Mmap>,
+    mapping: Option<Guarded>,
+}
+
+/// A mapping whose faults are taken note of.
+#[derive(Debug)]
+struct Guarded {
+    mapping: Mmap,
+    /// Ends before the mapping goes.
+    watch: faults::Watch,
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        self.watch.end();
+    }
 }
 
 impl Window {
@@ -32,7 +50,7 @@ impl Window {
     /// The bytes of the last load; none before the first and after a failed one.
     pub fn bytes(&self) -> &[u8] {
         match &self.mapping {
-            Some(mapping) => mapping,
+            Some(guarded) => &guarded.mapping,
             None => self.buffer.as_deref().map_or(&[], |buffer| &buffer[..self.length]),
         }
     }
@@ -65,7 +83,14 @@ impl Window {
 
     /// Maps `length` bytes of `file` from `offset`; false if the system cannot map or cannot read them all. The
     /// caller then reads, which works or says why not.
-    pub(super) fn map(&mut self, file: &File, offset: u64, length: usize) -> bool {
+    pub(super) fn map(
+        &mut self,
+        file: &File,
+        path: &Arc<Path>,
+        faults: &Arc<Faults>,
+        offset: u64,
+        length: usize,
+    ) -> bool {
         self.clear();
         if length == 0 {
             return true;
@@ -74,16 +99,207 @@ impl Window {
         // borrowed; every bit pattern is a valid u8. Two things cannot be ruled out from here, because another process
         // may write to the file: (1) bytes may change under the reference, which the language calls undefined and in
         // practice gives mixed bytes; no decision on memory is ever made from data bytes, and the engine compares the
-        // file's identity before it publishes what used it. (2) A file that is cut after its pages were populated, and
-        // loses them from the page cache before they are used, raises SIGBUS, which ends the process. Nothing that
-        // was published is harmed, but no error is reported. Positional reads have neither problem and are the default.
+        // file's identity before it publishes what used it. (2) A file that is cut after its pages were populated
+        // loses them, and using them raises SIGBUS: it is watched for that.
         let mapping = unsafe { MmapOptions::new().offset(offset).len(length).map(file) };
         let Ok(mapping) = mapping else { return false };
         if !populate(&mapping) {
             return false;
         }
-        self.mapping = Some(mapping);
+        let Some(watch) = faults::watch(&mapping, path, faults) else { return false };
+        self.mapping = Some(Guarded { mapping, watch });
         true
+    }
+}
+
+/// Which files could not be read while they were mapped.
+#[derive(Debug, Default)]
+pub(super) struct Faults {
+    first: std::sync::OnceLock<Arc<Path>>,
+}
+
+impl Faults {
+    /// The first file that could not be read.
+    pub(super) fn first(self: &Arc<Self>) -> Option<Arc<Path>> {
+        self.first.get().cloned().or_else(|| faults::current(self))
+    }
+}
+
+/// The signal handler, and the table of mappings that it looks into.
+#[cfg(unix)]
+mod faults {
+    use std::path::Path;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+    use super::{Faults, Mmap};
+
+    /// Most mappings at a time; beyond, ranges are read instead.
+    const REGIONS: usize = 4096;
+
+    /// Addresses of a mapping; the end is 0 while the entry is not in use.
+    struct Region {
+        start: AtomicUsize,
+        end: AtomicUsize,
+        faulted: AtomicBool,
+    }
+
+    static TABLE: [Region; REGIONS] =
+        [const { Region { start: AtomicUsize::new(0), end: AtomicUsize::new(0), faulted: AtomicBool::new(false) } };
+            REGIONS];
+    /// Whether there was a fault ever: spares looking for one.
+    static ANY: AtomicBool = AtomicBool::new(false);
+    static PAGE_BYTES: AtomicUsize = AtomicUsize::new(0);
+    /// Whose each region is. Never locked by the handler.
+    static OWNERS: Mutex<Vec<Option<Owner>>> = Mutex::new(Vec::new());
+
+    struct Owner {
+        path: Arc<Path>,
+        faults: Arc<Faults>,
+    }
+
+    /// A mapping in the table.
+    #[derive(Debug)]
+    pub(super) struct Watch(usize);
+
+    /// Watches `mapping`; `None` if that is not possible.
+    pub(super) fn watch(mapping: &Mmap, path: &Arc<Path>, faults: &Arc<Faults>) -> Option<Watch> {
+        if !install() {
+            return None;
+        }
+        let mut owners = OWNERS.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = owners.iter().position(Option::is_none).unwrap_or(owners.len());
+        let region = TABLE.get(slot)?;
+        let owner = Some(Owner { path: Arc::clone(path), faults: Arc::clone(faults) });
+        if slot == owners.len() {
+            owners.push(owner)
+        } else {
+            owners[slot] = owner
+        }
+        let page = PAGE_BYTES.load(Ordering::Relaxed);
+        // The mapping begins at the page that holds the range's first byte.
+        let start = mapping.as_ptr().addr();
+        region.start.store(start / page * page, Ordering::Relaxed);
+        region.end.store((start + mapping.len()).next_multiple_of(page), Ordering::SeqCst);
+        Some(Watch(slot))
+    }
+
+    impl Watch {
+        /// Ends watching: the mapping is about to go.
+        pub(super) fn end(&self) {
+            let region = &TABLE[self.0];
+            region.end.store(0, Ordering::SeqCst);
+            let mut owners = OWNERS.lock().unwrap_or_else(PoisonError::into_inner);
+            let owner = owners[self.0].take();
+            if let (true, Some(owner)) = (region.faulted.swap(false, Ordering::SeqCst), owner) {
+                let _ = owner.faults.first.set(owner.path);
+            }
+        }
+    }
+
+    /// The file of a mapping that has had a fault.
+    pub(super) fn current(faults: &Arc<Faults>) -> Option<Arc<Path>> {
+        if !ANY.load(Ordering::SeqCst) {
+            return None;
+        }
+        let owners = OWNERS.lock().unwrap_or_else(PoisonError::into_inner);
+        let faulted = |(slot, owner): (usize, &Option<Owner>)| {
+            let owner = owner.as_ref().filter(|owner| Arc::ptr_eq(&owner.faults, faults))?;
+            TABLE[slot].faulted.load(Ordering::SeqCst).then(|| Arc::clone(&owner.path))
+        };
+        owners.iter().enumerate().find_map(faulted)
+    }
+
+    /// What handled the signal before, kept for faults that are not ours.
+    static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
+
+    /// Installs the handler once; false if the system refuses.
+    fn install() -> bool {
+        static INSTALLED: OnceLock<bool> = OnceLock::new();
+        *INSTALLED.get_or_init(|| {
+            // SAFETY: both calls only ask; the structure that receives an answer is valid for every bit pattern (it is
+            // plain data) and lives until the call returns.
+            let (page, previous) = unsafe {
+                let mut previous: libc::sigaction = std::mem::zeroed();
+                let asked = libc::sigaction(libc::SIGBUS, std::ptr::null(), &mut previous);
+                (libc::sysconf(libc::_SC_PAGESIZE), (asked == 0).then_some(previous))
+            };
+            let (Ok(page @ 1..), Some(previous)) = (usize::try_from(page), previous) else { return false };
+            PAGE_BYTES.store(page, Ordering::Relaxed);
+            let _ = PREVIOUS.set(previous);
+            let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = handle;
+            // SAFETY: the structure is plain data, filled in before it is passed; `handle` has the signature that
+            // SA_SIGINFO asks for and does nothing that is not allowed in a signal handler. What was there before is kept,
+            // and called for faults that are not ours.
+            unsafe {
+                let mut action: libc::sigaction = std::mem::zeroed();
+                action.sa_sigaction = handler as usize;
+                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+                libc::sigemptyset(&mut action.sa_mask);
+                libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut()) == 0
+            }
+        })
+    }
+
+    /// Puts zeros where a watched mapping cannot be read; leaves every other fault to what handled it before. Only
+    /// touches atomics and makes system calls: it may interrupt anything.
+    extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+        // SAFETY: the system passes a valid structure to a handler installed with SA_SIGINFO, and for this signal it
+        // holds an address.
+        let address = unsafe { (*info).si_addr() }.addr();
+        for region in &TABLE {
+            let end = region.end.load(Ordering::SeqCst);
+            if end == 0 || address < region.start.load(Ordering::Relaxed) || address >= end {
+                continue;
+            }
+            let page = PAGE_BYTES.load(Ordering::Relaxed);
+            let first = address / page * page;
+            // SAFETY: the pages from the fault to the end of the region belong to a mapping that `Watch` vouches for: it
+            // is private to its window, read-only, and stays mapped until the watch has ended. Readable pages of zeros
+            // take their place at the same addresses, which is what the code that was interrupted goes on reading; its
+            // bytes are never relied on for safety.
+            let replaced = unsafe {
+                libc::mmap(
+                    std::ptr::without_provenance_mut(first),
+                    end - first,
+                    libc::PROT_READ,
+                    libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANON,
+                    -1,
+                    0,
+                )
+            };
+            if replaced != libc::MAP_FAILED {
+                region.faulted.store(true, Ordering::SeqCst);
+                ANY.store(true, Ordering::SeqCst);
+                return;
+            }
+        }
+        if let Some(previous) = PREVIOUS.get() {
+            // SAFETY: puts back what the system gave out itself; the instruction then faults again, and is handled as if
+            // this handler had never been.
+            unsafe { libc::sigaction(libc::SIGBUS, previous, std::ptr::null_mut()) };
+        }
+    }
+}
+
+/// Elsewhere nothing can be watched, so that ranges are read.
+#[cfg(not(unix))]
+mod faults {
+    use super::{Arc, Faults, Mmap, Path};
+
+    #[derive(Debug)]
+    pub(super) struct Watch;
+
+    impl Watch {
+        pub(super) fn end(&self) {}
+    }
+
+    pub(super) fn watch(_mapping: &Mmap, _path: &Arc<Path>, _faults: &Arc<Faults>) -> Option<Watch> {
+        None
+    }
+
+    pub(super) fn current(_faults: &Arc<Faults>) -> Option<Arc<Path>> {
+        None
     }
 }
 
@@ -132,6 +348,32 @@ mod tests {
         file
     }
 
+    /// Maps into `window` for nobody in particular.
+    fn map(window: &mut Window, file: &File, offset: u64, length: usize) -> bool {
+        window.map(file, &Arc::from(Path::new("input")), &Arc::default(), offset, length)
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_file_that_is_cut_off_while_it_is_mapped_shows_zeros_and_is_named() {
+        let file = file(&[7; 50_000]);
+        let (path, faults, others): (Arc<Path>, Arc<Faults>, Arc<Faults>) =
+            (Path::new("cut").into(), Arc::default(), Arc::default());
+        let (mut window, mut other) = (Window::default(), Window::default());
+        assert!(window.map(&file, &path, &faults, 100, 49_000));
+        assert!(map(&mut other, &super::tests::file(&[9; 20_000]), 0, 20_000));
+        assert!(window.bytes().iter().all(|&byte| byte == 7) && faults.first().is_none());
+        file.set_len(10_000).unwrap();
+        let bytes = window.bytes();
+        assert_eq!((bytes[0], bytes[9_000]), (7, 7), "what is left can still be read");
+        assert_eq!((bytes[30_000], bytes[48_999]), (0, 0));
+        assert_eq!(faults.first().as_deref(), Some(&*path));
+        assert_eq!(others.first(), None, "other storages are not concerned");
+        assert!(other.bytes().iter().all(|&byte| byte == 9));
+        window.clear();
+        assert_eq!(faults.first().as_deref(), Some(&*path), "remembered");
+    }
+
     /// Reads `content`.
     fn with(content: &[u8]) -> impl FnOnce(&mut [u8]) -> Result<()> {
         |buffer| {
@@ -146,7 +388,7 @@ mod tests {
         let file = file(&content);
         let mut window = Window::with_capacity(10_000);
         for (offset, length) in [(0, 10_000), (4_097, 1), (19_999, 1), (123, 0)] {
-            assert!(window.map(&file, offset as u64, length));
+            assert!(map(&mut window, &file, offset as u64, length));
             assert_eq!(window.bytes(), &content[offset..offset + length]);
         }
         assert!(window.buffer.is_none());
@@ -157,14 +399,14 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn a_range_behind_the_end_cannot_be_mapped() {
         let mut window = Window::default();
-        assert!(!window.map(&file(&[1; 5_000]), 4_096, 10_000));
+        assert!(!map(&mut window, &file(&[1; 5_000]), 4_096, 10_000));
         assert_eq!(window.bytes(), b"");
     }
 
     #[test]
     fn the_buffer_is_allocated_once_and_replaces_a_mapping() {
         let mut window = Window::with_capacity(8);
-        assert!(window.map(&file(b"abcdef"), 2, 3));
+        assert!(map(&mut window, &file(b"abcdef"), 2, 3));
         window.fill(2, with(b"xy")).unwrap();
         assert_eq!(window.bytes(), b"xy");
         let address = window.bytes().as_ptr();

@@ -77,6 +77,10 @@ pub trait OutputFile: Send + Sync {
 pub trait Storage: Send + Sync {
     /// Opens a regular file for reading; anything else (directory, FIFO, device) is refused.
     fn open(&self, path: &Path) -> Result<Box<dyn InputFile>>;
+    /// Fails if an input could not be read while a window showed it, so that what was made of it is worthless.
+    fn check_mapped(&self) -> Result<()> {
+        Ok(())
+    }
     /// Reads a whole small file, refusing one of more than `limit` bytes.
     fn read_small(&self, path: &Path, limit: u64) -> Result<Vec<u8>>;
     /// Creates (or truncates) a file of `length` bytes.
