@@ -59,9 +59,15 @@ impl Kept {
 
     /// Whether `range` can be a part of this plan.
     pub(super) fn fits(plan: &Plan, range: &RangeDone) -> bool {
-        let counted = |counts: &[u64], bounds: usize| counts.is_empty() || counts.len() == plan.models() * bounds;
-        let known = (range.tensor as usize) < plan.tensors.len();
-        if !known || !counted(&range.kept, 1) || !counted(&range.ties, plan.bounds()) {
+        let counted = |counts: &[u64], bounds: usize| {
+            let known = counts.is_empty() || counts.len() == plan.models() * bounds;
+            known && counts.iter().all(|&n| n <= range.count)
+        };
+        // Each element is read once of each checkpoint and each layer of it, in at most 8 bytes.
+        let most_read = range.count.saturating_mul(16 * (plan.checkpoints.len() + plan.models()) as u64);
+        let numbers = counted(&range.kept, 1) && counted(&range.ties, plan.bounds());
+        let numbers = numbers && range.conflicts <= range.count && range.bytes_read <= most_read;
+        if range.tensor as usize >= plan.tensors.len() || !numbers {
             return false;
         }
         // What stays together is done together.
@@ -120,7 +126,8 @@ impl Kept {
             (Goal::Keep { keep, elements }, Some((threshold, among))) => {
                 let threshold: &crate::sketch::Threshold = threshold;
                 let reached = threshold.above.checked_add(threshold.tied);
-                threshold.above < *keep && reached.is_some_and(|reached| *keep <= reached) && among == elements
+                let enough = reached.is_some_and(|reached| *keep <= reached && reached <= *elements);
+                threshold.above < *keep && enough && among == elements
             }
             (Goal::All | Goal::Nothing, None) => true,
             _ => false,

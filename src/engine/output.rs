@@ -9,6 +9,7 @@
 //! Knows names and order; what is written into shards is the business of `shards`.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
@@ -60,6 +61,8 @@ pub(super) struct OutputDir {
     stale: Option<Vec<String>>,
     /// There is work of an earlier attempt to take over.
     resumes: bool,
+    /// What an earlier attempt left is not known to be this run's yet: whatever goes wrong, it is not touched.
+    untouchable: AtomicBool,
     /// An earlier attempt got as far as publishing everything.
     published: bool,
     /// None only while the directory is being opened.
@@ -179,6 +182,7 @@ impl OutputDir {
             replaces: false,
             stale: None,
             resumes: false,
+            untouchable: AtomicBool::new(false),
             published: false,
             journal: Mutex::default(),
             _lock: lock,
@@ -231,6 +235,7 @@ impl OutputDir {
             begin.admit(plan).map_err(|e| e.at(&self.dir))?;
             self.stale = log.stale;
             self.resumes = true;
+            self.untouchable = AtomicBool::new(true);
             self.journal = Mutex::new(Some(journal));
             return Ok(());
         }
@@ -306,6 +311,9 @@ impl OutputDir {
 
     /// Undoes everything: for errors that mean that nothing should have been written.
     pub(super) fn abandon(self, plan: &Plan) {
+        if self.untouchable.load(Ordering::Relaxed) {
+            return;
+        }
         // Best effort: the error that led here is the one worth reporting.
         if !self.replaces {
             for shard in &plan.layout.shards {
@@ -324,6 +332,11 @@ impl OutputDir {
     /// Whether there is work of an earlier attempt to take over.
     pub(super) fn resumes(&self) -> bool {
         self.resumes
+    }
+
+    /// Says that the work of an earlier attempt is taken over: it is this run's own now.
+    pub(super) fn taken_over(&self) {
+        self.untouchable.store(false, Ordering::Relaxed);
     }
 
     /// Whether finished shards wait for the end instead of getting their names at once.

@@ -100,11 +100,11 @@ impl<'a> Passes<'a> {
     /// What all workers counted, and what is kept of earlier attempts.
     pub(super) fn tally(&self) -> Tally {
         let mut sum = self.kept.tally.clone();
-        sum.bytes_read += self.kept_reads;
+        sum.bytes_read = sum.bytes_read.saturating_add(self.kept_reads);
         for worker in &self.workers {
             sum.merged += worker.tally.merged;
             sum.conflicts += worker.tally.conflicts;
-            sum.bytes_read += worker.tally.bytes_read;
+            sum.bytes_read = sum.bytes_read.saturating_add(worker.tally.bytes_read);
             for (total, kept) in sum.kept.iter_mut().zip(&worker.tally.kept) {
                 *total += kept;
             }
@@ -161,7 +161,7 @@ impl<'a> Passes<'a> {
         // One stage for all passes counts the reads of the first ones too.
         let done = if self.announces_passes() { self.kept.tally.bytes_read } else { known.bytes_read };
         self.observer.advance(done);
-        self.kept_reads += known.bytes_read;
+        self.kept_reads = self.kept_reads.saturating_add(known.bytes_read);
         // What was in memory when the thresholds were found is read again: reads that an undisturbed run does not make.
         let rereads = unit.kind == UnitKind::Resident;
         self.workers.iter_mut().for_each(|worker| worker.rereads = rereads);

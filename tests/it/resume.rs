@@ -343,3 +343,69 @@ fn an_interrupted_replacement_keeps_the_old_output_and_goes_on_with_force() {
     assert!(again(&saved, &["--force"]).succeeded().json()["resumed"] == true);
     finished(&family, &saved);
 }
+
+/// A journal record with a right checksum, whatever it says.
+fn record(number: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
+    let mut record = b"TSR\n".to_vec();
+    record.extend([kind, 0, 0, 0]);
+    record.extend(number.to_le_bytes());
+    record.extend((payload.len() as u32).to_le_bytes());
+    record.extend((payload.len() as u32).to_le_bytes());
+    record.extend(payload);
+    let checksum = blake3::hash(&record);
+    record.extend(&checksum.as_bytes()[..16]);
+    record
+}
+
+/// The entry of a range of tensor 3.
+fn range(tensor: u32, start: u64, count: u64, kept: &[u64], pieces: &[u32]) -> Vec<u8> {
+    let mut entry = vec![2];
+    entry.extend(tensor.to_le_bytes());
+    entry.push(0);
+    [start, count, 0, 0].iter().for_each(|n| entry.extend(n.to_le_bytes()));
+    entry.extend((kept.len() as u32).to_le_bytes());
+    kept.iter().for_each(|n| entry.extend(n.to_le_bytes()));
+    entry.extend(0u32.to_le_bytes());
+    entry.extend((pieces.len() as u32).to_le_bytes());
+    for piece in pieces {
+        entry.extend(piece.to_le_bytes());
+        entry.extend([0; 16]);
+    }
+    entry
+}
+
+#[test]
+fn sound_records_that_make_no_sense_are_refused() {
+    let (family, saved) = unfinished();
+    let path = saved.path("out/.tiesmith/journal");
+    let good = fs::read(&path).unwrap();
+    let number = good.windows(4).filter(|bytes| *bytes == b"TSR\n").count() as u64;
+    let before = tree(&saved);
+    let nonsense: [(&str, u8, Vec<u8>); 12] = [
+        ("an unknown kind", 9, Vec::new()),
+        ("a second beginning", 1, b"{}".to_vec()),
+        ("an unknown entry", 2, vec![7]),
+        ("an entry cut off", 2, range(3, 0, 10, &[], &[40])[..30].to_vec()),
+        ("no such tensor", 2, range(9, 0, 10, &[], &[40])),
+        ("beyond the tensor", 2, range(3, 209_999, 10, &[], &[40])),
+        ("more than there is", 2, range(3, u64::MAX, u64::MAX, &[], &[40])),
+        ("nothing at all", 2, range(3, 0, 0, &[], &[])),
+        ("writes that do not add up", 2, range(3, 0, 10, &[], &[39])),
+        ("counts of too few models", 2, range(3, 0, 10, &[1], &[40])),
+        ("more survivors than elements", 2, range(3, 0, 10, &[1, u64::MAX, 1], &[40])),
+        ("names that are none", 3, b"{}".to_vec()),
+    ];
+    for (what, kind, payload) in nonsense {
+        fs::write(&path, [&good[..], &record(number, kind, &payload)].concat()).unwrap();
+        let outcome = again(&saved, &[]);
+        let line = outcome.refusal();
+        assert!(line.contains("journal") && line.contains("--restart"), "{what}: {line}");
+        fs::write(&path, &good).unwrap();
+        assert!(before == tree(&saved), "{what}: a refused run changed something");
+    }
+    // A range that is not what was written is done again, and so is one whose bytes are not there.
+    let absent = record(number, 2, &range(3, 0, 10, &[], &[40]));
+    fs::write(&path, [good, absent].concat()).unwrap();
+    again(&saved, &[]).succeeded();
+    finished(&family, &saved);
+}

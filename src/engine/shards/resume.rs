@@ -46,11 +46,12 @@ impl Follower<'_> {
             }
             Ok(())
         })?;
+        // What was written without being recorded takes up room already.
+        output.check_space(self.remaining.iter().sum::<u64>().saturating_sub(2 * WRITE_BEHIND_BYTES))?;
+        output.taken_over();
         for (shard, leftover) in left.iter().enumerate() {
             self.settle(shard, leftover)?;
         }
-        // What was written without being recorded takes up room already.
-        output.check_space(self.remaining.iter().sum::<u64>().saturating_sub(2 * WRITE_BEHIND_BYTES))?;
         if !kept.is_empty() {
             self.seal_complete()?;
         }
