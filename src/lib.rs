@@ -60,7 +60,7 @@ pub use plan::{InputSummary, PassSummary, Plan, PlanSummary, Run, Schedule, Spre
 pub use recipe::mergekit;
 pub use recipe::{
     BaseLayers, Case, Filter, LayerSource, Missing, ModelInput, NonFinite, Overflow, Params, Recipe, Scope, Setting,
-    Slice, ThresholdKind, TrimTies,
+    Slice, ThresholdKind, TrimTies, Vocabulary,
 };
 pub use storage::{Disk, Identity, InputFile, IoMode, Lock, OutputFile, Storage, Window};
 

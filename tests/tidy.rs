@@ -12,7 +12,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("kernels", &["dtype"]),
     ("sketch", &["kernels", "dtype", "limits", "error"]),
     ("storage", &["limits", "error"]),
-    ("checkpoint", &["storage", "dtype", "limits", "error"]),
+    ("checkpoint", &["kernels", "storage", "dtype", "limits", "error"]),
     ("method", &["kernels", "sketch", "dtype", "error"]),
     ("recipe", &["method", "dtype", "limits", "error"]),
     ("plan", &["recipe", "checkpoint", "method", "storage", "dtype", "limits", "error"]),

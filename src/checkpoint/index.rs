@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Visitor};
@@ -51,7 +52,11 @@ pub(super) fn open(path: &Path, storage: &dyn Storage) -> Result<Catalogue> {
         let number = number as u32;
         let file = storage.open(&dir.join(&**name))?;
         let header = header::read(&*file, number)?;
-        catalogue.files.push(CheckpointFile { file, header_bytes: header.bytes, header_hash: header.hash });
+        catalogue.files.push(CheckpointFile {
+            file: Arc::from(file),
+            header_bytes: header.bytes,
+            header_hash: header.hash,
+        });
         for tensor in header.tensors {
             if index.shard_of(&tensor.name) == Some(number) {
                 catalogue.tensors.push(tensor);

@@ -11,6 +11,7 @@ mod index;
 mod json;
 pub mod layout;
 mod resolve;
+pub mod rows;
 #[cfg(test)]
 mod testing;
 
@@ -49,7 +50,7 @@ impl TensorEntry {
 /// One open file of a checkpoint.
 pub struct CheckpointFile {
     /// The open file.
-    pub file: Box<dyn InputFile>,
+    pub file: Arc<dyn InputFile>,
     /// Length of its safetensors header, length prefix included, in bytes.
     pub header_bytes: u64,
     /// BLAKE3 of those bytes: part of the input's identity.
@@ -125,7 +126,8 @@ impl Catalogue {
     fn of_file(path: &Path, storage: &dyn Storage) -> Result<Self> {
         let file = storage.open(path)?;
         let header = header::read(&*file, 0)?;
-        let files = vec![CheckpointFile { file, header_bytes: header.bytes, header_hash: header.hash }];
+        let files =
+            vec![CheckpointFile { file: Arc::from(file), header_bytes: header.bytes, header_hash: header.hash }];
         Ok(Self { files, tensors: header.tensors, warnings: Vec::new() })
     }
 }

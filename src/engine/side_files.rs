@@ -49,6 +49,20 @@ const COPIED: &[&str] = &[
     "USE_POLICY.md",
 ];
 
+/// Those of them that make up a tokenizer.
+const TOKENIZER: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
 /// What is to be in a side file.
 pub(super) enum Content {
     /// The same as in this file, which may be too long to be held in memory.
@@ -90,7 +104,12 @@ fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Content)>> 
     let dir = &plan.template().dir;
     let mut files = Vec::new();
     for &name in COPIED {
-        let path = dir.join(name);
+        let tokenizer = plan.tokenizer.as_ref().filter(|_| TOKENIZER.contains(&name));
+        if let (Some(json), "tokenizer.json") = (tokenizer.and_then(|t| t.json.as_ref()), name) {
+            files.push((name.to_string(), Content::Bytes(json.clone())));
+            continue;
+        }
+        let path = tokenizer.map_or(dir, |t| &t.dir).join(name);
         if !storage.is_file(&path) {
             continue;
         }
@@ -127,10 +146,14 @@ fn updated_config(path: &Path, content: Vec<u8>, plan: &Plan) -> Result<Vec<u8>>
             *value = float.torch_name().into();
         }
     }
-    if let (Some([before, now]), Some(size)) = (plan.vocabulary, object.get_mut("vocab_size"))
-        && *size == before
-    {
-        *size = now.into();
+    if let Some(rows) = plan.vocabulary {
+        let nested = !object.contains_key("vocab_size");
+        let parts = object.iter_mut().filter(|(key, _)| nested && *key == "text_config");
+        let inner: Vec<&mut Value> = parts.filter_map(|(_, part)| part.get_mut("vocab_size")).collect();
+        inner.into_iter().for_each(|size| *size = rows.into());
+        if let Some(size) = object.get_mut("vocab_size") {
+            *size = rows.into();
+        }
     }
     if let Some(layers) = &plan.layers {
         set_layers(object, layers);
@@ -229,7 +252,8 @@ pub(super) fn manifest(
     let inputs: Vec<Value> = PlanSummary::inputs(plan)
         .zip(&plan.checkpoints)
         .map(|(summary, checkpoint)| {
-            let files = checkpoint.files.iter().map(|file| {
+            // A view of other files' rows is no file of its own.
+            let files = checkpoint.files.iter().filter(|file| file.header_bytes > 0).map(|file| {
                 let identity = file.file.identity();
                 json!({
                     "name": file.file.path().file_name().map(|n| n.to_string_lossy()),

@@ -119,9 +119,9 @@ impl<'a> Opened<'a> {
         let at = |name: &str| tensors.binary_search_by(|t| (*t.name).cmp(name)).ok();
         let index = at(name).or_else(|| {
             let tied = self.recipe.tied_heads && layers::is_head(name);
-            let positional = |name: &str| ["wpe", "pos", "type", "norm"].iter().any(|word| name.contains(word));
-            let embeds =
-                |t: &&TensorEntry| t.shape.len() == 2 && layers::is_input_side(&t.name) && !positional(&t.name);
+            let embeds = |t: &&TensorEntry| {
+                t.shape.len() == 2 && layers::is_vocabulary(&t.name) && layers::is_input_side(&t.name)
+            };
             let mut embeddings = tensors.iter().filter(embeds).filter(|_| tied);
             let only = embeddings.next().filter(|_| embeddings.next().is_none())?;
             at(&only.name)

@@ -4,9 +4,9 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::assembly::{Assembly, Input, Opened, Source, Target};
-use super::layers;
 use super::params::{ParamTable, Scopes};
 use super::{Action, ParamSet, Piece, Plan, PlannedTensor, Trim};
+use super::{layers, vocabulary};
 use crate::checkpoint::layout::{Layout, OutputTensor};
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, Float, dtype_name};
@@ -28,7 +28,7 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
     let filter = recipe.filter()?;
     check_request(recipe)?;
     // Whatever keeps an input from being opened, nothing has been written yet.
-    let checkpoints = open(recipe, storage).map_err(Error::as_input)?;
+    let mut checkpoints = open(recipe, storage).map_err(Error::as_input)?;
     let base = recipe.base.is_some().then_some(0);
     let first_model = usize::from(base.is_some());
     let oracle = recipe.sign_from.is_some().then(|| checkpoints.len() - 1);
@@ -37,6 +37,7 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
         warnings.extend(checkpoint.warnings.iter().cloned());
     }
 
+    let tokenizer = vocabulary::reconcile(recipe, &mut checkpoints, &**storage, &mut warnings)?;
     let opened = Opened { recipe, checkpoints: &checkpoints, base, first_model };
     let Assembly { targets, layers } = opened.assemble(&**storage)?;
     let reconciler = Reconciler { recipe, filter, opened, checkpoints: &checkpoints, base, first_model, oracle };
@@ -54,7 +55,8 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
     let trim = trims.then_some(Trim { threshold: recipe.threshold, ties: recipe.trim_ties });
 
     let float = recipe.dtype.or_else(|| commonest_float(&tensors));
-    let vocabulary = vocabulary(&tensors, &checkpoints[base.unwrap_or(first_model)]);
+    let cropped = || cropped_rows(&tensors, &checkpoints[base.unwrap_or(first_model)]);
+    let vocabulary = tokenizer.as_ref().map(|tokenizer| tokenizer.rows).or_else(cropped);
     let layout = Layout::new(tensors.iter().map(output_tensor), recipe.max_shard_bytes)?;
     let fingerprint = fingerprint(recipe, &checkpoints, &params, &tensors);
     Ok(Plan {
@@ -73,6 +75,7 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
         layout,
         layers,
         vocabulary,
+        tokenizer,
         float,
         warnings,
         fingerprint,
@@ -144,12 +147,11 @@ fn output_tensor(tensor: &PlannedTensor) -> OutputTensor<'_> {
     OutputTensor { name: &tensor.name, dtype: tensor.dtype, shape: &tensor.shape }
 }
 
-/// The number of rows that the template's vocabulary had, and has in the output, if they differ.
-fn vocabulary(tensors: &[PlannedTensor], template: &Checkpoint) -> Option<[u64; 2]> {
-    tensors.iter().filter(|t| layers::is_head(&t.name) || layers::is_input_side(&t.name)).find_map(|tensor| {
+/// The number of rows of the output's vocabulary, if the template has another.
+fn cropped_rows(tensors: &[PlannedTensor], template: &Checkpoint) -> Option<u64> {
+    tensors.iter().filter(|t| layers::is_vocabulary(&t.name)).find_map(|tensor| {
         let before = template.get(&tensor.name)?.shape.first()?;
-        let now = tensor.shape.first()?;
-        (before != now).then_some([*before, *now])
+        tensor.shape.first().filter(|now| *now != before).copied()
     })
 }
 
@@ -395,7 +397,7 @@ impl Reconciler<'_> {
     }
 
     fn is_croppable(&self, name: &str, shape: &[u64]) -> bool {
-        self.recipe.crop_vocabulary && shape.len() == 2 && (layers::is_head(name) || layers::is_input_side(name))
+        self.recipe.crop_vocabulary && shape.len() == 2 && layers::is_vocabulary(name)
     }
 
     /// Says which models have rows that the output does not.

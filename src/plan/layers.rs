@@ -51,6 +51,12 @@ pub(super) fn is_input_side(name: &str) -> bool {
     !is_head(name) && INPUT_SIDE.iter().any(|word| name.contains(word)) && split(name).is_none()
 }
 
+/// Whether a tensor, if it has two dimensions, has a row per token.
+pub(super) fn is_vocabulary(name: &str) -> bool {
+    let positional = ["wpe", "pos", "type", "norm"].iter().any(|word| name.to_ascii_lowercase().contains(word));
+    is_head(name) || (is_input_side(name) && !positional)
+}
+
 /// The layers of one checkpoint.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Stacks {

@@ -12,6 +12,8 @@ mod layers;
 mod params;
 mod schedule;
 mod summary;
+mod tokens;
+mod vocabulary;
 
 use std::sync::Arc;
 
@@ -19,6 +21,8 @@ pub use layers::LAYER_COUNT_KEYS;
 pub(crate) use schedule::near_keys;
 pub use schedule::{Chunk, Run, Schedule, Unit, UnitKind};
 pub use summary::{InputSummary, PassSummary, PlanSummary, Spread};
+
+pub use vocabulary::TokenizerFiles;
 
 use crate::checkpoint::layout::Layout;
 use crate::checkpoint::{Checkpoint, TensorEntry};
@@ -191,8 +195,10 @@ pub struct Plan {
     pub layout: Layout,
     /// Where the output's layers come from, if it is assembled from slices.
     pub layers: Option<LayerMap>,
-    /// Rows of the vocabulary in the template and in the output, if they differ.
-    pub vocabulary: Option<[u64; 2]>,
+    /// Rows of the vocabulary in the output, if they may differ from the template's.
+    pub vocabulary: Option<u64>,
+    /// The output's tokenizer, if it was reconciled.
+    pub tokenizer: Option<TokenizerFiles>,
     /// Output type of float tensors, for `config.json`: the type asked for, or base's commonest float type.
     pub float: Option<Float>,
     /// What the user should know.

@@ -461,7 +461,8 @@ fn catalogue_bytes(plan: &Plan) -> u64 {
     let header = plan.checkpoints.iter().flat_map(|c| &c.files).map(|f| f.header_bytes).max().unwrap_or(0);
     let headers: u64 = plan.layout.shards.iter().map(|s| s.header.len() as u64).sum();
     let index = plan.layout.index_json().map_or(0, str::len) as u64;
-    catalogues + planned + header + headers + index
+    let rows = plan.tokenizer.as_ref().map_or(0, |tokenizer| tokenizer.held_bytes);
+    catalogues + planned + header + headers + index + rows
 }
 
 #[cfg(test)]

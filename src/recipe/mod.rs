@@ -125,6 +125,18 @@ pub struct LayerSource {
     pub place: Option<String>,
 }
 
+/// Which vocabulary the output has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Vocabulary {
+    /// Base's (or the first model's).
+    Base,
+    /// Base's, and every token that some model has besides.
+    Union,
+    /// That of the model called so.
+    Model(String),
+}
+
 /// Base in a slice.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct BaseLayers {
@@ -153,6 +165,8 @@ pub struct Recipe {
     pub tied_heads: bool,
     /// Whether embeddings and heads of models with longer vocabularies are cropped.
     pub crop_vocabulary: bool,
+    /// The vocabulary that embeddings and heads of all models are brought to; `None` leaves them as they are.
+    pub vocabulary: Option<Vocabulary>,
     /// Where one trim threshold applies.
     pub scope: Scope,
     /// How it is found.
@@ -192,6 +206,7 @@ impl Default for Recipe {
             slices: Vec::new(),
             tied_heads: false,
             crop_vocabulary: false,
+            vocabulary: None,
             scope: Scope::default(),
             threshold: ThresholdKind::default(),
             trim_ties: TrimTies::default(),

@@ -16,6 +16,7 @@
 //! | `resume` | what becomes of an unfinished output |
 //! | `verify` | damage to a finished output is found and named |
 //! | `recipes` | recipe files, against the outputs of mergekit and against flags |
+//! | `vocabulary` | tokenizers and rows of embeddings that are brought together |
 
 mod support;
 
@@ -33,3 +34,4 @@ mod properties;
 mod recipes;
 mod resume;
 mod verify;
+mod vocabulary;

@@ -487,6 +487,7 @@ fn examples_in_the_docs() {
     let place = Place::new();
     for (seed, name) in [(1, "base"), (2, "chat"), (3, "code"), (4, "math")] {
         place.model(name, 4, seed);
+        place.write(&format!("{name}/tokenizer.json"), r#"{"model": {"vocab": {"a": 0, "b": 1, "c": 2}}}"#);
     }
     let pages = ["docs/recipes.md", "docs/from-mergekit.md", "README.md"];
     let examples: Vec<String> = pages.iter().flat_map(|page| examples(page)).collect();

@@ -2,13 +2,13 @@
 
 use super::Document;
 use super::models::{Inputs, model_ref};
-use super::node::{Node, Place};
+use super::node::Node;
 use super::reader::{Fields, Reader};
 use super::settings::{self, Scope, Settings};
 use crate::dtype::Float;
 use crate::error::{Result, printable};
 use crate::method::{METHODS, Method};
-use crate::recipe::{Params, Recipe, Scope as TrimScope, Setting, ThresholdKind, TrimTies};
+use crate::recipe::{Params, Recipe, Scope as TrimScope, Setting, ThresholdKind, TrimTies, Vocabulary};
 
 /// Every key of a document.
 const KEYS: &[&str] = &[
@@ -105,7 +105,7 @@ pub(super) fn read(reader: Reader<'_>, node: &Node) -> Result<Document> {
         };
         inputs.recipe.params.insert(name, setting);
     }
-    tokenizer(reader, &fields, &inputs.recipe)?;
+    inputs.recipe.vocabulary = vocabulary(reader, &fields, &inputs.recipe)?;
     let name = fields.get("name").map(|node| name(reader, node)).transpose()?;
     Ok(Document { name, recipe: inputs.recipe, warnings: inputs.warnings })
 }
@@ -182,18 +182,18 @@ fn sources(reader: Reader<'_>, fields: &Fields<'_>, inputs: &mut Inputs<'_>) -> 
     }
 }
 
-/// What is asked of tokenizer and vocabulary, as far as base's files are the answer.
-fn tokenizer(reader: Reader<'_>, fields: &Fields<'_>, recipe: &Recipe) -> Result<()> {
+/// What is asked of tokenizer and vocabulary.
+fn vocabulary(reader: Reader<'_>, fields: &Fields<'_>, recipe: &Recipe) -> Result<Option<Vocabulary>> {
     if let (Some(_), Some(second)) = (fields.get("tokenizer_source"), fields.get("tokenizer")) {
         return Err(reader.fail(second.place, "both 'tokenizer_source' and 'tokenizer': give one"));
     }
     if let Some(node) = fields.get("chat_template") {
         return Err(reader
             .fail(node.place, "chat_template is not supported yet")
-            .help("leave it out: the template of base_model, or else of the first model, is copied"));
+            .help("leave it out: the template comes with the tokenizer's files"));
     }
     let source = match (fields.get("tokenizer_source"), fields.get("tokenizer")) {
-        (Some(node), _) => Some(node),
+        (Some(node), _) => node,
         (None, Some(node)) => {
             let parts = reader.fields(node, "tokenizer", &["source", "tokens", "pad_to_multiple_of"])?;
             for key in ["tokens", "pad_to_multiple_of"] {
@@ -202,29 +202,22 @@ fn tokenizer(reader: Reader<'_>, fields: &Fields<'_>, recipe: &Recipe) -> Result
                 }
             }
             match parts.get("source") {
-                Some(source) => Some(source),
-                None => return Err(union(reader, node.place)),
+                Some(source) => source,
+                None => return Ok(Some(Vocabulary::Union)),
             }
         }
-        (None, None) => None,
+        (None, None) => return Ok(None),
     };
-    let Some(node) = source else { return Ok(()) };
-    let source = model_ref(reader, node, "tokenizer source")?;
-    let template = recipe.base.as_ref().or(recipe.models.first().map(|model| &model.source));
-    match &*source {
-        "union" => Err(union(reader, node.place)),
-        "base" => Ok(()),
-        other if template.is_some_and(|template| template == other) => Ok(()),
-        other => Err(reader
-            .fail(node.place, format!("a tokenizer from \"{}\" is not supported yet", printable(other)))
-            .help("only that of base_model, or of the first model where there is none")),
-    }
-}
-
-fn union(reader: Reader<'_>, place: Place) -> crate::error::Error {
-    reader
-        .fail(place, "a union of tokenizers is not supported yet")
-        .help("use tokenizer_source: base where the models share base's vocabulary")
+    Ok(Some(match model_ref(reader, source, "tokenizer source")? {
+        word if word == "union" => Vocabulary::Union,
+        word if word == "base" => Vocabulary::Base,
+        model if recipe.base.as_ref() == Some(&model) => Vocabulary::Base,
+        model if recipe.models.iter().any(|input| input.source == model) => Vocabulary::Model(model),
+        other => {
+            let text = format!("the tokenizer source \"{}\" is none of the models", printable(&other));
+            return Err(reader.fail(source.place, text).help("base, union, or a model of this recipe"));
+        }
+    }))
 }
 
 /// A document's name, which becomes part of a path.

@@ -18,7 +18,7 @@ mod tests;
 
 use std::collections::HashMap;
 
-use super::Recipe;
+use super::{Recipe, Vocabulary};
 use crate::error::{Result, printable};
 use crate::limits::MAX_RECIPE_DOCUMENTS;
 use reader::Reader;
@@ -81,6 +81,9 @@ impl Document {
         recipe.base.iter_mut().for_each(&mut f);
         recipe.sign_from.iter_mut().for_each(&mut f);
         recipe.models.iter_mut().for_each(|model| f(&mut model.source));
+        if let Some(Vocabulary::Model(model)) = &mut recipe.vocabulary {
+            f(model);
+        }
     }
 }
 

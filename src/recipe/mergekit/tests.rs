@@ -136,6 +136,23 @@ fn base_among_the_models_is_no_task_vector_but_takes_part_in_an_average() {
 }
 
 #[test]
+fn vocabularies_may_be_bases_a_models_or_all_together() {
+    use crate::recipe::Vocabulary;
+    for (text, vocabulary) in [
+        ("", None),
+        ("tokenizer_source: base", Some(Vocabulary::Base)),
+        ("tokenizer_source: b", Some(Vocabulary::Base)),
+        ("tokenizer_source: m", Some(Vocabulary::Model("m".into()))),
+        ("tokenizer_source: {model: {path: m}}", Some(Vocabulary::Model("m".into()))),
+        ("tokenizer_source: union", Some(Vocabulary::Union)),
+        ("tokenizer: {}", Some(Vocabulary::Union)),
+        ("tokenizer: {source: base}", Some(Vocabulary::Base)),
+    ] {
+        assert_eq!(recipe(&format!("{TIES}{text}\n")).vocabulary, vocabulary, "{text}");
+    }
+}
+
+#[test]
 fn slices_name_models_once_and_layers_by_their_first() {
     let text = "
 merge_method: passthrough
@@ -281,8 +298,7 @@ fn mistakes_are_named_with_their_place() {
         (with("seed: -1"), "r.yml:6:7: seed must be a whole number, not \"-1\""),
         (with("slices: [a]"), "r.yml:6:9: both 'models' and 'slices': give one"),
         (with("base_model: c"), "r.yml:6:1: key \"base_model\" comes twice, first in line 2"),
-        (with("tokenizer_source: union"), "r.yml:6:19: a union of tokenizers is not supported yet"),
-        (with("tokenizer_source: other"), "a tokenizer from \"other\" is not supported yet"),
+        (with("tokenizer_source: other"), "r.yml:6:19: the tokenizer source \"other\" is none of the models"),
         (with("tokenizer_source: base\ntokenizer: {source: base}"), "both 'tokenizer_source' and 'tokenizer'"),
         (with("tokenizer: {source: base, pad_to_multiple_of: 8}"), "pad_to_multiple_of is not supported yet"),
         (with("tokenizer: {sauce: base}"), "did you mean \"source\"?"),

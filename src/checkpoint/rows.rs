@@ -1,0 +1,203 @@
+//! A tensor whose rows are taken from rows of other tensors, seen as a file: nothing is permuted in memory.
+//!
+//! - A row is a row of one tensor, the mean of rows of several, or zeros. Consecutive rows of one tensor are one run.
+//! - The mean is taken in f32, in the order given, and rounded once to the type of the whole.
+//! - What is read are the rows asked for, and for a mean those that it is made of.
+//!
+//! Knows offsets, not what the rows stand for.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::TensorEntry;
+use crate::dtype::Float;
+use crate::error::Result;
+use crate::kernels::{self, Isa};
+use crate::storage::{Identity, InputFile, Window};
+
+/// Elements that are converted at a time.
+const BLOCK: usize = 1024;
+
+/// A stored tensor that rows are taken from.
+#[derive(Clone)]
+pub struct Part {
+    /// Its file.
+    pub file: Arc<dyn InputFile>,
+    /// Where it begins.
+    pub offset: u64,
+    /// Its type.
+    pub float: Float,
+}
+
+/// Where a run of rows comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RowSource {
+    /// Consecutive rows of a part: (part, first row).
+    Rows(u32, u64),
+    /// Every row is the mean of these: (part, row).
+    Mean(Box<[(u32, u64)]>),
+    /// Zeros.
+    Zero,
+}
+
+/// Consecutive rows with one source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Run {
+    /// The first of them.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+    /// Where they come from.
+    pub source: RowSource,
+}
+
+/// See the module's documentation. The first part gives the identity and the type.
+pub struct Rows {
+    parts: Vec<Part>,
+    columns: u64,
+    runs: Vec<Run>,
+    isa: Isa,
+}
+
+impl Rows {
+    /// `runs` follow each other without gaps from row 0 on; their rows exist.
+    pub fn new(parts: Vec<Part>, columns: u64, runs: Vec<Run>) -> Self {
+        debug_assert!(runs.windows(2).all(|pair| pair[0].first + pair[0].count == pair[1].first));
+        Self { parts, columns, runs, isa: Isa::detect() }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> u64 {
+        self.runs.last().map_or(0, |run| run.first + run.count)
+    }
+
+    /// What tells this from other ways to take rows.
+    pub fn hash(&self) -> [u8; 32] {
+        *blake3::hash(format!("{} {:?}", self.columns, self.runs).as_bytes()).as_bytes()
+    }
+
+    /// Memory that it holds, in bytes.
+    pub fn held_bytes(&self) -> u64 {
+        let means = self.runs.iter().map(|run| match &run.source {
+            RowSource::Mean(rows) => size_of_val(&**rows),
+            _ => 0,
+        });
+        (self.runs.len() * size_of::<Run>() + means.sum::<usize>()) as u64
+    }
+
+    /// The entry of the tensor that this shows in place of `entry`, in file number `file`.
+    pub fn entry(&self, entry: &TensorEntry, file: u32) -> TensorEntry {
+        let shape: Box<[u64]> = [self.rows(), self.columns].into();
+        let bytes = self.rows() * self.columns * self.parts[0].float.width() as u64;
+        TensorEntry { name: entry.name.clone(), dtype: entry.dtype, shape, file, offset: 0, bytes }
+    }
+
+    /// Fills `buffer` with the elements from `start` on of a run's rows, counted from the run's first element.
+    fn fill(&self, run: &Run, start: u64, buffer: &mut [u8]) -> Result<()> {
+        let float = self.parts[0].float;
+        match &run.source {
+            RowSource::Zero => {
+                buffer.fill(0);
+                Ok(())
+            }
+            RowSource::Rows(part, first) => {
+                let part = &self.parts[*part as usize];
+                let from = first * self.columns + start;
+                if part.float == float {
+                    return part.file.read_at(buffer, part.offset + from * float.width() as u64);
+                }
+                self.blocks(buffer, |at, sum| self.add(part, from + at, sum))
+            }
+            RowSource::Mean(rows) => {
+                // A mean's run may have several equal rows: the element's place in its row is what counts.
+                let columns = self.columns.max(1);
+                let count = rows.len() as f32;
+                self.blocks_within(buffer, start % columns, columns, |at, sum| {
+                    for &(part, row) in &**rows {
+                        self.add(&self.parts[part as usize], row * columns + at, sum)?;
+                    }
+                    sum.iter_mut().for_each(|value| *value /= count);
+                    Ok(())
+                })
+            }
+        }
+    }
+
+    /// Adds the elements of `part` from `from` on to `sum`.
+    fn add(&self, part: &Part, from: u64, sum: &mut [f32]) -> Result<()> {
+        let width = part.float.width();
+        let (mut bytes, mut values) = ([0u8; BLOCK * 8], [0f32; BLOCK]);
+        let (bytes, values) = (&mut bytes[..sum.len() * width], &mut values[..sum.len()]);
+        part.file.read_at(bytes, part.offset + from * width as u64)?;
+        kernels::load(self.isa, part.float, bytes, values);
+        sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += *value);
+        Ok(())
+    }
+
+    /// Fills `buffer` block by block with what `make` puts into zeros, given the place of the block's first element.
+    fn blocks(&self, buffer: &mut [u8], make: impl Fn(u64, &mut [f32]) -> Result<()>) -> Result<()> {
+        self.blocks_within(buffer, 0, u64::MAX, make)
+    }
+
+    /// The same, for places that begin at `start` and return to 0 after each `period`.
+    fn blocks_within(
+        &self,
+        mut buffer: &mut [u8],
+        start: u64,
+        period: u64,
+        make: impl Fn(u64, &mut [f32]) -> Result<()>,
+    ) -> Result<()> {
+        let float = self.parts[0].float;
+        let mut at = start;
+        while !buffer.is_empty() {
+            let left = (buffer.len() / float.width()).min(BLOCK) as u64;
+            let count = left.min(period - at) as usize;
+            let mut values = [0f32; BLOCK];
+            make(at, &mut values[..count])?;
+            let (block, rest) = buffer.split_at_mut(count * float.width());
+            kernels::store(self.isa, float, &values[..count], block, false);
+            buffer = rest;
+            at += count as u64;
+            if at == period {
+                at = 0;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl InputFile for Rows {
+    fn path(&self) -> &Path {
+        self.parts[0].file.path()
+    }
+
+    fn identity(&self) -> &Identity {
+        self.parts[0].file.identity()
+    }
+
+    fn identity_now(&self) -> Result<Identity> {
+        self.parts[0].file.identity_now()
+    }
+
+    fn read_at(&self, mut buffer: &mut [u8], offset: u64) -> Result<()> {
+        let width = self.parts[0].float.width() as u64;
+        let mut element = offset / width;
+        while !buffer.is_empty() {
+            let row = element / self.columns.max(1);
+            let run = &self.runs[self.runs.partition_point(|run| run.first + run.count <= row)];
+            let start = element - run.first * self.columns;
+            let count = (run.count * self.columns - start).min(buffer.len() as u64 / width);
+            let (part, rest) = buffer.split_at_mut((count * width) as usize);
+            self.fill(run, start, part)?;
+            buffer = rest;
+            element += count;
+        }
+        Ok(())
+    }
+
+    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
+        window.fill(length, |buffer| self.read_at(buffer, offset))
+    }
+
+    fn prefetch(&self, _offset: u64, _length: u64) {}
+}

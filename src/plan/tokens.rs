@@ -1,0 +1,166 @@
+//! `tokenizer.json`: its tokens and their numbers, and the same file with tokens added.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::limits::MAX_SIDE_FILE_BYTES;
+use crate::storage::Storage;
+
+const NAME: &str = "tokenizer.json";
+/// How far a token's number may go beyond the number of tokens.
+const MAX_GAP: u64 = 100_000;
+
+/// The tokens of one model.
+pub(super) struct Tokens {
+    /// Every token's number, added ones included.
+    pub ids: HashMap<String, u32>,
+    /// Added tokens as they are defined.
+    pub added: HashMap<String, Map<String, Value>>,
+}
+
+#[derive(Deserialize)]
+struct File {
+    model: Model,
+    #[serde(default)]
+    added_tokens: Vec<Map<String, Value>>,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    #[serde(default)]
+    vocab: Vocab,
+}
+
+/// A mapping from tokens to numbers, or a list of tokens with their scores.
+#[derive(Default)]
+struct Vocab(HashMap<String, u64>);
+
+impl<'de> Deserialize<'de> for Vocab {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl<'de> Visitor<'de> for Read {
+            type Value = Vocab;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a vocabulary")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Vocab, A::Error> {
+                let mut ids = HashMap::new();
+                while let Some((token, id)) = map.next_entry()? {
+                    ids.insert(token, id);
+                }
+                Ok(Vocab(ids))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vocab, A::Error> {
+                let mut ids = HashMap::new();
+                while let Some((token, IgnoredAny)) = list.next_element::<(String, IgnoredAny)>()? {
+                    let id = ids.len() as u64;
+                    ids.entry(token).or_insert(id);
+                }
+                Ok(Vocab(ids))
+            }
+        }
+        deserializer.deserialize_any(Read)
+    }
+}
+
+impl Tokens {
+    /// The tokens of the model in `dir`, if it has a `tokenizer.json`.
+    pub(super) fn read(dir: &Path, storage: &dyn Storage) -> Result<Option<Self>> {
+        let path = dir.join(NAME);
+        if !storage.is_file(&path) {
+            return Ok(None);
+        }
+        let text = storage.read_small(&path, MAX_SIDE_FILE_BYTES).map_err(Error::as_input)?;
+        let file: File = serde_json::from_slice(&text).map_err(|e| unreadable(&path, &e.to_string()))?;
+        let mut all = file.model.vocab.0;
+        let mut added = HashMap::new();
+        for token in file.added_tokens {
+            let (Some(name), Some(id)) =
+                (token.get("content").and_then(Value::as_str), token.get("id").and_then(Value::as_u64))
+            else {
+                return Err(unreadable(&path, "an added token without content or id"));
+            };
+            all.insert(name.to_owned(), id);
+            added.insert(name.to_owned(), token);
+        }
+        // Numbers may have gaps, but what is made of them grows with the largest.
+        let most = all.len() as u64 + MAX_GAP;
+        let small = |(name, id): (String, u64)| match id < most {
+            true => Ok((name, id as u32)),
+            false => Err(unreadable(
+                &path,
+                &format!("a token has the number {id}, but there are only {} tokens", most - MAX_GAP),
+            )),
+        };
+        Ok(Some(Self { ids: all.into_iter().map(small).collect::<Result<_>>()?, added }))
+    }
+
+    /// The `tokenizer.json` in `dir` with `added` appended to its added tokens; all else stays as it is.
+    pub(super) fn file_with(dir: &Path, added: &[Map<String, Value>], storage: &dyn Storage) -> Result<Vec<u8>> {
+        let path = dir.join(NAME);
+        let text = storage.read_small(&path, MAX_SIDE_FILE_BYTES).map_err(Error::as_input)?;
+        let text = String::from_utf8(text).map_err(|_| unreadable(&path, "not UTF-8"))?;
+        // Merges and vocabularies of many megabytes are passed on as text. The order of keys is kept.
+        let fields: Vec<(String, &RawValue)> =
+            serde_json::from_str::<Fields<'_>>(&text).map_err(|e| unreadable(&path, &e.to_string()))?.0;
+        let mut out = String::with_capacity(text.len() + added.len() * 128);
+        for (key, value) in &fields {
+            out.push_str(if out.is_empty() { "{" } else { "," });
+            out.push_str(&Value::from(key.as_str()).to_string());
+            out.push(':');
+            if key != "added_tokens" {
+                out.push_str(value.get());
+                continue;
+            }
+            let mut tokens: Vec<Value> =
+                serde_json::from_str(value.get()).map_err(|e| unreadable(&path, &e.to_string()))?;
+            tokens.extend(added.iter().cloned().map(Value::Object));
+            out.push_str(&Value::Array(tokens).to_string());
+        }
+        if !fields.iter().any(|(key, _)| key == "added_tokens") {
+            let tokens = Value::Array(added.iter().cloned().map(Value::Object).collect());
+            out.push_str(&format!(",\"added_tokens\":{tokens}"));
+        }
+        out.push('}');
+        Ok(out.into_bytes())
+    }
+}
+
+/// The fields of an object, in order, not read any further.
+struct Fields<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Fields<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl<'de> Visitor<'de> for Read {
+            type Value = Fields<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
+                let mut fields = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    fields.push(entry);
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_map(Read)
+    }
+}
+
+fn unreadable(path: &Path, why: &str) -> Error {
+    Error::input(format!("not a tokenizer that can be read: {why}")).at(path)
+}

@@ -1,0 +1,262 @@
+//! `tokenizer_source`: one vocabulary for models that disagree, against rows put together by hand.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::support::files::{Layout, read_checkpoint, read_json, read_tree, write_checkpoint};
+use crate::support::random::Random;
+use crate::support::run::{Outcome, command, run};
+use crate::support::tensor::{Tensor, Tensors};
+
+const COLUMNS: usize = 3;
+
+/// Models with tokenizers in a directory.
+struct Place {
+    dir: TempDir,
+}
+
+/// `tokenizer.json` of words: ordinary ones numbered from 0, then added ones.
+fn tokenizer(words: &[&str], added: &[(&str, bool)]) -> Value {
+    let vocab: serde_json::Map<String, Value> =
+        words.iter().enumerate().map(|(id, w)| ((*w).into(), id.into())).collect();
+    let added: Vec<Value> = added
+        .iter()
+        .enumerate()
+        .map(|(at, (content, special))| {
+            json!({
+                "id": words.len() + at, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": special,
+            })
+        })
+        .collect();
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": words[0]},
+    })
+}
+
+impl Place {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A model with `rows` rows of `dtype` in embedding and head.
+    fn model(&self, name: &str, rows: usize, dtype: Dtype, seed: u64, tokenizer: Option<Value>) -> Tensors {
+        let mut random = Random::new(seed);
+        let mut tensors = Tensors::new();
+        for (name, shape) in [
+            ("model.embed_tokens.weight", [rows, COLUMNS]),
+            ("lm_head.weight", [rows, COLUMNS]),
+            ("model.embed_positions.weight", [7, COLUMNS]),
+            ("model.layers.0.mlp.weight", [4, COLUMNS]),
+        ] {
+            let values: Vec<f32> = (0..shape[0] * shape[1]).map(|_| random.symmetric()).collect();
+            tensors.insert(name.into(), Tensor::floats(dtype, &shape, &values));
+        }
+        write_checkpoint(&self.path(name), &tensors, Layout::SINGLE);
+        let config = json!({"model_type": "fixture", "num_hidden_layers": 1, "vocab_size": rows});
+        fs::write(self.path(name).join("config.json"), config.to_string()).unwrap();
+        if let Some(tokenizer) = tokenizer {
+            fs::write(self.path(name).join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        }
+        tensors
+    }
+
+    fn tiesmith(&self, args: &[&str]) -> Outcome {
+        let mut command = command();
+        command.current_dir(self.dir.path()).args(args);
+        run(command)
+    }
+
+    /// base + 1·(a − base) + 0.5·(b − base) with the vocabulary of `source`.
+    fn merge(&self, source: &str, extra: &[&str]) -> Tensors {
+        let recipe = format!(
+            "merge_method: task_arithmetic\nbase_model: base\ntokenizer_source: {source}\nmodels:\n\
+             - {{model: a, parameters: {{weight: 1}}}}\n- {{model: b, parameters: {{weight: 0.5}}}}\n"
+        );
+        fs::write(self.path("recipe.yml"), recipe).unwrap();
+        let _ = fs::remove_dir_all(self.path("out"));
+        let args = [&["merge", "recipe.yml", "--out", "out", "--progress", "none", "--json"], extra].concat();
+        let outcome = self.tiesmith(&args);
+        if outcome.code == Some(0) { read_checkpoint(&self.path("out")) } else { panic!("{}", outcome.stderr) }
+    }
+
+    fn refusal(&self, source: &str) -> String {
+        let _ = fs::remove_dir_all(self.path("out"));
+        let args = ["merge", "recipe.yml", "--out", "out"];
+        let recipe = fs::read_to_string(self.path("recipe.yml")).unwrap();
+        let (head, rest) = recipe.split_once("tokenizer_source: ").unwrap();
+        let rest = rest.split_once('\n').unwrap().1;
+        fs::write(self.path("recipe.yml"), format!("{head}tokenizer_source: {source}\n{rest}")).unwrap();
+        let outcome = self.tiesmith(&args);
+        assert!(!self.path("out").exists());
+        outcome.refusal().to_owned()
+    }
+
+    /// Three models: `a` adds two tokens to base's, `b` has base's in another order and adds one of them.
+    fn family(&self, dtypes: [Dtype; 3]) -> [Tensors; 3] {
+        let base = tokenizer(&["<unk>", "one", "two", "three"], &[]);
+        let a = tokenizer(&["<unk>", "one", "two", "three", "four"], &[("<im>", true)]);
+        let b = tokenizer(&["<unk>", "three", "two", "one"], &[("<im>", true)]);
+        [
+            self.model("base", 4, dtypes[0], 1, Some(base)),
+            self.model("a", 6, dtypes[1], 2, Some(a)),
+            // A row more than there are tokens.
+            self.model("b", 6, dtypes[2], 3, Some(b)),
+        ]
+    }
+}
+
+fn row(tensor: &Tensor, row: usize) -> Vec<f32> {
+    tensor.f32s()[row * COLUMNS..(row + 1) * COLUMNS].to_vec()
+}
+
+/// The mean of two rows, rounded to `dtype`.
+fn mean(dtype: Dtype, a: &[f32], b: &[f32]) -> Vec<f32> {
+    let values: Vec<f32> = a.iter().zip(b).map(|(a, b)| (0.0 + a + b) / 2.0).collect();
+    Tensor::floats(dtype, &[values.len()], &values).f32s()
+}
+
+/// What the merge makes of rows of base, a and b.
+fn merged(base: &[f32], a: &[f32], b: &[f32]) -> Vec<f32> {
+    let each = base.iter().zip(a).zip(b);
+    each.map(|((base, a), b)| ((0.0 + 1.0 * (a - base)) + 0.5 * (b - base)) * 1.0 + base).collect()
+}
+
+#[test]
+fn a_union_has_every_token_and_the_rows_that_models_have_for_it() {
+    for dtypes in [[Dtype::F32; 3], [Dtype::F32, Dtype::BF16, Dtype::F16]] {
+        let place = Place::new();
+        let [base, a, b] = place.family(dtypes);
+        let out = place.merge("union", &[]);
+        for name in ["model.embed_tokens.weight", "lm_head.weight"] {
+            let (base, a, b) = (&base[name], &a[name], &b[name]);
+            assert_eq!(out[name].shape, [6, COLUMNS]);
+            // "one" is in row 1 of base and a, and in row 3 of b.
+            assert_eq!(row(&out[name], 1), merged(&row(base, 1), &row(a, 1), &row(b, 3)), "{name}");
+            assert_eq!(row(&out[name], 2), merged(&row(base, 2), &row(a, 2), &row(b, 2)), "{name}");
+            // "four": ordinary tokens come first; a alone has it.
+            let four = row(a, 4);
+            let rounded = |dtype| Tensor::floats(dtype, &[COLUMNS], &four).f32s();
+            assert_eq!(row(&out[name], 4), merged(&rounded(dtypes[0]), &four, &rounded(dtypes[2])), "{name}");
+            // "<im>": base has the mean of the others.
+            let (own, other) = (row(a, 5), row(b, 4));
+            assert_eq!(row(&out[name], 5), merged(&mean(dtypes[0], &own, &other), &own, &other), "{name}");
+        }
+        assert_eq!(out["model.embed_positions.weight"].shape, [7, COLUMNS]);
+        assert_eq!(read_json(&place.path("out/config.json"))["vocab_size"], 6);
+    }
+}
+
+#[test]
+fn the_tokenizer_of_a_union_loads_and_round_trips() {
+    let place = Place::new();
+    place.family([Dtype::F32; 3]);
+    place.merge("union", &[]);
+    let loaded = tokenizers::Tokenizer::from_file(place.path("out/tokenizer.json")).unwrap();
+    assert_eq!(loaded.get_vocab_size(true), 6);
+    let ids = loaded.encode("one <im> four two", false).unwrap();
+    assert_eq!(ids.get_ids(), [1, 5, 4, 2]);
+    assert_eq!(loaded.decode(ids.get_ids(), false).unwrap(), "one <im> four two");
+    assert_eq!(loaded.decode(ids.get_ids(), true).unwrap(), "one four two", "a special token stays special");
+}
+
+#[test]
+fn the_vocabulary_of_base_or_of_a_model() {
+    let place = Place::new();
+    let [base, a, b] = place.family([Dtype::F32; 3]);
+    let name = "lm_head.weight";
+    let out = place.merge("base", &[]);
+    assert_eq!(out[name].shape, [4, COLUMNS]);
+    assert_eq!(row(&out[name], 3), merged(&row(&base[name], 3), &row(&a[name], 3), &row(&b[name], 1)));
+    let text = |path: &str| fs::read_to_string(place.path(path)).unwrap();
+    assert_eq!(text("out/tokenizer.json"), text("base/tokenizer.json"));
+
+    let out = place.merge("b", &[]);
+    assert_eq!(out[name].shape, [5, COLUMNS]);
+    assert_eq!(row(&out[name], 3), merged(&row(&base[name], 1), &row(&a[name], 1), &row(&b[name], 3)));
+    let (own, other) = (row(&a[name], 5), row(&b[name], 4));
+    assert_eq!(row(&out[name], 4), merged(&mean(Dtype::F32, &other, &own), &own, &other));
+    assert_eq!(text("out/tokenizer.json"), text("b/tokenizer.json"));
+    assert_eq!(read_json(&place.path("out/config.json"))["vocab_size"], 5);
+}
+
+#[test]
+fn a_token_without_a_row_in_any_model_is_zeros_with_a_warning() {
+    let place = Place::new();
+    let words = ["<unk>", "one", "two"];
+    place.model("base", 2, Dtype::F32, 1, Some(tokenizer(&words, &[])));
+    place.model("a", 2, Dtype::F32, 2, None);
+    place.model("b", 2, Dtype::F32, 3, None);
+    let out = place.merge("union", &[]);
+    assert_eq!(row(&out["lm_head.weight"], 2), [0.0; COLUMNS]);
+    let manifest = read_json(&place.path("out/tiesmith.json"));
+    let warnings = manifest["report"]["warnings"].to_string();
+    assert!(warnings.contains("1 tokens have a row in no model: zeros"), "{warnings}");
+}
+
+#[test]
+fn rows_do_not_depend_on_how_they_are_read() {
+    let place = Place::new();
+    let mut random = Random::new(4);
+    let mut words: Vec<String> = (0..30_000).map(|i| format!("w{i}")).collect();
+    let names = |words: &[String]| tokenizer(&words.iter().map(String::as_str).collect::<Vec<_>>(), &[]);
+    place.model("base", words.len(), Dtype::BF16, 1, Some(names(&words)));
+    words.extend((0..500).map(|i| format!("new{i}")));
+    place.model("a", words.len(), Dtype::BF16, 2, Some(names(&words)));
+    random.shuffle(&mut words);
+    place.model("b", words.len(), Dtype::F32, 3, Some(names(&words)));
+    let tree = |extra: &[&str]| {
+        place.merge("union", extra);
+        let mut files = read_tree(&place.path("out"));
+        files.remove(Path::new("tiesmith.json"));
+        files
+    };
+    let first = tree(&["--threads", "1"]);
+    for extra in [&["--threads", "5"][..], &["--memory", "40MB", "--threads", "2"], &["--io", "mmap"]] {
+        assert!(tree(extra) == first, "{extra:?}");
+    }
+    let report = place.tiesmith(&["merge", "recipe.yml", "--out", "again", "--json"]).succeeded().json();
+    let plan = place.tiesmith(&["plan", "recipe.yml", "--json"]).succeeded().json();
+    assert_eq!(plan["bytes_read"], report["bytes_read"]);
+}
+
+#[test]
+fn tokenizers_that_are_missing_or_broken() {
+    let place = Place::new();
+    place.family([Dtype::F32; 3]);
+    place.merge("base", &[]);
+    let refusal = place.refusal("other");
+    assert!(refusal.contains("recipe.yml:3:19: the tokenizer source \"other\" is none of the models"), "{refusal}");
+    let file = place.path("a/tokenizer.json");
+    for (text, message) in [
+        ("{", "not a tokenizer that can be read"),
+        ("{}", "missing field `model`"),
+        (r#"{"model": {"vocab": {"a": -1}}}"#, "not a tokenizer that can be read"),
+        (
+            r#"{"model": {"vocab": {"a": 4000000000}}}"#,
+            "a token has the number 4000000000, but there are only 1 tokens",
+        ),
+        (r#"{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}"#, "an added token without content or id"),
+    ] {
+        fs::write(&file, text).unwrap();
+        let refusal = place.refusal("union");
+        assert!(refusal.contains("a/tokenizer.json") && refusal.contains(message), "{refusal}");
+    }
+    fs::remove_file(&file).unwrap();
+    let refusal = place.refusal("a");
+    assert!(refusal.contains("no tokenizer.json in a"), "{refusal}");
+    // Without base's there is nothing to compare with; base's own vocabulary then stays as it is.
+    fs::remove_file(place.path("base/tokenizer.json")).unwrap();
+    assert!(place.refusal("union").contains("no tokenizer.json in base"));
+    assert_eq!(place.merge("base", &[])["lm_head.weight"].shape, [4, COLUMNS]);
+}
