@@ -59,8 +59,8 @@ pub use method::{METHODS, Method, ParamKind, ParamSpec, Value};
 pub use plan::{InputSummary, PassSummary, Plan, PlanSummary, Run, Schedule, Spread};
 pub use recipe::mergekit;
 pub use recipe::{
-    BaseLayers, Case, Filter, LayerSource, Missing, ModelInput, NonFinite, Overflow, Params, Recipe, Scope, Setting,
-    Slice, ThresholdKind, TrimTies, Vocabulary,
+    BaseLayers, Case, ChatTemplate, Filter, LayerSource, Missing, ModelInput, NonFinite, Overflow, Params, Recipe,
+    Scope, Setting, Slice, ThresholdKind, TrimTies, Vocabulary,
 };
 pub use storage::{Disk, Identity, InputFile, IoMode, Lock, OutputFile, Storage, Window};
 

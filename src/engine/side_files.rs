@@ -104,6 +104,14 @@ fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Content)>> 
     let dir = &plan.template().dir;
     let mut files = Vec::new();
     for &name in COPIED {
+        match (&plan.chat_template, name) {
+            (Some(template), "chat_template.jinja") => {
+                files.push((name.to_string(), Content::Bytes(template.clone().into_bytes())));
+                continue;
+            }
+            (Some(_), "chat_template.json") => continue,
+            _ => {}
+        }
         let tokenizer = plan.tokenizer.as_ref().filter(|_| TOKENIZER.contains(&name));
         if let (Some(json), "tokenizer.json") = (tokenizer.and_then(|t| t.json.as_ref()), name) {
             files.push((name.to_string(), Content::Bytes(json.clone())));
@@ -123,6 +131,10 @@ fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Content)>> 
             "config.json" => {
                 let content = storage.read_small(&path, MAX_SIDE_FILE_BYTES)?;
                 Content::Bytes(updated_config(&path, content, plan)?)
+            }
+            "tokenizer_config.json" if plan.chat_template.is_some() => {
+                let content = storage.read_small(&path, MAX_SIDE_FILE_BYTES)?;
+                Content::Bytes(with_template(&path, &content, plan)?)
             }
             _ => Content::Copy(path),
         };
@@ -162,6 +174,17 @@ fn updated_config(path: &Path, content: Vec<u8>, plan: &Plan) -> Result<Vec<u8>>
     }
     if config == before {
         return Ok(content);
+    }
+    let text = serde_json::to_string_pretty(&config).map_err(|e| Error::failed(e.to_string()).at(path))?;
+    Ok((text + "\n").into_bytes())
+}
+
+/// `tokenizer_config.json` with the output's chat template, for loaders that do not look for a file of its own.
+fn with_template(path: &Path, content: &[u8], plan: &Plan) -> Result<Vec<u8>> {
+    let mut config: Value = serde_json::from_slice(content)
+        .map_err(|e| Error::input(format!("not valid JSON: {e}")).at(path).help("repair it, or move it away"))?;
+    if let Some(object) = config.as_object_mut() {
+        object.insert("chat_template".into(), plan.chat_template.as_deref().into());
     }
     let text = serde_json::to_string_pretty(&config).map_err(|e| Error::failed(e.to_string()).at(path))?;
     Ok((text + "\n").into_bytes())

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::assembly::{Assembly, Input, Opened, Source, Target};
 use super::params::{ParamTable, Scopes};
 use super::{Action, ParamSet, Piece, Plan, PlannedTensor, Trim};
-use super::{layers, vocabulary};
+use super::{chat, layers, vocabulary};
 use crate::checkpoint::layout::{Layout, OutputTensor};
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, Float, dtype_name};
@@ -38,6 +38,7 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
     }
 
     let tokenizer = vocabulary::reconcile(recipe, &mut checkpoints, &**storage, &mut warnings)?;
+    let chat_template = chat::template(recipe, &checkpoints, &**storage, &mut warnings)?;
     let opened = Opened { recipe, checkpoints: &checkpoints, base, first_model };
     let Assembly { targets, layers } = opened.assemble(&**storage)?;
     let reconciler = Reconciler { recipe, filter, opened, checkpoints: &checkpoints, base, first_model, oracle };
@@ -76,6 +77,7 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
         layers,
         vocabulary,
         tokenizer,
+        chat_template,
         float,
         warnings,
         fingerprint,
@@ -126,6 +128,13 @@ fn check_request(recipe: &Recipe) -> Result<()> {
     if method.needs_base() && recipe.base.is_none() {
         return Err(Error::usage(format!("{} works on task vectors and needs a base checkpoint", method.name()))
             .help("give --base CKPT, the checkpoint that the models were fine-tuned from"));
+    }
+    if recipe.sign_from.is_some() && !recipe.slices.is_empty() {
+        return Err(Error::usage("--sign-from cannot be used with slices: its layers are those of a whole model"));
+    }
+    let baseless = recipe.slices.iter().any(|slice| slice.base.is_none());
+    if recipe.non_finite == NonFinite::CopyBase && baseless {
+        return Err(Error::usage("--non-finite copy-base needs a base in every slice"));
     }
     let elects = method.params().iter().any(|spec| spec.name == "elect");
     if recipe.sign_from.is_some() && !elects {

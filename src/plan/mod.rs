@@ -8,6 +8,7 @@
 
 mod assembly;
 mod build;
+mod chat;
 mod layers;
 mod params;
 mod schedule;
@@ -199,6 +200,8 @@ pub struct Plan {
     pub vocabulary: Option<u64>,
     /// The output's tokenizer, if it was reconciled.
     pub tokenizer: Option<TokenizerFiles>,
+    /// The chat template that goes before those of copied files.
+    pub chat_template: Option<String>,
     /// Output type of float tensors, for `config.json`: the type asked for, or base's commonest float type.
     pub float: Option<Float>,
     /// What the user should know.

@@ -137,6 +137,16 @@ pub enum Vocabulary {
     Model(String),
 }
 
+/// Which chat template the output has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ChatTemplate {
+    /// The one that most inputs have.
+    Auto,
+    /// This one.
+    Text(String),
+}
+
 /// Base in a slice.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct BaseLayers {
@@ -167,6 +177,8 @@ pub struct Recipe {
     pub crop_vocabulary: bool,
     /// The vocabulary that embeddings and heads of all models are brought to; `None` leaves them as they are.
     pub vocabulary: Option<Vocabulary>,
+    /// The chat template; `None` for that of the tokenizer's files.
+    pub chat_template: Option<ChatTemplate>,
     /// Where one trim threshold applies.
     pub scope: Scope,
     /// How it is found.
@@ -207,6 +219,7 @@ impl Default for Recipe {
             tied_heads: false,
             crop_vocabulary: false,
             vocabulary: None,
+            chat_template: None,
             scope: Scope::default(),
             threshold: ThresholdKind::default(),
             trim_ties: TrimTies::default(),

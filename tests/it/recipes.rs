@@ -408,6 +408,11 @@ fn what_cannot_be_planned_is_refused_with_its_place() {
         let refusal = place.refusal(&recipe, &[]);
         assert!(refusal.contains(message), "{recipe}\n{refusal}");
     }
+    let sliced = "merge_method: linear\nparameters: {weight: 1}\nbase_model: base\nslices:\n\
+                  - sources: [{model: a, layer_range: [0, 3]}]\n";
+    assert!(place.refusal(sliced, &["--non-finite", "copy-base"]).contains("needs a base in every slice"));
+    let sliced = sliced.replace("linear", "ties");
+    assert!(place.refusal(&sliced, &["--sign-from", "a"]).contains("--sign-from cannot be used with slices"));
     let message = |args: &[&str]| place.tiesmith(args).refusal().to_owned();
     assert!(message(&["merge", "a", "--out", "o"]).contains("'a' is a directory, not a recipe file"));
     assert!(message(&["plan", "missing.yml"]).contains("missing.yml"));

@@ -260,3 +260,33 @@ fn tokenizers_that_are_missing_or_broken() {
     assert!(place.refusal("union").contains("no tokenizer.json in base"));
     assert_eq!(place.merge("base", &[])["lm_head.weight"].shape, [4, COLUMNS]);
 }
+
+#[test]
+fn the_chat_template_is_given_or_the_commonest() {
+    let place = Place::new();
+    place.family([Dtype::F32; 3]);
+    let save = |path: &str, text: &str| fs::write(place.path(path), text).unwrap();
+    save("base/tokenizer_config.json", r#"{"a": 1, "chat_template": "{{ one }}", "b": 2}"#);
+    save("a/chat_template.jinja", "{{ two }}");
+    save("b/tokenizer_config.json", r#"{"chat_template": [{"name": "default", "template": "{{ two }}"}]}"#);
+    let template = |value: &str| {
+        place.merge(&format!("base\nchat_template: {value}"), &[]);
+        let file = fs::read_to_string(place.path("out/chat_template.jinja")).unwrap();
+        let config = read_json(&place.path("out/tokenizer_config.json"));
+        assert_eq!(config["chat_template"], file.as_str());
+        assert_eq!((&config["a"], &config["b"]), (&json!(1), &json!(2)));
+        file
+    };
+    assert_eq!(template("auto"), "{{ two }}");
+    assert_eq!(template("'{{ messages | length }} messages'"), "{{ messages | length }} messages");
+    assert!(template("chatml").contains("{{ '<|im_start|>assistant\\n' }}"));
+    // Without the key files are copied as they are.
+    place.merge("base", &[]);
+    assert!(!place.path("out/chat_template.jinja").exists());
+    for file in ["base/tokenizer_config.json", "b/tokenizer_config.json", "a/chat_template.jinja"] {
+        fs::remove_file(place.path(file)).unwrap();
+    }
+    place.merge("base\nchat_template: auto", &[]);
+    let warnings = read_json(&place.path("out/tiesmith.json"))["report"]["warnings"].to_string();
+    assert!(warnings.contains("no input has a chat template"), "{warnings}");
+}

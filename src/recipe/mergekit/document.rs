@@ -8,8 +8,14 @@ use super::settings::{self, Scope, Settings};
 use crate::dtype::Float;
 use crate::error::{Result, printable};
 use crate::method::{METHODS, Method};
-use crate::recipe::{Params, Recipe, Scope as TrimScope, Setting, ThresholdKind, TrimTies, Vocabulary};
+use crate::recipe::{ChatTemplate, Params, Recipe, Scope as TrimScope, Setting, ThresholdKind, TrimTies, Vocabulary};
 
+/// ChatML: every message between markers, its role first.
+const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + \
+                      '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}\
+                      {% endif %}";
+/// Shorter texts are names, as in mergekit.
+const SHORTEST_TEMPLATE: usize = 20;
 /// Every key of a document.
 const KEYS: &[&str] = &[
     "merge_method",
@@ -105,6 +111,7 @@ pub(super) fn read(reader: Reader<'_>, node: &Node) -> Result<Document> {
         };
         inputs.recipe.params.insert(name, setting);
     }
+    inputs.recipe.chat_template = fields.get("chat_template").map(|node| chat_template(reader, node)).transpose()?;
     inputs.recipe.vocabulary = vocabulary(reader, &fields, &inputs.recipe)?;
     let name = fields.get("name").map(|node| name(reader, node)).transpose()?;
     Ok(Document { name, recipe: inputs.recipe, warnings: inputs.warnings })
@@ -187,11 +194,6 @@ fn vocabulary(reader: Reader<'_>, fields: &Fields<'_>, recipe: &Recipe) -> Resul
     if let (Some(_), Some(second)) = (fields.get("tokenizer_source"), fields.get("tokenizer")) {
         return Err(reader.fail(second.place, "both 'tokenizer_source' and 'tokenizer': give one"));
     }
-    if let Some(node) = fields.get("chat_template") {
-        return Err(reader
-            .fail(node.place, "chat_template is not supported yet")
-            .help("leave it out: the template comes with the tokenizer's files"));
-    }
     let source = match (fields.get("tokenizer_source"), fields.get("tokenizer")) {
         (Some(node), _) => node,
         (None, Some(node)) => {
@@ -218,6 +220,19 @@ fn vocabulary(reader: Reader<'_>, fields: &Fields<'_>, recipe: &Recipe) -> Resul
             return Err(reader.fail(source.place, text).help("base, union, or a model of this recipe"));
         }
     }))
+}
+
+/// `auto`, the name of a known template, or a template.
+fn chat_template(reader: Reader<'_>, node: &Node) -> Result<ChatTemplate> {
+    match reader.text(node, "chat_template")? {
+        "auto" => Ok(ChatTemplate::Auto),
+        "chatml" => Ok(ChatTemplate::Text(CHATML.into())),
+        text if text.contains('{') && text.len() >= SHORTEST_TEMPLATE => Ok(ChatTemplate::Text(text.into())),
+        name if ["alpaca", "exaone", "llama3", "mistral"].contains(&name) => Err(reader
+            .fail(node.place, format!("the chat template {name} is not built in"))
+            .help("write the template itself, or auto to take the one that most models have")),
+        name => Err(reader.unknown(node.place, "chat_template", name, &["auto", "chatml"])),
+    }
 }
 
 /// A document's name, which becomes part of a path.
