@@ -119,10 +119,14 @@ fn the_memory_budget_holds() {
     if group.is_none() {
         eprintln!("no memory cgroup can be made here: resident memory is watched, not limited");
     }
-    let cases: [&[&str]; 3] = [
+    let cases: [&[&str]; 6] = [
         &["--io=mmap", "--threads=2", "--trim-ties=lowest"],
         &["--io=read", "--threads=4", "--scope=tensor"],
         &["--method=linear", "--max-shard-size=50MB"],
+        // Two thresholds per model; sums over tensors that do not fit; rows.
+        &["--method=breadcrumbs_ties", "--trim-ties=lowest", "--threads=3"],
+        &["--method=slerp", "--threads=4"],
+        &["--method=nuslerp", "--param=nuslerp_flatten=false", "--threads=4"],
     ];
     for (number, flags) in cases.into_iter().enumerate() {
         let program = env!("CARGO_BIN_EXE_tiesmith");

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::support::family::{Family, Spec, text};
+use crate::support::family::{Family, Saved, Spec, text};
 use crate::support::files::read_checkpoint;
-use crate::support::run::{Outcome, tiesmith};
+use crate::support::run::{Outcome, command, run as run_command, tiesmith};
 use crate::support::tensor::{Tensor, Tensors};
 
 /// Methods whose result does not depend on the order of equally weighted models, and how far it may differ by rounding.
@@ -205,4 +205,68 @@ fn stored_types_are_widened_before_anything_else() {
         let merged = merge(&method, &narrow, &["--dtype=float32"]);
         assert!(merged == merge(&method, &wide, &[]), "{}", name(&method));
     }
+}
+
+/// `merge` with `method` into `out`, in small windows; with `blocks`, files may not become longer than so many KiB.
+#[cfg(unix)]
+fn merge_limited(method: &Value, saved: &Saved, out: &str, blocks: Option<u32>) -> Outcome {
+    let mut merge = command();
+    merge.args(["merge", "--method", name(method), "--max-shard-size=50KB", "--threads=2", "--memory=34MB"]);
+    merge.args(["--json", "--progress=none", "--out", &text(&saved.path(out))]);
+    if method["needs_base"] == true {
+        merge.args(["--base", &text(&saved.base)]);
+    }
+    for model in &saved.models[..taken(method, 3)] {
+        merge.args(["--model", &text(model)]);
+    }
+    let Some(blocks) = blocks else { return run_command(merge) };
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", &format!("ulimit -f {blocks}; exec \"$@\""), "sh"]);
+    shell.arg(merge.get_program()).args(merge.get_args());
+    run_command(shell)
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_merge_goes_on_to_the_same_bytes() {
+    // The last tensor is longer than files may become, and than a window.
+    let shapes = [("a", vec![100, 100]), ("b", vec![11_000]), ("z", vec![701, 300])];
+    let saved = Spec { shapes: shapes.to_vec(), ..Spec::default() }.family().save();
+    for method in methods() {
+        let (clean, out) = (format!("{}-clean", name(&method)), name(&method).to_owned());
+        merge_limited(&method, &saved, &clean, None).succeeded();
+        let failed = merge_limited(&method, &saved, &out, Some(800));
+        assert_eq!(failed.code, Some(1), "{}\n{}", failed.command, failed.stderr);
+        let report = merge_limited(&method, &saved, &out, None).succeeded().json();
+        assert_eq!(report["resumed"], true, "{out}");
+        let tensors = |out: &str| read_checkpoint(saved.path(out).as_path());
+        assert!(tensors(&clean) == tensors(&out), "{out} differs after an interruption");
+    }
+}
+
+#[test]
+fn what_a_method_cannot_take_is_said() {
+    let saved = family().save();
+    let message = |flags: &[&str], models: usize| {
+        let mut args = vec!["plan".to_owned()];
+        saved.models[..models].iter().for_each(|model| args.extend(["--model".into(), text(model)]));
+        args.extend(flags.iter().map(|flag| (*flag).to_owned()));
+        tiesmith(args).refusal().to_owned()
+    };
+    let base = format!("--base={}", text(&saved.base));
+    let cases: [(&[&str], usize, &str); 7] = [
+        (&["--method=slerp"], 3, "slerp"),
+        (&["--method=slerp"], 1, "slerp"),
+        (&["--method=nearswap", &base], 2, "nearswap"),
+        (&["--method=model_stock", &base], 1, "model_stock"),
+        (&["--method=dare_ties"], 2, "dare_ties works on task vectors and needs a base"),
+        (&["--method=della", &base, "--param=epsilon=1.5"], 2, "epsilon"),
+        (&["--method=karcher", "--param=max_itr=3"], 2, "did you mean 'max_iter'?"),
+    ];
+    for (flags, models, expected) in cases {
+        let found = message(flags, models);
+        assert!(found.contains(expected), "{flags:?}: {found}");
+    }
+    let twice = message(&[&base, "--density=0.3", "--param=density=0.4"], 2);
+    assert!(twice.contains("density is given twice"), "{twice}");
 }
