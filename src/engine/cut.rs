@@ -56,6 +56,8 @@ pub(super) struct Ranked {
     least: f64,
     most: f64,
     rescale: bool,
+    /// Factor of what survives.
+    scale: f32,
     draw_key: u64,
 }
 
@@ -83,7 +85,7 @@ impl Ranked {
             let survives = kernels::draw(self.draw_key, first + at) < share_of_draws(probability) && *value != 0.0;
             *value = match (survives, self.rescale) {
                 (true, true) => *value * (1.0 / probability) as f32,
-                (true, false) => *value,
+                (true, false) => *value * self.scale,
                 (false, _) => 0.0,
             };
             kept += u64::from(survives);
@@ -98,10 +100,19 @@ fn share_of_draws(probability: f64) -> u64 {
 }
 
 impl Cut {
+    /// The same draws, what they keep multiplied by `factor`.
+    pub(super) fn scaled(self, factor: f32) -> Self {
+        match self {
+            Self::Random { accept, scale, draw_key } => Self::Random { accept, scale: scale * factor, draw_key },
+            Self::Ranked(ranked) => Self::Ranked(Ranked { scale: ranked.scale * factor, ..ranked }),
+            other => other,
+        }
+    }
+
     /// Keeps each entry with a probability that rises with its rank in its row, and is `density` on average.
     pub(super) fn ranked(density: f64, epsilon: f64, rescale: bool) -> Self {
         let epsilon = epsilon.min(density).min(1.0 - density);
-        Self::Ranked(Ranked { least: density - epsilon, most: density + epsilon, rescale, draw_key: 0 })
+        Self::Ranked(Ranked { least: density - epsilon, most: density + epsilon, rescale, scale: 1.0, draw_key: 0 })
     }
 
     /// Keeps each entry with probability `density`, below 1.

@@ -5,7 +5,9 @@
 //! - Ranks are found by counting the bits of scores, in any order: see `sketch`.
 //! - Knows no method: what is summed and ranked is the merger's affair.
 
+use super::cut::Cut;
 use super::passes::{Passes, Resident};
+use super::select::tensor_cuts;
 use super::slot::{Loaded, Span};
 use super::turns::{Ordered, Turns};
 use super::worker::{Worker, with_refs};
@@ -32,19 +34,41 @@ impl Worker {
         }))
     }
 
+    /// Adds the magnitudes of each model's tile to `sums`: before draws and after them.
+    fn add_magnitudes(&mut self, span: Span<'_>, cuts: &[Cut], sums: &mut [f64]) -> Result<()> {
+        let magnitude = |tau: &[f32]| tau.iter().map(|tau| f64::from(tau.abs())).sum::<f64>();
+        self.load_base(span);
+        for (&(model, piece), sums) in span.data.merge().models.iter().zip(sums.chunks_exact_mut(2)) {
+            let model = (model as usize, piece);
+            self.task_vector(span, model)?;
+            sums[0] += magnitude(&self.tiles.inputs[model.0][..span.length]);
+            self.trimmed_task_vector(span, model, cuts, &mut vec![0; cuts.len()])?;
+            sums[1] += magnitude(&self.tiles.inputs[model.0][..span.length]);
+        }
+        Ok(())
+    }
+
     /// The sums of look `look` over each granule of the chunk, one after the other, in `each`.
     fn sum(&mut self, data: Loaded<'_>, look: usize, facts: &[f64], mut each: impl FnMut(&[f64])) -> Result<()> {
         self.set_weights(data);
+        let magnitudes = data.plan.needs().looks[look] == Look::Magnitudes;
+        let cuts = tensor_cuts(data.plan, data.chunk, &vec![Cut::NonZero; data.plan.models()], &[]);
+        // Survivors are counted once, when they are merged.
+        let kept = self.tally.kept.clone();
         let granule = data.plan.granule(data.chunk.tensor).unwrap_or(u64::MAX);
         let mut sums = vec![0.0; data.plan.params_of(data.chunk.tensor).merger.sums(look, data.merge().models.len())];
         for span in data.tiles() {
-            self.show(span, facts, |merger, tile, _| merger.add_sums(look, tile, &mut sums))?;
+            match magnitudes {
+                true => self.add_magnitudes(span, &cuts, &mut sums)?,
+                false => self.show(span, facts, |merger, tile, _| merger.add_sums(look, tile, &mut sums))?,
+            }
             let end = (span.from + span.length) as u64;
             if end.is_multiple_of(granule) || end == data.chunk.count {
                 each(&sums);
                 sums.fill(0.0);
             }
         }
+        self.tally.kept = kept;
         Ok(())
     }
 
@@ -78,12 +102,21 @@ fn look(plan: &Plan, tensor: u32, looker: &mut dyn Looker) -> Result<Vec<f64>> {
         let subject = Subject { elements: planned.elements, weights: &weights, facts: &facts };
         let found = match look {
             Look::Sums => looker.sums(number, &facts)?,
+            Look::Magnitudes => {
+                facts.extend(looker.sums(number, &facts)?.chunks_exact(2).map(restoring));
+                continue;
+            }
             Look::Ranks => ranked(params.merger.ranks(subject), &facts, looker)?,
         };
         let concluded = params.merger.conclude(number, subject, &found);
         facts.extend(concluded);
     }
     Ok(facts)
+}
+
+/// The factor that restores a sum of magnitudes: 1 where there is hardly anything, as in mergekit.
+fn restoring(sums: &[f64]) -> f64 {
+    if sums.iter().any(|&sum| sum < 1e-7) { 1.0 } else { sums[0] / sums[1] }
 }
 
 /// The scores at `ranks`.

@@ -135,8 +135,8 @@ impl<'a> Passes<'a> {
         let before = self.tally().bytes_read;
         let found = self.shared_thresholds(unit, &goals, &mut resident)?;
         let cuts = cuts(self.plan, &goals, &found);
-        let majority = self.majority(unit, &mut resident, &cuts)?;
         let facts = self.facts(unit, &mut resident)?;
+        let majority = self.majority(unit, &mut resident, &cuts, &facts)?;
         let thresholds = UnitThresholds::new(unit, &goals, &found);
         self.writer.keep(UnitDone {
             tensor: thresholds.tensor,
@@ -382,7 +382,7 @@ impl<'a> Passes<'a> {
     }
 
     /// Sign of the sum of all elected signs of the unit, where the method asks for it.
-    fn majority(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut]) -> Result<f32> {
+    fn majority(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut], facts: &[f64]) -> Result<f32> {
         if !self.plan.votes() {
             return Ok(0.0);
         }
@@ -391,7 +391,7 @@ impl<'a> Passes<'a> {
         let sum = AtomicI64::new(0);
         let chain = TieChain::of(cuts.len());
         self.each_chunk(unit, resident, Wanted::All, Some(&chain), |worker, ordinal, data| {
-            let cuts = tensor_cuts(plan, data.chunk, cuts);
+            let cuts = tensor_cuts(plan, data.chunk, cuts, facts);
             let (mut seen, _) = ties_before(worker, &chain, ordinal, data, &cuts)?;
             sum.fetch_add(worker.vote(data, &cuts, &mut seen)?, Ordering::Relaxed);
             Ok(())
@@ -413,7 +413,7 @@ impl<'a> Passes<'a> {
         let kept_ties = kept.ties_before(plan, &unit.tensors);
         let chain = TieChain::of(cuts.len());
         self.each_chunk(unit, resident, Wanted::All, Some(&chain), |worker, ordinal, data| {
-            let cuts = tensor_cuts(plan, data.chunk, cuts);
+            let cuts = tensor_cuts(plan, data.chunk, cuts, &known.facts);
             let (mut seen, own) = ties_before(worker, &chain, ordinal, data, &cuts)?;
             if let Some(before) = kept_ties.get(&data.chunk.tensor) {
                 seen.iter_mut().zip(before).for_each(|(seen, before)| *seen += before);
@@ -440,8 +440,8 @@ impl<'a> Passes<'a> {
             let (chunk, goals) = (whole(unit), plan.goals(unit));
             worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
                 let found = solo_thresholds(worker, data, &goals, bins)?;
-                let cuts = tensor_cuts(plan, chunk, &cuts(plan, &goals, &found));
                 let mut known = Known { facts: solo_facts(worker, data)?, ..Known::default() };
+                let cuts = tensor_cuts(plan, chunk, &cuts(plan, &goals, &found), &known.facts);
                 if plan.votes() {
                     known.majority = worker.vote(data, &cuts, &mut vec![0; cuts.len()])?.signum() as f32;
                 }
@@ -486,7 +486,7 @@ impl<'a> Passes<'a> {
                         }
                         Action::Copy { source, .. } => worker.convert(data, *source, &mut sink)?,
                         Action::Merge { .. } => {
-                            let cuts = tensor_cuts(plan, chunk, &no_cuts);
+                            let cuts = tensor_cuts(plan, chunk, &no_cuts, &[]);
                             worker.merge(data, &cuts, &mut vec![0; cuts.len()], &Known::default(), &mut sink)?;
                         }
                     }

@@ -6,7 +6,7 @@ use super::worker::Worker;
 use crate::error::Result;
 use crate::limits::{LISTED_THRESHOLDS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::method::Sparsify;
-use crate::plan::{Chunk, Goal, Plan, ThresholdKind, Unit};
+use crate::plan::{Action, Chunk, Goal, Plan, ThresholdKind, Unit};
 use crate::sketch::{Bracket, MagnitudeSketch, Selector, Threshold, bounds_of_sample, select_in_place};
 
 /// One in so many elements of a unit in memory is sampled to bracket its threshold.
@@ -165,10 +165,20 @@ pub(super) fn cuts(plan: &Plan, goals: &[Goal], found: &[Option<Threshold>]) -> 
 }
 
 /// The cuts, with draws keyed to the chunk's tensor.
-pub(super) fn tensor_cuts(plan: &Plan, chunk: Chunk, cuts: &[Cut]) -> Vec<Cut> {
+///
+/// `facts` are what looks at the tensor found: where a method draws, factors of what is kept.
+pub(super) fn tensor_cuts(plan: &Plan, chunk: Chunk, cuts: &[Cut], facts: &[f64]) -> Vec<Cut> {
     let name = &plan.tensors[chunk.tensor as usize].name;
     // One draw decides whether an entry is above a threshold and whether it is an outlier.
     let params = plan.params_of(chunk.tensor);
+    let models = match &plan.tensors[chunk.tensor as usize].action {
+        Action::Merge { models, .. } => &models[..],
+        Action::Copy { .. } => &[],
+    };
+    let factor = |model: usize| {
+        let place = models.iter().position(|&(m, _)| m as usize == model);
+        place.and_then(|place| facts.get(place)).map_or(1.0, |&factor| factor as f32)
+    };
     let drawn = |model: usize| match (params.density.get(model), params.merger.sparsify(model)) {
         (Some(&density), Sparsify::Random { scale }) if density < 1.0 => Cut::random(density, scale),
         (Some(&density), Sparsify::Ranked { epsilon, rescale }) if density < 1.0 => {
@@ -177,7 +187,7 @@ pub(super) fn tensor_cuts(plan: &Plan, chunk: Chunk, cuts: &[Cut]) -> Vec<Cut> {
         _ => Cut::NonZero,
     };
     let cut = |(at, cut): (usize, &Cut)| {
-        let cut = if plan.method.draws() { drawn(at) } else { *cut };
+        let cut = if plan.method.draws() { drawn(at).scaled(factor(at)) } else { *cut };
         cut.for_tensor(plan.seed, at % plan.models(), name)
     };
     cuts.iter().enumerate().map(cut).collect()

@@ -348,7 +348,7 @@ impl Worker {
         self.weights.extend(data.merge().models.iter().map(|&(model, _)| weights[model as usize]));
     }
 
-    fn load_base(&mut self, span: Span<'_>) {
+    pub(super) fn load_base(&mut self, span: Span<'_>) {
         if let Some(piece) = span.data.merge().base {
             let (float, bytes) = span.stored(piece);
             kernels::load(self.isa, float, bytes, &mut self.tiles.base[..span.length]);
@@ -357,7 +357,7 @@ impl Worker {
 
     /// τ of one model into its input tile, finite everywhere: what is not finite is an error or, where the recipe says
     /// otherwise, zero. The base tile must be loaded. Returns whether all was finite.
-    fn task_vector(&mut self, span: Span<'_>, (model, piece): (usize, Piece)) -> Result<bool> {
+    pub(super) fn task_vector(&mut self, span: Span<'_>, (model, piece): (usize, Piece)) -> Result<bool> {
         let Tiles { base, inputs, .. } = &mut self.tiles;
         let finite = subtract(self.isa, span, piece, base, &mut inputs[model][..span.length]);
         if !finite {
@@ -367,7 +367,7 @@ impl Worker {
     }
 
     /// τ̂ of one model into its input tile, counting survivors; otherwise like [`Self::task_vector`].
-    fn trimmed_task_vector(
+    pub(super) fn trimmed_task_vector(
         &mut self,
         span: Span<'_>,
         (model, piece): (usize, Piece),

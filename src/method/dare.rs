@@ -1,12 +1,13 @@
 //! DARE: drop and rescale (Yu et al. 2023, "Language Models are Super Mario", arXiv 2311.03099, equation 2).
 //!
 //! - Each entry of τ_t is kept with probability K, by a draw of its own: m ~ Bernoulli(K), τ̂_t = m · τ_t / K, which has
-//!   τ_t as its mean. Without rescaling (`rescale none`): τ̂_t = m · τ_t.
+//!   τ_t as its mean. With `rescale l1` (mergekit): τ̂_t = m · τ_t · Σ|τ_t| / Σ m|τ_t| over the tensor. With `rescale none`:
+//!   τ̂_t = m · τ_t.
 //! - `dare_ties` merges the τ̂_t as TIES does, by default as λ Σ_A w_t τ̂_t; `dare_linear` as λ Σ_t w_t τ̂_t.
 //! - The draw of an entry depends on seed, model, tensor and index alone. The paper's p is 1 − K.
 
 use super::described::Described;
-use super::sparse::{SparseMerger, per_model};
+use super::sparse::{RESCALE, SparseMerger, per_model};
 use super::ties::{COMBINE_SUM, ELECT, LAMBDA, TiesMerger, WEIGHT, ZERO_SUM};
 use super::{ParamKind, ParamSpec, Settings, Sparsify};
 
@@ -15,13 +16,6 @@ const DENSITY: ParamSpec = ParamSpec {
     per_model: true,
     kind: ParamKind::Number { default: 0.2, min: 0.0, max: 1.0 },
     help: "probability with which each entry of a task vector is kept (1 − the paper's drop rate)",
-};
-
-const RESCALE: ParamSpec = ParamSpec {
-    name: "rescale",
-    per_model: false,
-    kind: ParamKind::Choice(&["density", "none"]),
-    help: "divide what is kept by its probability (paper), or not",
 };
 
 /// Elects signs among what was kept.
@@ -33,7 +27,7 @@ pub(super) static DARE_TIES: Described = Described {
     params: &[WEIGHT, DENSITY, LAMBDA, ELECT, COMBINE_SUM, ZERO_SUM, RESCALE],
     trims: true,
     draws: true,
-    prepare: |settings, _| Box::new(SparseMerger::new(TiesMerger::elected(settings), rules(settings))),
+    prepare: |settings, _| Box::new(SparseMerger::drawn(TiesMerger::elected(settings), rules(settings), settings)),
     ..Described::PLAIN
 };
 
@@ -46,7 +40,7 @@ pub(super) static DARE_LINEAR: Described = Described {
     params: &[WEIGHT, DENSITY, LAMBDA, RESCALE],
     trims: true,
     draws: true,
-    prepare: |settings, _| Box::new(SparseMerger::new(TiesMerger::sum(settings), rules(settings))),
+    prepare: |settings, _| Box::new(SparseMerger::drawn(TiesMerger::sum(settings), rules(settings), settings)),
     ..Described::PLAIN
 };
 

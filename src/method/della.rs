@@ -3,11 +3,11 @@
 //! - In each row of C entries of τ_t (the last axis; a vector is one row), the entry of rank r = 0 ... C − 1 by magnitude,
 //!   smallest first (equal ones by position), is kept with probability p = K − ε + 2ε r / (C − 1), by a draw of its own,
 //!   and divided by p: its mean stays τ_t. Where K ± ε would leave [0, 1], ε is what remains: min(K, 1 − K). A row of one
-//!   entry has p = K; a row longer than 131,072 entries is ranked in pieces of that length.
+//!   entry has p = K; `rescale l1` (mergekit) restores the tensor's Σ|τ_t| instead, `rescale none` divides by nothing; a row longer than 131,072 entries is ranked in pieces of that length.
 //! - `della` merges the result as TIES does, by default by the mean of what agrees; `della_linear` as λ Σ_t w_t τ̂_t.
 
 use super::described::Described;
-use super::sparse::{SparseMerger, per_model};
+use super::sparse::{RESCALE, SparseMerger, per_model};
 use super::ties::{COMBINE, ELECT, LAMBDA, TiesMerger, WEIGHT, ZERO_SUM};
 use super::{ParamKind, ParamSpec, Settings, Sparsify};
 
@@ -25,13 +25,6 @@ const EPSILON: ParamSpec = ParamSpec {
     help: "how far the probability lies below density for the smallest entry of a row, and above it for the largest",
 };
 
-const RESCALE: ParamSpec = ParamSpec {
-    name: "rescale",
-    per_model: false,
-    kind: ParamKind::Choice(&["density", "none"]),
-    help: "divide what is kept by its probability (paper), or not",
-};
-
 /// Elects signs among what was kept.
 pub(super) static DELLA: Described = Described {
     name: "della",
@@ -41,7 +34,7 @@ pub(super) static DELLA: Described = Described {
     params: &[WEIGHT, DENSITY, EPSILON, LAMBDA, ELECT, COMBINE, ZERO_SUM, RESCALE],
     trims: true,
     draws: true,
-    prepare: |settings, _| Box::new(SparseMerger::new(TiesMerger::elected(settings), rules(settings))),
+    prepare: |settings, _| Box::new(SparseMerger::drawn(TiesMerger::elected(settings), rules(settings), settings)),
     ..Described::PLAIN
 };
 
@@ -54,7 +47,7 @@ pub(super) static DELLA_LINEAR: Described = Described {
     params: &[WEIGHT, DENSITY, EPSILON, LAMBDA, RESCALE],
     trims: true,
     draws: true,
-    prepare: |settings, _| Box::new(SparseMerger::new(TiesMerger::sum(settings), rules(settings))),
+    prepare: |settings, _| Box::new(SparseMerger::drawn(TiesMerger::sum(settings), rules(settings), settings)),
     ..Described::PLAIN
 };
 

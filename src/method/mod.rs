@@ -127,6 +127,8 @@ pub enum Look {
     Sums,
     /// Values of given rank of a score that each element has: [`Merger::score`].
     Ranks,
+    /// What draws take of each task vector: the facts are the factors Σ|τ| / Σ|τ̂|, by which what is kept is multiplied.
+    Magnitudes,
 }
 
 /// Most values that one [`Look::Ranks`] may ask for.

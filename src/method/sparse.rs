@@ -1,18 +1,33 @@
 //! What methods share that thin task vectors out in a way of their own and then merge them as TIES or by summing.
 
 use super::ties::TiesMerger;
-use super::{Merger, Needs, Settings, Sparsify, Tile};
+use super::{Look, Merger, Needs, ParamKind, ParamSpec, Settings, Sparsify, Tile};
 
 /// A rule per model, and the merge of what is left.
 pub(super) struct SparseMerger {
     rules: Vec<Sparsify>,
     merge: TiesMerger,
+    /// What is kept is multiplied so that its magnitudes sum up to what they did before.
+    l1: bool,
 }
+
+/// What becomes of entries that draws keep.
+pub(super) const RESCALE: ParamSpec = ParamSpec {
+    name: "rescale",
+    per_model: false,
+    kind: ParamKind::Choice(&["density", "l1", "none"]),
+    help: "divide what is kept by its probability (paper), restore each tensor's sum of magnitudes (mergekit), or neither",
+};
 
 impl SparseMerger {
     /// `rules` has one entry per model.
     pub(super) fn new(merge: TiesMerger, rules: Vec<Sparsify>) -> Self {
-        Self { rules, merge }
+        Self { rules, merge, l1: false }
+    }
+
+    /// With `rescale` as the settings say.
+    pub(super) fn drawn(merge: TiesMerger, rules: Vec<Sparsify>, settings: &Settings) -> Self {
+        Self { rules, merge, l1: settings.word("rescale") == "l1" }
     }
 }
 
@@ -24,7 +39,17 @@ pub(super) fn per_model(settings: &Settings, name: &str) -> Vec<f64> {
 impl Merger for SparseMerger {
     fn needs(&self) -> Needs {
         let rows = self.rules.iter().any(|rule| matches!(rule, Sparsify::Ranked { .. }));
-        Needs { rows, ..self.merge.needs() }
+        let looks: &[Look] = if self.l1 { &[Look::Magnitudes] } else { &[] };
+        Needs { rows, looks, ..self.merge.needs() }
+    }
+
+    fn facts(&self, models: usize) -> usize {
+        if self.l1 { models } else { 0 }
+    }
+
+    /// Magnitudes of each model before and after.
+    fn sums(&self, _look: usize, models: usize) -> usize {
+        2 * models
     }
 
     fn sparsify(&self, model: usize) -> Sparsify {

@@ -157,3 +157,30 @@ fn della_shrinks_epsilon_where_a_probability_would_leave_its_range() {
         assert!((kept[0] - 0.9).abs() < 0.03, "{kept:?}");
     }
 }
+
+#[test]
+fn l1_restores_the_sum_of_magnitudes_of_each_model() {
+    let saved = family(1).save();
+    for method in ["--method=dare_linear", "--method=della_linear"] {
+        let flags = [method, "--density=0.3", "--seed=11"];
+        let (bare, _) = draw(&saved, &[&flags[..], &["--param=rescale=none"]].concat());
+        let (merged, kept) = draw(&saved, &[&flags[..], &["--param=rescale=l1"]].concat());
+        let sum = |values: &[f32]| values.iter().map(|x| f64::from(x.abs())).sum::<f64>();
+        let whole: f64 = (0..ELEMENTS).map(|p| f64::from(entry(p).abs())).sum();
+        let factor = whole / sum(&bare);
+        for (p, (bare, merged)) in bare.iter().zip(&merged).enumerate() {
+            let expected = f64::from(*bare) * factor;
+            assert!((f64::from(*merged) - expected).abs() <= 1e-6 * expected.abs(), "{method} [{p}]");
+        }
+        assert!((sum(&merged) / whole - 1.0).abs() < 1e-6, "{method}");
+        assert_eq!(kept, [bare.iter().filter(|value| **value != 0.0).count() as f64 / ELEMENTS as f64]);
+    }
+    // Two models, each by its own factor; a density of 1 needs none.
+    let saved = family(2).save();
+    let whole = draw(&saved, &["--method=dare_linear", "--density=1", "--param=rescale=l1"]).0;
+    assert!(whole.iter().enumerate().all(|(p, value)| *value == 3.0 * entry(p)));
+    let merged = draw(&saved, &["--method=dare_linear", "--density=0.3", "--param=rescale=l1"]).0;
+    let sum: f64 = merged.iter().map(|x| f64::from(x.abs())).sum();
+    let expected: f64 = (0..ELEMENTS).map(|p| 3.0 * f64::from(entry(p).abs())).sum();
+    assert!((sum / expected - 1.0).abs() < 1e-5, "{sum} of {expected}");
+}
