@@ -30,7 +30,7 @@ pub const MAX_RECIPE_DOCUMENTS: usize = 1_000;
 pub const MAX_MODELS: usize = 128;
 
 /// Elements of a tile: the unit of computation. With a handful of models its slices stay in the first-level cache.
-pub const TILE_ELEMENTS: usize = 1024;
+pub const TILE_ELEMENTS: usize = 2048;
 /// Elements of a chunk where memory allows: reads of about a megabyte, long enough for any disk.
 pub const CHUNK_ELEMENTS: u64 = 1 << 19;
 /// Shortest chunk that is worth reading: below, system calls cost more than arithmetic.

@@ -18,16 +18,8 @@ use crate::dtype::Float;
 /// code, small enough for accumulators to live in registers or the nearest cache.
 const LANES: usize = 64;
 
-/// The bit of each lane.
-const BITS: [u32; 32] = {
-    let mut bits = [0; 32];
-    let mut lane = 0;
-    while lane < 32 {
-        bits[lane] = 1 << lane;
-        lane += 1;
-    }
-    bits
-};
+/// Blocks of [`LANES`] that are gone through before what was found in them is visited.
+const MARKED: usize = 32;
 
 /// Elements whose counts fit a u32 with room to spare.
 const STRETCH: usize = 1 << 16;
@@ -320,40 +312,38 @@ pub(super) fn histogram(tau: &[f32], low: u32, shift: u32, bins: &mut [u64]) -> 
     let end = (end as u32).max(low);
     let width = end - low;
     let mut above_total = 0;
-    for block in tau.chunks(LANES) {
-        // Keys below `low` wrap to offsets beyond any width.
-        let mut offsets = [u32::MAX; LANES];
-        let (mut inside, mut above) = (0, 0);
-        for (offset, tau) in offsets.iter_mut().zip(block) {
-            let key = key(*tau);
-            *offset = key.wrapping_sub(low);
-            inside += mask(*offset < width) & 1;
-            above += mask(key >= end) & 1;
+    for stretch in tau.chunks(MARKED * LANES) {
+        let (blocks, tail) = stretch.as_chunks::<LANES>();
+        let mut marked = Marked::default();
+        let mut above = 0;
+        for tau in &stretch[..blocks.len() * LANES] {
+            above += mask(key(*tau) >= end) & 1;
         }
         above_total += u64::from(above);
-        // A wide range holds nearly every block whole, a narrow one a few entries of most blocks.
-        if inside as usize == block.len() {
-            for offset in &offsets[..block.len()] {
-                count_offset(*offset, shift, bins);
+        // Keys below `low` wrap to offsets beyond any width.
+        marked.note(blocks, low, width);
+        for block in marked.iter().map(|index| &blocks[index]) {
+            let mut found = bits_within(block, low, width);
+            // A wide range holds nearly every block whole, a narrow one a few entries of most blocks.
+            if found == u64::MAX {
+                for tau in block {
+                    count_offset(key(*tau) - low, shift, bins);
+                }
+                continue;
             }
-        } else if inside > 0 {
-            for group in offsets[..block.len()].chunks(32) {
-                scatter(group, width, shift, bins);
+            while found != 0 {
+                count_offset(key(block[found.trailing_zeros() as usize]) - low, shift, bins);
+                found &= found - 1;
+            }
+        }
+        for key in tail.iter().copied().map(key) {
+            above_total += u64::from(key >= end);
+            if key.wrapping_sub(low) < width {
+                count_offset(key - low, shift, bins);
             }
         }
     }
     above_total
-}
-
-/// Counts the offsets below `width`, at most 32: finds them as the bits of a word, then visits only those.
-#[inline(always)]
-fn scatter(offsets: &[u32], width: u32, shift: u32, bins: &mut [u64]) {
-    let mut found = bits_below(offsets, width);
-    while found != 0 {
-        let offset = offsets[found.trailing_zeros() as usize];
-        count_offset(offset, shift, bins);
-        found &= found - 1;
-    }
 }
 
 #[inline(always)]
@@ -362,13 +352,18 @@ pub(super) fn collect(tau: &[f32], low: u32, high: u32, between: &mut [u32]) -> 
     // Keys up to `low` wrap to offsets beyond any width.
     let first = low + 1;
     let width = high.saturating_sub(first);
-    for block in tau.chunks(LANES) {
-        let mut offsets = [u32::MAX; LANES];
-        let (mut any, mut above, mut at_high, mut at_low) = (0, 0, 0, 0);
-        for (offset, tau) in offsets.iter_mut().zip(block) {
+    let mut list = |near: &mut Near, key: u32| {
+        if let Some(slot) = between.get_mut(near.between as usize) {
+            *slot = key;
+        }
+        near.between += 1;
+    };
+    for stretch in tau.chunks(MARKED * LANES) {
+        let (blocks, tail) = stretch.as_chunks::<LANES>();
+        let mut marked = Marked::default();
+        let (mut above, mut at_high, mut at_low) = (0, 0, 0);
+        for tau in &stretch[..blocks.len() * LANES] {
             let key = key(*tau);
-            *offset = key.wrapping_sub(first);
-            any |= mask(*offset < width);
             above += mask(key > high) & 1;
             at_high += mask(key == high) & 1;
             at_low += mask(key == low) & 1;
@@ -376,32 +371,63 @@ pub(super) fn collect(tau: &[f32], low: u32, high: u32, between: &mut [u32]) -> 
         near.above += u64::from(above);
         near.at_high += u64::from(at_high);
         near.at_low += u64::from(at_low);
-        if any != 0 {
-            for group in offsets[..block.len()].chunks(32) {
-                let mut found = bits_below(group, width);
-                while found != 0 {
-                    if let Some(slot) = between.get_mut(near.between as usize) {
-                        *slot = first + group[found.trailing_zeros() as usize];
-                    }
-                    near.between += 1;
-                    found &= found - 1;
-                }
+        marked.note(blocks, first, width);
+        for block in marked.iter().map(|index| &blocks[index]) {
+            let mut found = bits_within(block, first, width);
+            while found != 0 {
+                list(&mut near, key(block[found.trailing_zeros() as usize]));
+                found &= found - 1;
+            }
+        }
+        for key in tail.iter().copied().map(key) {
+            near.above += u64::from(key > high);
+            near.at_high += u64::from(key == high);
+            near.at_low += u64::from(key == low);
+            if key.wrapping_sub(first) < width {
+                list(&mut near, key);
             }
         }
     }
     near
 }
 
-/// The offsets below `width`, at most 32, as the bits of a word.
-///
-/// A slice, not an array: a loop of known length would be unrolled into scalar code.
-#[inline(always)]
-fn bits_below(offsets: &[u32], width: u32) -> u32 {
-    let mut found = 0;
-    for (offset, bit) in offsets.iter().zip(&BITS) {
-        found |= if *offset < width { *bit } else { 0 };
+/// Blocks that hold something to visit, in order. Noted without a branch: which ones they are is not predictable.
+#[derive(Default)]
+struct Marked {
+    indices: [u8; MARKED],
+    noted: usize,
+}
+
+impl Marked {
+    /// Notes the blocks with a key less than `width` above `first`.
+    #[inline(always)]
+    fn note(&mut self, blocks: &[[f32; LANES]], first: u32, width: u32) {
+        for (index, block) in (0..).zip(blocks) {
+            let mut any = 0;
+            for tau in block {
+                any |= mask(key(*tau).wrapping_sub(first) < width);
+            }
+            self.indices[self.noted] = index;
+            self.noted += usize::from(any != 0);
+        }
     }
-    found
+
+    #[inline(always)]
+    fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+        self.indices[..self.noted].iter().map(|&index| usize::from(index))
+    }
+}
+
+/// The keys of a block that lie less than `width` above `first`, as the bits of a word.
+#[inline(always)]
+fn bits_within(block: &[f32; LANES], first: u32, width: u32) -> u64 {
+    let mut flags = [0u8; LANES];
+    for (flag, value) in flags.iter_mut().zip(block) {
+        *flag = u8::from(key(*value).wrapping_sub(first) < width);
+    }
+    // The product brings flag i of eight, which is bit 8i, to bit 56 + i: 8i + 7(8 - i).
+    let bits = |eight: &[u8; 8]| u64::from_le_bytes(*eight).wrapping_mul(0x0102_0408_1020_4080) >> 56;
+    flags.as_chunks::<8>().0.iter().rev().fold(0, |found, eight| found << 8 | bits(eight))
 }
 
 /// Counts one key by its distance from the first bin's first key, and marks a bin in which it is not the first.
@@ -526,17 +552,17 @@ pub(super) fn conflicts(taus: &[&[f32]]) -> u64 {
 
 #[inline(always)]
 fn conflicts_block<const L: usize>(taus: &[&[f32]], start: usize) -> u64 {
-    let (mut positive, mut negative) = ([0; L], [0; L]);
+    let (mut least, mut greatest) = ([0.0f32; L], [0.0f32; L]);
     for tau in taus {
         let tau = lanes::<L>(tau, start);
-        for ((positive, negative), tau) in positive.iter_mut().zip(&mut negative).zip(tau) {
-            *positive |= mask(*tau > 0.0);
-            *negative |= mask(*tau < 0.0);
+        for lane in 0..L {
+            least[lane] = if tau[lane] < least[lane] { tau[lane] } else { least[lane] };
+            greatest[lane] = if tau[lane] > greatest[lane] { tau[lane] } else { greatest[lane] };
         }
     }
     let mut count = 0;
-    for (positive, negative) in positive.iter().zip(&negative) {
-        count += positive & negative & 1;
+    for (least, greatest) in least.iter().zip(&greatest) {
+        count += mask(*least < 0.0) & mask(*greatest > 0.0) & 1;
     }
     u64::from(count)
 }

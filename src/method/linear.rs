@@ -66,10 +66,7 @@ impl Merger for LinearMerger {
     }
 
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {
-        out.fill(0.0);
-        for (input, &weight) in tile.inputs.iter().zip(tile.weights) {
-            kernels::add_scaled(tile.isa, out, weight, input);
-        }
+        kernels::combine_sum(tile.isa, tile.inputs, tile.weights, None, out);
         if self.normalize {
             kernels::divide(tile.isa, out, tile.weights.iter().sum());
         }

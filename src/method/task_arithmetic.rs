@@ -68,10 +68,7 @@ impl Merger for TaskArithmeticMerger {
     }
 
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {
-        out.fill(0.0);
-        for (input, &weight) in tile.inputs.iter().zip(tile.weights) {
-            kernels::add_scaled(tile.isa, out, weight, input);
-        }
+        kernels::combine_sum(tile.isa, tile.inputs, tile.weights, None, out);
         let sum: f32 = tile.weights.iter().sum();
         if self.normalize && sum.abs() >= LEAST_SUM {
             kernels::divide(tile.isa, out, sum);
