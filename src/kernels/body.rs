@@ -8,18 +8,17 @@
 //! - Elements are independent, so the tail of a slice runs the same code with blocks of one lane.
 //! - Counters are u32 within a stretch and u64 across stretches: 64-bit counters would halve the vector width.
 //!
-//! It does not check that slices match (the entry points in `mod.rs` do), and knows nothing of instruction sets.
+//! Counting keys has its own file, `count.rs`. This one does not check that slices match (the entry points in `mod.rs` do), and knows nothing of instruction sets.
 
 use super::convert::{Codec, INFINITY, bytes_of_f64, keep, key, mask, select, with_codec};
-use super::{Near, STRAY, Ties, draw};
+use super::{Ties, draw};
 use crate::dtype::Float;
+
+pub(super) use super::count::{collect, histogram};
 
 /// Elements per block of the kernels that go through several models: large enough not to be unrolled into scalar
 /// code, small enough for accumulators to live in registers or the nearest cache.
-const LANES: usize = 64;
-
-/// Blocks of [`LANES`] that are gone through before what was found in them is visited.
-const MARKED: usize = 32;
+pub(super) const LANES: usize = 64;
 
 /// Elements whose counts fit a u32 with room to spare.
 const STRETCH: usize = 1 << 16;
@@ -303,139 +302,6 @@ pub(super) fn count_ties(tau: &[f32], ties: Ties) -> u64 {
         total += u64::from(count);
     }
     total
-}
-
-#[inline(always)]
-pub(super) fn histogram(tau: &[f32], low: u32, shift: u32, bins: &mut [u64]) -> u64 {
-    // In u64 because the range may end above every key; how far above makes no difference.
-    let end = ((bins.len() as u64) << shift).saturating_add(u64::from(low)).min(1 << 31);
-    let end = (end as u32).max(low);
-    let width = end - low;
-    let mut above_total = 0;
-    for stretch in tau.chunks(MARKED * LANES) {
-        let (blocks, tail) = stretch.as_chunks::<LANES>();
-        let mut marked = Marked::default();
-        let mut above = 0;
-        for tau in &stretch[..blocks.len() * LANES] {
-            above += mask(key(*tau) >= end) & 1;
-        }
-        above_total += u64::from(above);
-        // Keys below `low` wrap to offsets beyond any width.
-        marked.note(blocks, low, width);
-        for block in marked.iter().map(|index| &blocks[index]) {
-            let mut found = bits_within(block, low, width);
-            // A wide range holds nearly every block whole, a narrow one a few entries of most blocks.
-            if found == u64::MAX {
-                for tau in block {
-                    count_offset(key(*tau) - low, shift, bins);
-                }
-                continue;
-            }
-            while found != 0 {
-                count_offset(key(block[found.trailing_zeros() as usize]) - low, shift, bins);
-                found &= found - 1;
-            }
-        }
-        for key in tail.iter().copied().map(key) {
-            above_total += u64::from(key >= end);
-            if key.wrapping_sub(low) < width {
-                count_offset(key - low, shift, bins);
-            }
-        }
-    }
-    above_total
-}
-
-#[inline(always)]
-pub(super) fn collect(tau: &[f32], low: u32, high: u32, between: &mut [u32]) -> Near {
-    let mut near = Near::default();
-    // Keys up to `low` wrap to offsets beyond any width.
-    let first = low + 1;
-    let width = high.saturating_sub(first);
-    let mut list = |near: &mut Near, key: u32| {
-        if let Some(slot) = between.get_mut(near.between as usize) {
-            *slot = key;
-        }
-        near.between += 1;
-    };
-    for stretch in tau.chunks(MARKED * LANES) {
-        let (blocks, tail) = stretch.as_chunks::<LANES>();
-        let mut marked = Marked::default();
-        let (mut above, mut at_high, mut at_low) = (0, 0, 0);
-        for tau in &stretch[..blocks.len() * LANES] {
-            let key = key(*tau);
-            above += mask(key > high) & 1;
-            at_high += mask(key == high) & 1;
-            at_low += mask(key == low) & 1;
-        }
-        near.above += u64::from(above);
-        near.at_high += u64::from(at_high);
-        near.at_low += u64::from(at_low);
-        marked.note(blocks, first, width);
-        for block in marked.iter().map(|index| &blocks[index]) {
-            let mut found = bits_within(block, first, width);
-            while found != 0 {
-                list(&mut near, key(block[found.trailing_zeros() as usize]));
-                found &= found - 1;
-            }
-        }
-        for key in tail.iter().copied().map(key) {
-            near.above += u64::from(key > high);
-            near.at_high += u64::from(key == high);
-            near.at_low += u64::from(key == low);
-            if key.wrapping_sub(first) < width {
-                list(&mut near, key);
-            }
-        }
-    }
-    near
-}
-
-/// Blocks that hold something to visit, in order. Noted without a branch: which ones they are is not predictable.
-#[derive(Default)]
-struct Marked {
-    indices: [u8; MARKED],
-    noted: usize,
-}
-
-impl Marked {
-    /// Notes the blocks with a key less than `width` above `first`.
-    #[inline(always)]
-    fn note(&mut self, blocks: &[[f32; LANES]], first: u32, width: u32) {
-        for (index, block) in (0..).zip(blocks) {
-            let mut any = 0;
-            for tau in block {
-                any |= mask(key(*tau).wrapping_sub(first) < width);
-            }
-            self.indices[self.noted] = index;
-            self.noted += usize::from(any != 0);
-        }
-    }
-
-    #[inline(always)]
-    fn iter(&self) -> impl Iterator<Item = usize> + '_ {
-        self.indices[..self.noted].iter().map(|&index| usize::from(index))
-    }
-}
-
-/// The keys of a block that lie less than `width` above `first`, as the bits of a word.
-#[inline(always)]
-fn bits_within(block: &[f32; LANES], first: u32, width: u32) -> u64 {
-    let mut flags = [0u8; LANES];
-    for (flag, value) in flags.iter_mut().zip(block) {
-        *flag = u8::from(key(*value).wrapping_sub(first) < width);
-    }
-    // The product brings flag i of eight, which is bit 8i, to bit 56 + i: 8i + 7(8 - i).
-    let bits = |eight: &[u8; 8]| u64::from_le_bytes(*eight).wrapping_mul(0x0102_0408_1020_4080) >> 56;
-    flags.as_chunks::<8>().0.iter().rev().fold(0, |found, eight| found << 8 | bits(eight))
-}
-
-/// Counts one key by its distance from the first bin's first key, and marks a bin in which it is not the first.
-#[inline(always)]
-fn count_offset(offset: u32, shift: u32, bins: &mut [u64]) {
-    let bin = &mut bins[(offset >> shift) as usize];
-    let stray = offset & ((1 << shift) - 1) != 0;
-    *bin = (*bin + 1) | (u64::from(stray) * STRAY);
 }
 
 // ---- Elect --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | this one | the entry points: lengths are checked here, then one dispatch on [`Isa`] per call |
 //! | `body.rs` | each algorithm once, safe and branch-free |
+//! | `count.rs` | the ones that count keys around a threshold |
 //! | `isa.rs` | the bodies compiled per instruction set, and the only unsafe code |
 //! | `convert.rs` | stored floats to and from f32 |
 //! | `naive.rs` | tests only: the equations in f64, one element at a time |
@@ -24,6 +25,7 @@
 
 mod body;
 mod convert;
+mod count;
 mod isa;
 #[cfg(test)]
 mod naive;
