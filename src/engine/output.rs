@@ -17,11 +17,12 @@ use serde_json::Value;
 use super::OutputOptions;
 use super::identity::Begin;
 use super::side_files::{Content, SideFile};
+use crate::checkpoint::CheckpointFile;
 use crate::error::{Error, Result, printable};
 use crate::journal::{Journal, Record, replay};
 use crate::limits::MAX_MANIFEST_BYTES;
 use crate::plan::Plan;
-use crate::storage::{Lock, Storage};
+use crate::storage::{Identity, Lock, Storage};
 
 /// Name of the folder that holds unfinished work.
 const WORK_DIR: &str = ".tiesmith";
@@ -542,22 +543,43 @@ fn check_space(bytes: u64, dir: &Path, storage: &dyn Storage) -> Result<()> {
     .help("make room, or use another --out"))
 }
 
-/// An output directory that is an input's directory would be overwritten while it is read.
+/// An output directory that is an input's directory would be overwritten while it is read, and one that holds a file of
+/// an input, by whatever path that was named, would lose it.
 fn refuse_inputs(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<()> {
     let Some(out) = storage.identity(dir)? else { return Ok(()) };
+    let refuse = |what: String| Err(Error::input(what).at(dir).help("choose another --out"));
     for checkpoint in &plan.checkpoints {
-        let same = match storage.identity(&checkpoint.dir)? {
-            // Where inodes are not known, only the resolved paths can tell.
-            Some(input) if input.inode != 0 => (input.device, input.inode) == (out.device, out.inode),
-            _ => storage.canonical(&checkpoint.dir) == storage.canonical(dir),
-        };
-        if same {
-            return Err(Error::input(format!("the output directory is the input {}", printable(&checkpoint.spec)))
-                .at(dir)
-                .help("choose another --out"));
+        let input = storage.identity(&checkpoint.dir)?;
+        if input.is_some_and(|input| is_same(storage, (&checkpoint.dir, &input), (dir, &out))) {
+            return refuse(format!("the output directory is the input {}", printable(&checkpoint.spec)));
+        }
+    }
+    let names = if storage.is_dir(dir) { storage.list(dir).map_err(Error::as_input)? } else { Vec::new() };
+    for path in names.iter().map(|name| dir.join(name)) {
+        let Some(there) = storage.identity(&path)? else { continue };
+        for checkpoint in &plan.checkpoints {
+            let is_it =
+                |file: &&CheckpointFile| is_same(storage, (file.file.path(), file.file.identity()), (&path, &there));
+            if let Some(file) = checkpoint.files.iter().find(is_it) {
+                let (name, input) = (path.file_name().unwrap_or_default().to_string_lossy(), file.file.path());
+                return refuse(format!(
+                    "its {} is a file of the input {} ({})",
+                    printable(&name),
+                    printable(&checkpoint.spec),
+                    printable(&input.to_string_lossy())
+                ));
+            }
         }
     }
     Ok(())
+}
+
+/// Whether two paths with their identities are one file. Where inodes are not known, only the resolved paths can tell.
+fn is_same(storage: &dyn Storage, (a, of_a): (&Path, &Identity), (b, of_b): (&Path, &Identity)) -> bool {
+    match of_a.inode {
+        0 => storage.canonical(a) == storage.canonical(b),
+        inode => (of_a.device, inode) == (of_b.device, of_b.inode),
+    }
 }
 
 /// Whether `name` is one that this program gives to a shard of several.

@@ -86,3 +86,38 @@ impl<S: Send> Ordered for Turns<S> {
         self.changed.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::pool;
+
+    #[test]
+    fn a_panic_reaches_the_caller_instead_of_letting_the_others_wait() {
+        for threads in [1, 2, 5] {
+            for in_its_turn in [false, true] {
+                let turns = Turns::new(0);
+                let run = || {
+                    pool::run(
+                        &mut vec![(); threads],
+                        0..50,
+                        2,
+                        |_| (),
+                        |(), ordinal, item| {
+                            let mut pending = Pending::new(&turns, ordinal);
+                            assert!(in_its_turn || item != 20, "a mistake");
+                            turns.take(ordinal, |sum| {
+                                assert!(!in_its_turn || item != 20, "a mistake");
+                                *sum += item;
+                            })?;
+                            pending.complete();
+                            Ok(())
+                        },
+                    )
+                };
+                let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_err();
+                assert!(caught.downcast_ref::<&str>().is_some_and(|text| text.contains("a mistake")));
+            }
+        }
+    }
+}

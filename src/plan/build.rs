@@ -198,8 +198,8 @@ fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint], params: &[ParamSet],
         for tensor in tensors {
             hasher.update(&(tensor.name.len() as u64).to_le_bytes());
             hasher.update(tensor.name.as_bytes());
-            hasher
-                .update(serde_json::to_string(&params[tensor.params as usize].settings).unwrap_or_default().as_bytes());
+            let settings = serde_json::to_string(&params[tensor.params as usize].settings);
+            hasher.update(settings.expect("settings are plain data").as_bytes());
         }
     }
     hasher.finalize().to_hex().to_string()

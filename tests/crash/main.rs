@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use serde_json::{Value, json};
 use tiesmith::{
-    Error, Float, ModelInput, Observer, OutputOptions, Plan, Recipe, Report, Run, Schedule, Scope, Storage, TrimTies,
+    Error, Float, ModelInput, Observer, OutputOptions, Overflow, Plan, Recipe, Report, Run, Schedule, Scope, Storage,
+    TrimTies,
 };
 
 use memory::{Fault, Memory, Survives};
@@ -359,4 +360,18 @@ fn a_resumed_run_may_have_other_threads_and_memory() {
     }
     println!("{stops} stops, {reused} chunks taken over by runs with other cuts");
     assert!(stops > 40 / STEP && reused > 20 / STEP as u64, "{stops} {reused}");
+}
+
+/// What the directory holds is decided on under the lock: a run that ends in between is seen, and keeps its result.
+#[test]
+fn a_run_that_ends_before_the_lock_is_taken_keeps_its_result() {
+    for job in jobs().into_iter().filter(|job| !job.force) {
+        let (memory, other) = (job.before(), job.clone());
+        let first = memory.clone();
+        memory.before_lock(move || drop(other.run(&first).unwrap()));
+        let second = Job { recipe: Recipe { overflow: Overflow::Clamp, ..job.recipe.clone() }, ..job.clone() };
+        let error = second.run(&memory).unwrap_err().to_string();
+        assert!(error.contains("a finished merge is already there"), "{}: {error}", job.name);
+        assert!(lasting(&memory.tree(OUT)) == undisturbed(&job).expected, "{}", job.name);
+    }
 }

@@ -72,7 +72,10 @@ struct State {
 
 /// See the module's documentation. Clones share everything.
 #[derive(Clone, Default)]
-pub struct Memory(Arc<Mutex<State>>);
+pub struct Memory(Arc<Mutex<State>>, Arc<Mutex<Option<Hook>>>);
+
+/// Something that happens in between.
+type Hook = Box<dyn FnOnce() + Send>;
 
 /// Whether an operation changes something; only those are worth crashing at.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -167,7 +170,12 @@ impl Memory {
     /// An independent copy, with an operation to fail at.
     pub fn fork(&self, fault: Option<(u64, Fault)>) -> Self {
         let state = State { operations: 0, changes: 0, fault, dead: false, locked: false, ..self.state().clone() };
-        Self(Arc::new(Mutex::new(state)))
+        Self(Arc::new(Mutex::new(state)), Arc::default())
+    }
+
+    /// Lets `hook` happen right before the next lock is taken.
+    pub fn before_lock(&self, hook: impl FnOnce() + Send + 'static) {
+        *self.1.lock().unwrap() = Some(Box::new(hook));
     }
 
     /// The state after the process died, or the machine with it.
@@ -411,6 +419,8 @@ impl Storage for Memory {
     }
 
     fn lock(&self, path: &Path) -> Result<Lock> {
+        let hook = self.1.lock().unwrap().take();
+        hook.into_iter().for_each(|hook| hook());
         self.create_dir_all(path.parent().unwrap())?;
         self.create(path, 0)?;
         let mut state = self.state();

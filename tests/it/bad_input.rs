@@ -508,6 +508,7 @@ fn parameters_of_models_out_of_range() {
         ("density=nan", &["density"]),
         ("weight=nan", &["weight"]),
         ("weight=inf", &["weight"]),
+        ("weight=1e39", &["weight is 1000000000000000000000000000000000000000", "float32"]),
         ("weight=heavy", &["weight", "heavy"]),
         ("weight=", &["weight"]),
         ("colour=3", &["colour"]),
@@ -570,6 +571,24 @@ fn an_output_that_is_an_input() {
             outcome.refusal();
             assert!(before == read_tree(saved.dir.path()), "{place} {force:?}: an input was touched");
         }
+    }
+}
+
+#[test]
+fn an_output_that_holds_a_file_of_an_input() {
+    let saved = family().save();
+    let (out, elsewhere) = (saved.path("out"), saved.path("elsewhere"));
+    saved.run("merge", &Recipe::default(), &["--out", &text(&out)]).succeeded();
+    fs::create_dir(&elsewhere).unwrap();
+    symlink(out.join("model.safetensors"), elsewhere.join("linked.safetensors")).unwrap();
+    fs::hard_link(out.join("model.safetensors"), elsewhere.join("same.safetensors")).unwrap();
+    let before = read_tree(saved.dir.path());
+    for name in ["linked.safetensors", "same.safetensors"] {
+        let (model, out) = (text(&elsewhere.join(name)), text(&out));
+        let outcome = tiesmith(["merge", "--base", &text(&saved.base), "--model", &model, "--out", &out, "--force"]);
+        let line = outcome.refusal();
+        assert!(line.contains("model.safetensors is a file of the input") && line.contains(name), "{line}");
+        assert!(before == read_tree(saved.dir.path()), "{name}: an input was touched");
     }
 }
 
