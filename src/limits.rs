@@ -14,6 +14,8 @@ pub const MAX_NAME_BYTES: usize = 4096;
 pub const MAX_DIMENSIONS: usize = 64;
 /// Longest side file (config, tokenizer) that is copied, in bytes.
 pub const MAX_SIDE_FILE_BYTES: u64 = 256_000_000;
+/// Longest configuration that is parsed, in bytes: those with twenty thousand labels have two million.
+pub const MAX_CONFIG_BYTES: u64 = 4_000_000;
 
 /// Longest accepted manifest in bytes: ten thousand listed units of a hundred models, and room to spare.
 pub const MAX_MANIFEST_BYTES: u64 = 256_000_000;
@@ -75,8 +77,10 @@ pub const SKETCH_BINS_MIN: usize = 1 << 16;
 /// Most bins of a magnitude sketch: about a seventh of a magnitude at one key per bin.
 pub const SKETCH_BINS_MAX: usize = 1 << 20;
 
-/// Resident memory of the program itself, its stacks, and what the allocator keeps.
-pub const PROCESS_BYTES: u64 = 20_000_000;
+/// Resident memory of the program itself, and what the allocator keeps.
+pub const PROCESS_BYTES: u64 = 14_000_000;
+/// A thread's stack as far as it is used, and what the allocator keeps for it.
+pub const THREAD_BYTES: u64 = 200_000;
 
 /// Input bytes announced to the system ahead of their use: keeps a slow disk busy while workers compute.
 pub const PREFETCH_BYTES: u64 = 64_000_000;
@@ -87,8 +91,17 @@ pub const WRITE_BEHIND_BYTES: u64 = 128_000_000;
 pub const WRITE_BEHIND_SECONDS: u64 = 5;
 /// Longest record of a journal, in bytes.
 pub const MAX_RECORD_BYTES: usize = 256_000_000;
-/// Entries of a journal record after which it is written, however little time has passed: bounds its length.
-pub const RECORD_ENTRIES: usize = 1 << 16;
+/// What a threshold that was found takes, with the numbers of entries about it.
+pub const FOUND_BYTES: usize = 48;
+/// Bytes of a journal's record after which it is written, however little time has passed.
+pub const RECORD_BYTES: usize = 1 << 20;
+/// Shortest subtree of a file that is hashed on its own: a power of two, long enough for every lane of a vector unit.
+pub const HASH_LEAF_BYTES: u64 = 1 << 14;
+/// Shortest range of a file that is mapped, and shortest buffer that the system is asked for: below, whole pages cost more
+/// memory and time than they save.
+pub const MAPPED_BYTES: usize = 1 << 16;
+/// What pages add to a mapped range at both ends, on systems with the largest pages that are usual.
+pub const PAGE_BYTES: u64 = 16_384;
 
 const _: () = {
     assert!(MIN_CHUNK_ELEMENTS >= TILE_ELEMENTS as u64 && CHUNK_ELEMENTS >= MIN_CHUNK_ELEMENTS);

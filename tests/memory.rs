@@ -1,4 +1,5 @@
-//! Peak memory under a real limit: a family of 600 MB merged with a budget of 64 MB.
+//! Peak memory under a real limit: a family of 600 MB merged with a budget of 64 MB; a family of very many tensors merged
+//! with the least that works.
 //!
 //! - Where a memory cgroup can be made (root, v1 or v2), the process runs in one and is killed if it takes more.
 //! - Everywhere on Linux its peak of resident memory is read while it runs, and the report's own figure must agree.
@@ -139,12 +140,73 @@ fn the_memory_budget_holds() {
         let output = child.wait_with_output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{flags:?}: {} {stderr}", output.status);
+        eprintln!("{flags:?}: a peak of {peak} bytes");
         assert!(peak > 0 && peak <= BUDGET_BYTES, "{flags:?}: a peak of {peak} bytes");
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
         let reported = report["peak_memory_bytes"].as_u64().expect("a reported peak");
         assert!(reported <= BUDGET_BYTES, "{flags:?}: a reported peak of {reported} bytes");
         let written: u64 = fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
         assert!(written >= CHECKPOINT_BYTES, "{flags:?}: {written} bytes written");
+        fs::remove_dir_all(&out).unwrap();
+    }
+}
+
+/// Writes a checkpoint of `count` tensors with a few pseudo-random values each.
+fn write_many(path: &Path, seed: u32, count: usize) {
+    const ELEMENTS: usize = 9;
+    let entry = |i: usize| {
+        let (begin, end) = (i * ELEMENTS * 4, (i + 1) * ELEMENTS * 4);
+        let name = format!("model.layers.{}.experts.{}.weight", i / 100, i % 100);
+        format!(r#""{name}":{{"dtype":"F32","shape":[3,3],"data_offsets":[{begin},{end}]}}"#)
+    };
+    let header = format!("{{{}}}", (0..count).map(entry).collect::<Vec<_>>().join(","));
+    let mut state = seed;
+    let values = (0..count * ELEMENTS).flat_map(|_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (((state >> 8) as f32 / (1 << 24) as f32) - 0.5).to_le_bytes()
+    });
+    let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &values.collect::<Vec<u8>>()].concat();
+    fs::create_dir(path).unwrap();
+    fs::write(path.join("model.safetensors"), file).unwrap();
+}
+
+/// Names, plan, hashes, journal and manifest are in the sum, not beside it.
+#[test]
+fn very_many_tensors_stay_within_the_least_that_works() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let place = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    const TENSORS: usize = 40_000;
+    const MODELS: usize = 6;
+    let mut inputs = vec!["--base".to_owned(), place("base")];
+    write_many(Path::new(&place("base")), 1, TENSORS);
+    for model in 0..MODELS {
+        let path = place(&format!("model{model}"));
+        write_many(Path::new(&path), model as u32 + 2, TENSORS);
+        inputs.extend(["--model".to_owned(), path]);
+    }
+    // A tokenizer of this size is copied in pieces.
+    fs::write(dir.path().join("base/tokenizer.json"), vec![b' '; 60_000_000]).unwrap();
+    fs::write(dir.path().join("base/config.json"), format!("{{\"labels\":[{}0]}}", "0,".repeat(100_000))).unwrap();
+    for flags in [&["--scope=tensor"][..], &["--trim-ties=lowest", "--max-shard-size=300kB"], &["--io=mmap"]] {
+        let run = |verb: &str, more: &[&str]| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_tiesmith"));
+            command.arg(verb).args(&inputs).args(flags).args(["--threads=2", "--json"]).args(more);
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        };
+        let refused = run("plan", &["--memory=1MB"]).wait_with_output().unwrap();
+        let text = String::from_utf8(refused.stderr).unwrap();
+        let least = text.split("at least ").nth(1).and_then(|rest| rest.split(' ').next()).expect(&text).to_owned();
+        let out = place("out");
+        let mut child = run("merge", &["--progress=none", "--memory", &least, "--out", &out]);
+        let peak = watch(&mut child);
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let (least, report): (u64, Value) = (least.parse().unwrap(), serde_json::from_slice(&output.stdout).unwrap());
+        let peak = peak.max(report["peak_memory_bytes"].as_u64().unwrap());
+        eprintln!("{flags:?}: a peak of {peak} bytes, {least} promised");
+        assert!(peak <= least, "{flags:?}: a peak of {peak} bytes, but {least} were promised");
+        // An empty promise would hold too.
+        assert!(peak * 3 >= least, "{flags:?}: a peak of {peak} bytes, far below the {least} promised");
         fs::remove_dir_all(&out).unwrap();
     }
 }

@@ -60,6 +60,7 @@ fn read_and_check(file: &dyn InputFile, index: u32) -> Result<Header> {
     let mut tensors = parse(text)?;
     drop(raw);
 
+    tensors.shrink_to_fit();
     tensors.sort_unstable_by(|a, b| a.name.cmp(&b.name));
     if let Some(twice) = tensors.windows(2).find(|w| w[0].name == w[1].name) {
         return Err(Error::input("the header lists it twice").tensor(&twice[0].name));

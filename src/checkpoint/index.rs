@@ -65,6 +65,7 @@ pub(super) fn open(path: &Path, storage: &dyn Storage) -> Result<Catalogue> {
             }
         }
     }
+    catalogue.tensors.shrink_to_fit();
     catalogue.tensors.sort_unstable_by(|a, b| a.name.cmp(&b.name));
     check_complete(&index, &catalogue.tensors).map_err(|e| e.at(path))?;
     let path = printable(&path.to_string_lossy());

@@ -110,12 +110,16 @@ impl Kept {
         }
         let spans = self.spans.entry(range.tensor).or_default();
         let next = spans.partition_point(|span| span.start < range.start);
-        match next.checked_sub(1).map(|before| &mut spans[before]) {
-            // Neighbours are joined where nothing depends on where one ends: few spans, whatever the tensor's size.
-            Some(before) if before.start + before.count == range.start && !plan.position_ordered() => {
-                before.count += range.count;
+        spans.insert(next, Span { start: range.start, count: range.count, ties: range.ties });
+        // Neighbours are joined: few spans, whatever the tensor's size. What is left lies before or behind all of one.
+        for joined in [next.checked_sub(1), Some(next)].into_iter().flatten().rev() {
+            if joined + 1 < spans.len() && spans[joined].start + spans[joined].count == spans[joined + 1].start {
+                let behind = spans.remove(joined + 1);
+                let span = &mut spans[joined];
+                span.count += behind.count;
+                span.ties.resize(span.ties.len().max(behind.ties.len()), 0);
+                add(&mut span.ties, &behind.ties);
             }
-            _ => spans.insert(next, Span { start: range.start, count: range.count, ties: range.ties }),
         }
     }
 

@@ -4,6 +4,7 @@
 
 use super::shard_hash::Digest;
 use crate::kernels::Ties;
+use crate::limits::FOUND_BYTES;
 use crate::sketch::Threshold;
 
 /// A unit whose thresholds are found.
@@ -20,6 +21,8 @@ pub(super) struct UnitDone {
     /// What looks at the tensor found.
     pub facts: Vec<f64>,
 }
+
+const _: () = assert!(size_of::<Option<(Threshold, u64)>>() <= FOUND_BYTES);
 
 /// A range of a tensor whose result is durable.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -56,6 +59,19 @@ pub(super) struct Piece {
 pub(super) enum Entry {
     Unit(UnitDone),
     Range(RangeDone),
+}
+
+impl Entry {
+    /// Memory that it holds.
+    pub(super) fn held_bytes(&self) -> usize {
+        let lists = match self {
+            Self::Unit(unit) => size_of_val(&*unit.found) + size_of_val(&*unit.facts),
+            Self::Range(range) => {
+                size_of_val(&*range.kept) + size_of_val(&*range.ties) + range.pieces.capacity() * size_of::<Piece>()
+            }
+        };
+        size_of::<Self>() + lists
+    }
 }
 
 const UNIT: u8 = 1;

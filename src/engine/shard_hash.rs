@@ -13,9 +13,7 @@ use blake3::hazmat::{
 };
 
 use crate::error::Result;
-
-/// Shortest subtree that is hashed on its own: a power of two, long enough for every lane of a vector unit.
-const LEAF_BYTES: u64 = 1 << 14;
+use crate::limits::HASH_LEAF_BYTES as LEAF_BYTES;
 
 /// Digest of a written range: tells whether the same bytes are still there.
 pub(super) type Digest = [u8; 16];

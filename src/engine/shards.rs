@@ -25,7 +25,7 @@ use super::records::{self, Entry, Piece, RangeDone, UnitDone};
 use super::shard_hash::ShardHash;
 use super::worker::Tally;
 use crate::error::{Error, Result};
-use crate::limits::{RECORD_ENTRIES, WRITE_BEHIND_BYTES, WRITE_BEHIND_SECONDS};
+use crate::limits::{RECORD_BYTES, WRITE_BEHIND_BYTES, WRITE_BEHIND_SECONDS};
 use crate::plan::{Chunk, Plan};
 use crate::storage::OutputFile;
 
@@ -204,6 +204,7 @@ struct Follower<'a> {
     dirty_bytes: u64,
     /// What is done but not in the journal yet.
     entries: Vec<Entry>,
+    entries_bytes: usize,
     /// When the journal was written last.
     flushed: Instant,
 }
@@ -218,7 +219,7 @@ impl Follower<'_> {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.flush(),
             }
-            let full = self.dirty_bytes >= WRITE_BEHIND_BYTES || self.entries.len() >= RECORD_ENTRIES;
+            let full = self.dirty_bytes >= WRITE_BEHIND_BYTES || self.entries_bytes >= RECORD_BYTES;
             if full || self.flushed.elapsed() >= period {
                 self.flush()?;
             }
@@ -234,7 +235,7 @@ impl Follower<'_> {
                 self.dirty_bytes += bytes;
             }
             Message::Precious(unit) => {
-                self.entries.push(Entry::Unit(unit));
+                self.push(Entry::Unit(unit));
                 self.flush()?;
             }
             Message::Done(entry) => {
@@ -242,7 +243,7 @@ impl Follower<'_> {
                     Entry::Range(range) => self.count_down(range),
                     Entry::Unit(_) => None,
                 };
-                self.entries.push(entry);
+                self.push(entry);
                 if let Some(shard) = complete {
                     self.flush()?;
                     self.sealed[shard] = Some(self.shards.seal(shard)?);
@@ -250,6 +251,11 @@ impl Follower<'_> {
             }
         }
         Ok(())
+    }
+
+    fn push(&mut self, entry: Entry) {
+        self.entries_bytes += entry.held_bytes();
+        self.entries.push(entry);
     }
 
     /// Takes the range off what its shard lacks; tells if nothing is lacking any more.
@@ -270,6 +276,7 @@ impl Follower<'_> {
         self.dirty_bytes = 0;
         if !self.entries.is_empty() {
             self.shards.output.record_done(&records::encode(&std::mem::take(&mut self.entries)))?;
+            self.entries_bytes = 0;
         }
         self.flushed = Instant::now();
         Ok(())
@@ -305,6 +312,7 @@ pub(super) fn write_shards(
         remaining,
         dirty_bytes: 0,
         entries: Vec::new(),
+        entries_bytes: 0,
         flushed: Instant::now(),
     };
     let kept = if output.resumes() { follower.take_over()? } else { Kept::new(plan) };

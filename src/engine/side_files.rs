@@ -12,7 +12,7 @@ use super::select::{Thresholds, UnitThresholds};
 use super::shards::SealedShard;
 use super::{PROGRAM, Report};
 use crate::error::{Error, Result, printable};
-use crate::limits::MAX_SIDE_FILE_BYTES;
+use crate::limits::{MAX_CONFIG_BYTES, MAX_SIDE_FILE_BYTES};
 use crate::plan::{Action, LAYER_COUNT_KEYS, LayerMap, Plan, PlanSummary, Schedule};
 use crate::sketch::Threshold;
 use crate::storage::Storage;
@@ -129,11 +129,11 @@ fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Content)>> 
         }
         let content = match name {
             "config.json" => {
-                let content = storage.read_small(&path, MAX_SIDE_FILE_BYTES)?;
+                let content = storage.read_small(&path, MAX_CONFIG_BYTES)?;
                 Content::Bytes(updated_config(&path, content, plan)?)
             }
             "tokenizer_config.json" if plan.chat_template.is_some() => {
-                let content = storage.read_small(&path, MAX_SIDE_FILE_BYTES)?;
+                let content = storage.read_small(&path, MAX_CONFIG_BYTES)?;
                 Content::Bytes(with_template(&path, &content, plan)?)
             }
             _ => Content::Copy(path),

@@ -11,7 +11,7 @@ use crate::checkpoint::layout::{Layout, OutputTensor};
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, Float, dtype_name};
 use crate::error::{Error, Result, printable};
-use crate::limits::MAX_MODELS;
+use crate::limits::{MAX_CONFIG_BYTES, MAX_MODELS};
 use crate::method::{Inputs, Method};
 use crate::recipe::{Filter, Missing, ModelInput, NonFinite, Recipe, TensorFilter};
 use crate::storage::Storage;
@@ -60,6 +60,7 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
     let vocabulary = tokenizer.as_ref().map(|tokenizer| tokenizer.rows).or_else(cropped);
     let layout = Layout::new(tensors.iter().map(output_tensor), recipe.max_shard_bytes)?;
     let fingerprint = fingerprint(recipe, &checkpoints, &params, &tensors);
+    let parsed_bytes = parsed_bytes(&checkpoints, chat_template.is_some(), &**storage)?;
     Ok(Plan {
         recipe: recipe.clone(),
         method,
@@ -78,6 +79,7 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
         vocabulary,
         tokenizer,
         chat_template,
+        parsed_bytes,
         float,
         warnings,
         fingerprint,
@@ -150,6 +152,18 @@ fn check_request(recipe: &Recipe) -> Result<()> {
 fn open(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Vec<Checkpoint>> {
     let models = recipe.models.iter().map(|m| &m.source);
     recipe.base.iter().chain(models).chain(&recipe.sign_from).map(|spec| Checkpoint::open(spec, storage)).collect()
+}
+
+/// Length of the longest of the configurations that are parsed.
+fn parsed_bytes(checkpoints: &[Checkpoint], templates: bool, storage: &dyn Storage) -> Result<u64> {
+    let names = ["config.json", "tokenizer_config.json"];
+    let mut longest = 0;
+    for path in checkpoints.iter().flat_map(|c| names[..1 + usize::from(templates)].iter().map(|name| c.dir.join(name)))
+    {
+        let bytes = storage.identity(&path)?.map_or(0, |identity| identity.bytes);
+        longest = longest.max(bytes.min(MAX_CONFIG_BYTES));
+    }
+    Ok(longest)
 }
 
 fn output_tensor(tensor: &PlannedTensor) -> OutputTensor<'_> {

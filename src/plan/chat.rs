@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::limits::MAX_SIDE_FILE_BYTES;
+use crate::limits::{MAX_CONFIG_BYTES, MAX_SIDE_FILE_BYTES};
 use crate::recipe::{ChatTemplate, Recipe};
 use crate::storage::Storage;
 
@@ -49,7 +49,7 @@ fn stored(dir: &Path, storage: &dyn Storage) -> Result<Option<String>> {
     if !storage.is_file(&path) {
         return Ok(None);
     }
-    let text = storage.read_small(&path, MAX_SIDE_FILE_BYTES).map_err(Error::as_input)?;
+    let text = storage.read_small(&path, MAX_CONFIG_BYTES).map_err(Error::as_input)?;
     let config: Value =
         serde_json::from_slice(&text).map_err(|e| Error::input(format!("not valid JSON: {e}")).at(&path))?;
     // Several templates are a list of names and texts.

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result, printable};
-use crate::limits::MAX_SIDE_FILE_BYTES;
+use crate::limits::MAX_CONFIG_BYTES;
 use crate::storage::Storage;
 
 /// Keys of `config.json` for the number of layers.
@@ -132,7 +132,7 @@ fn configured_counts(checkpoint: &Checkpoint, storage: &dyn Storage) -> Result<V
     if !storage.is_file(&path) {
         return Ok(Vec::new());
     }
-    let content = storage.read_small(&path, MAX_SIDE_FILE_BYTES).map_err(Error::as_input)?;
+    let content = storage.read_small(&path, MAX_CONFIG_BYTES).map_err(Error::as_input)?;
     let Ok(config) = serde_json::from_slice::<serde_json::Value>(&content) else { return Ok(Vec::new()) };
     let nested = config.as_object().into_iter().flat_map(|object| object.values());
     let objects = std::iter::once(&config).chain(nested);

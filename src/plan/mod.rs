@@ -14,6 +14,7 @@ mod params;
 mod schedule;
 mod summary;
 mod tokens;
+mod upkeep;
 mod vocabulary;
 
 use std::sync::Arc;
@@ -202,6 +203,8 @@ pub struct Plan {
     pub tokenizer: Option<TokenizerFiles>,
     /// The chat template that goes before those of copied files.
     pub chat_template: Option<String>,
+    /// Length of the longest configuration that is parsed, in bytes.
+    pub parsed_bytes: u64,
     /// Output type of float tensors, for `config.json`: the type asked for, or base's commonest float type.
     pub float: Option<Float>,
     /// What the user should know.

@@ -8,13 +8,15 @@
 //! Nothing here changes an output byte: only how often inputs are read, and how fast.
 
 use super::summary::PassSummary;
+use super::upkeep::{account_bytes, catalogue_bytes};
 use super::{Action, Plan, Wanted};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::limits::{
-    CHUNK_ELEMENTS, LISTED_BYTES, LISTED_THRESHOLDS, MIN_CHUNK_ELEMENTS, NEAR_KEYS, NEAR_SHARE, OUT_ELEMENTS,
-    PROBE_BLOCK, PROBE_GROUPS, PROBE_MIN_ELEMENTS, PROBE_SHARE, PROCESS_BYTES, RESIDENT_BYTES, RESIDENT_WINDOWS,
-    SKETCH_BINS_MAX, SKETCH_BINS_MIN, SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS, TILE_ELEMENTS,
+    CHUNK_ELEMENTS, LISTED_BYTES, LISTED_THRESHOLDS, MAPPED_BYTES, MIN_CHUNK_ELEMENTS, NEAR_KEYS, NEAR_SHARE,
+    OUT_ELEMENTS, PAGE_BYTES, PROBE_BLOCK, PROBE_GROUPS, PROBE_MIN_ELEMENTS, PROBE_SHARE, PROCESS_BYTES,
+    RESIDENT_BYTES, RESIDENT_WINDOWS, SKETCH_BINS_MAX, SKETCH_BINS_MIN, SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS,
+    THREAD_BYTES, TILE_ELEMENTS,
 };
 use crate::method::{Look, MAX_RANKS};
 use crate::recipe::ThresholdKind;
@@ -130,9 +132,9 @@ impl Schedule {
         let resident = |u: &&Unit| u.kind == UnitKind::Resident && !plan.per_tensor();
         for unit in schedule.units.iter().filter(resident) {
             let chunks = Self::chunks(plan, &unit.tensors, unit.chunk_elements).count() as u64;
-            let windows = chunks * schedule.widths.len() as u64 * WINDOW_BYTES;
-            let bytes = bytes_of(plan, &unit.tensors, Wanted::All) + windows;
-            schedule.memory.push(("inputs held between the passes".into(), bytes));
+            let bytes = bytes_of(plan, &unit.tensors, Wanted::All);
+            let held = held_bytes(bytes, chunks * schedule.widths.len() as u64);
+            schedule.memory.push(("inputs held between the passes".into(), held));
         }
         schedule.passes = schedule.passes(plan);
         Ok(schedule)
@@ -257,6 +259,7 @@ struct Demand {
     /// Thresholds are the true ones, so that units are probed and sketched narrowly.
     exact: bool,
     catalogue_bytes: u64,
+    account_bytes: u64,
     direct: Vec<u32>,
     /// Tensors that belong to units, in the order of work.
     grouped: Vec<u32>,
@@ -310,6 +313,7 @@ impl Demand {
             tensor_scope,
             exact: plan.selects() && plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact),
             catalogue_bytes: catalogue_bytes(plan),
+            account_bytes: account_bytes(plan, if tensor_scope { grouped.len() as u64 } else { 1 }),
             widths,
             direct,
             grouped,
@@ -372,13 +376,14 @@ impl Demand {
     /// Peak memory as a sum.
     fn terms(&self, threads: usize, slot_elements: u64, bins: usize) -> Vec<(String, u64)> {
         let n = threads as u64;
-        let windows = slot_elements * self.widths.iter().sum::<u64>();
+        let windows = slot_elements * self.widths.iter().sum::<u64>() + self.widths.len() as u64 * PAGE_BYTES;
         // Inputs, base, signs, results, scratch and exceptions, and the order of a row's entries.
         let tiles = (self.models + 5) * self.tile * 4 + self.tile * 8;
         let out = OUT_ELEMENTS.min(slot_elements.max(1)) * self.out_width;
         let mut terms = vec![
-            ("program and allocator".to_string(), PROCESS_BYTES),
+            ("program and allocator".to_string(), PROCESS_BYTES + n * THREAD_BYTES),
             ("catalogue of tensors".to_string(), self.catalogue_bytes),
+            ("hashes, journal and side files".to_string(), self.account_bytes),
             (format!("input windows ({threads} threads)"), n * windows),
             (format!("output buffers and tiles ({threads} threads)"), n * (out + tiles)),
         ];
@@ -416,8 +421,8 @@ impl Demand {
             let chunks = Schedule::chunks(plan, &self.grouped, streamed_chunk);
             let windows = chunks.take(RESIDENT_WINDOWS as usize + 1).count() as u64 * self.widths.len() as u64;
             let bytes = bytes_of(plan, &self.grouped, Wanted::All);
-            let held = bytes + windows * WINDOW_BYTES;
-            let fits = bytes <= RESIDENT_BYTES && windows <= RESIDENT_WINDOWS && used + held <= limit;
+            let fits =
+                bytes <= RESIDENT_BYTES && windows <= RESIDENT_WINDOWS && used + held_bytes(bytes, windows) <= limit;
             return vec![Unit {
                 elements: elements(&self.grouped),
                 tensors: self.grouped.clone(),
@@ -439,30 +444,14 @@ impl Demand {
     }
 }
 
+/// What `windows` windows hold that show `bytes` bytes: those that are mapped show whole pages.
+fn held_bytes(bytes: u64, windows: u64) -> u64 {
+    bytes + bytes / MAPPED_BYTES as u64 * PAGE_BYTES + windows * WINDOW_BYTES
+}
+
 /// Most keys that a worker with windows of `slot_elements` lists near one threshold.
 pub fn near_keys(slot_elements: u64) -> u64 {
     NEAR_KEYS.min(slot_elements / NEAR_SHARE).max(1)
-}
-
-/// What the catalogues of all checkpoints and the plan itself hold, from the sizes of their entries.
-fn catalogue_bytes(plan: &Plan) -> u64 {
-    let entry =
-        |name: &str, rank: usize| (size_of::<crate::checkpoint::TensorEntry>() + name.len() + rank * 8 + 32) as u64;
-    let catalogues: u64 = plan.checkpoints.iter().flat_map(|c| &c.tensors).map(|t| entry(&t.name, t.shape.len())).sum();
-    let planned: u64 = plan
-        .tensors
-        .iter()
-        .map(|t| {
-            let action = plan.models() as u64 * 16 + 64;
-            entry(&t.name, t.shape.len()) + size_of::<super::PlannedTensor>() as u64 + action
-        })
-        .sum();
-    // Opening a file holds its header once more for as long as it is parsed.
-    let header = plan.checkpoints.iter().flat_map(|c| &c.files).map(|f| f.header_bytes).max().unwrap_or(0);
-    let headers: u64 = plan.layout.shards.iter().map(|s| s.header.len() as u64).sum();
-    let index = plan.layout.index_json().map_or(0, str::len) as u64;
-    let rows = plan.tokenizer.as_ref().map_or(0, |tokenizer| tokenizer.held_bytes);
-    catalogues + planned + header + headers + index + rows
 }
 
 #[cfg(test)]
@@ -478,7 +467,7 @@ mod tests {
             longest in 1u64..(1 << 33),
             unit_share in 0u64..=4,
             (trims, tensor_scope, exact) in any::<(bool, bool, bool)>(),
-            catalogue_bytes in 0u64..50_000_000,
+            (catalogue_bytes, account_bytes) in (0u64..50_000_000, 0u64..50_000_000),
             units in 0u32..1000,
             (bounds, tile, sums, ranks) in (1u64..=2, 1024u64..=OUT_ELEMENTS, 0u64..9_000, prop::sample::select(vec![0, 3])),
         ) -> Demand {
@@ -497,6 +486,7 @@ mod tests {
                 tensor_scope,
                 exact: exact && trims,
                 catalogue_bytes,
+                account_bytes,
                 direct: Vec::new(),
                 grouped: (0..units).collect(),
             }

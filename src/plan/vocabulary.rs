@@ -86,7 +86,8 @@ pub(super) fn reconcile(
         true => None,
         false => Some(Tokens::file_with(&checkpoints[source].dir, &added, storage)?),
     };
-    held_bytes += json.as_ref().map_or(0, |json| json.len() as u64);
+    // Once in the plan, and once on its way to the output.
+    held_bytes += json.as_ref().map_or(0, |json| 2 * json.len() as u64);
     Ok(Some(TokenizerFiles { dir: checkpoints[source].dir.clone(), json, rows: count as u64, held_bytes }))
 }
 

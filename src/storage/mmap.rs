@@ -11,20 +11,51 @@
 #![allow(unsafe_code)]
 
 use std::fs::File;
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::sync::Arc;
 
 use memmap2::{Mmap, MmapMut, MmapOptions};
 
 use crate::error::{Error, Result};
+use crate::limits::MAPPED_BYTES;
 
 /// Bytes of a file, read or mapped. See the module's documentation.
 #[derive(Debug, Default)]
 pub struct Window {
-    buffer: Option<MmapMut>,
+    buffer: Option<Buffer>,
     capacity: usize,
     length: usize,
     mapping: Option<Guarded>,
+}
+
+/// Memory that is read into.
+#[derive(Debug)]
+enum Buffer {
+    /// A short one: of the allocator, which does not round it up to pages.
+    Short(Box<[u8]>),
+    /// Memory straight from the system.
+    Long(MmapMut),
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Short(bytes) => bytes,
+            Self::Long(bytes) => bytes,
+        }
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Short(bytes) => bytes,
+            Self::Long(bytes) => bytes,
+        }
+    }
 }
 
 /// A mapping whose faults are taken note of.
@@ -81,8 +112,8 @@ impl Window {
         Ok(())
     }
 
-    /// Maps `length` bytes of `file` from `offset`; false if the system cannot map or cannot read them all. The
-    /// caller then reads, which works or says why not.
+    /// Maps `length` bytes of `file` from `offset`; false if they are few, or if the system cannot map or cannot read them
+    /// all. The caller then reads, which works or says why not.
     pub(super) fn map(
         &mut self,
         file: &File,
@@ -92,8 +123,8 @@ impl Window {
         length: usize,
     ) -> bool {
         self.clear();
-        if length == 0 {
-            return true;
+        if length < MAPPED_BYTES {
+            return false;
         }
         // SAFETY: the mapping is read-only, lives in this window and is shown as `&[u8]` only while the window is
         // borrowed; every bit pattern is a valid u8. Two things cannot be ruled out from here, because another process
@@ -305,7 +336,10 @@ mod faults {
 
 /// Memory straight from the system, so that running out of it is an error, and in huge pages where it has them, which
 /// cost a fraction of the faults and of the address translation.
-fn allocate(bytes: usize) -> Result<MmapMut> {
+fn allocate(bytes: usize) -> Result<Buffer> {
+    if bytes < MAPPED_BYTES {
+        return Ok(Buffer::Short(vec![0; bytes].into()));
+    }
     let memory = MmapMut::map_anon(bytes).map_err(|e| {
         Error::failed(format!("no memory for a buffer of {bytes} bytes: {e}")).help("use less --memory")
     })?;
@@ -314,7 +348,7 @@ fn allocate(bytes: usize) -> Result<MmapMut> {
         // Only a hint.
         let _ = memory.advise(memmap2::Advice::HugePage);
     }
-    Ok(memory)
+    Ok(Buffer::Long(memory))
 }
 
 /// Buffers shorter than this would mostly be padding in huge pages.
@@ -356,17 +390,17 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn a_file_that_is_cut_off_while_it_is_mapped_shows_zeros_and_is_named() {
-        let file = file(&[7; 50_000]);
+        let file = file(&[7; 500_000]);
         let (path, faults, others): (Arc<Path>, Arc<Faults>, Arc<Faults>) =
             (Path::new("cut").into(), Arc::default(), Arc::default());
         let (mut window, mut other) = (Window::default(), Window::default());
-        assert!(window.map(&file, &path, &faults, 100, 49_000));
-        assert!(map(&mut other, &super::tests::file(&[9; 20_000]), 0, 20_000));
+        assert!(window.map(&file, &path, &faults, 100, 490_000));
+        assert!(map(&mut other, &super::tests::file(&[9; 200_000]), 0, 200_000));
         assert!(window.bytes().iter().all(|&byte| byte == 7) && faults.first().is_none());
-        file.set_len(10_000).unwrap();
+        file.set_len(100_000).unwrap();
         let bytes = window.bytes();
-        assert_eq!((bytes[0], bytes[9_000]), (7, 7), "what is left can still be read");
-        assert_eq!((bytes[30_000], bytes[48_999]), (0, 0));
+        assert_eq!((bytes[0], bytes[90_000]), (7, 7), "what is left can still be read");
+        assert_eq!((bytes[300_000], bytes[489_999]), (0, 0));
         assert_eq!(faults.first().as_deref(), Some(&*path));
         assert_eq!(others.first(), None, "other storages are not concerned");
         assert!(other.bytes().iter().all(|&byte| byte == 9));
@@ -384,29 +418,30 @@ mod tests {
 
     #[test]
     fn a_mapped_window_has_no_buffer() {
-        let content: Vec<u8> = (0..20_000u32).map(|i| i as u8).collect();
+        let content: Vec<u8> = (0..400_000u32).map(|i| i as u8).collect();
         let file = file(&content);
-        let mut window = Window::with_capacity(10_000);
-        for (offset, length) in [(0, 10_000), (4_097, 1), (19_999, 1), (123, 0)] {
+        let mut window = Window::with_capacity(200_000);
+        for (offset, length) in [(0, 200_000), (4_097, 70_000), (399_999 - MAPPED_BYTES, MAPPED_BYTES)] {
             assert!(map(&mut window, &file, offset as u64, length));
             assert_eq!(window.bytes(), &content[offset..offset + length]);
         }
         assert!(window.buffer.is_none());
-        assert_eq!(window.capacity(), 10_000);
+        assert_eq!(window.capacity(), 200_000);
+        assert!(!map(&mut window, &file, 0, MAPPED_BYTES - 1), "pages are not worth it");
     }
 
     #[test]
     #[cfg(target_os = "linux")]
     fn a_range_behind_the_end_cannot_be_mapped() {
         let mut window = Window::default();
-        assert!(!map(&mut window, &file(&[1; 5_000]), 4_096, 10_000));
+        assert!(!map(&mut window, &file(&[1; 5_000]), 4_096, 100_000));
         assert_eq!(window.bytes(), b"");
     }
 
     #[test]
     fn the_buffer_is_allocated_once_and_replaces_a_mapping() {
         let mut window = Window::with_capacity(8);
-        assert!(map(&mut window, &file(b"abcdef"), 2, 3));
+        assert!(map(&mut window, &file(&[5; 100_000]), 2, 80_000));
         window.fill(2, with(b"xy")).unwrap();
         assert_eq!(window.bytes(), b"xy");
         let address = window.bytes().as_ptr();

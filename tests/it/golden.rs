@@ -165,6 +165,82 @@ fn mergekit_within_a_millionth() {
     }
 }
 
+/// What mergekit may make of `name[i]` in `family`: which of several magnitudes equal to a threshold it keeps is
+/// arbitrary, so that every choice is tried for the models that have one there.
+fn possible(family: &[Tensors], name: &str, recipe: &Recipe) -> Vec<Vec<f64>> {
+    let theta0 = family[0][name].f32s();
+    let taus: Vec<Vec<f32>> = family[1..]
+        .iter()
+        .map(|model| model[name].f32s().iter().zip(&theta0).map(|(theta, theta0)| theta - theta0).collect())
+        .collect();
+    let threshold = |(t, tau): (usize, &Vec<f32>)| {
+        let mut magnitudes: Vec<f32> = tau.iter().map(|tau| tau.abs()).collect();
+        magnitudes.sort_by(|a, b| b.total_cmp(a));
+        magnitudes[(recipe.density(t) * tau.len() as f64) as usize - 1]
+    };
+    let thresholds: Vec<f32> = taus.iter().enumerate().map(threshold).collect();
+    let one = |p: usize| {
+        let tied: Vec<usize> = (0..taus.len()).filter(|&t| taus[t][p].abs() == thresholds[t]).collect();
+        let choice = |kept: u32| {
+            let survives = |t: usize| match tied.iter().position(|&other| other == t) {
+                Some(place) => kept >> place & 1 == 1,
+                None => taus[t][p].abs() > thresholds[t],
+            };
+            let column: Vec<f64> =
+                (0..taus.len()).map(|t| if survives(t) { f64::from(taus[t][p]) } else { 0.0 }).collect();
+            let weight = |t: usize| f64::from(recipe.weight(t));
+            let mass: f64 = column.iter().enumerate().map(|(t, tau)| weight(t) * tau).sum();
+            let agrees = |t: &usize| column[*t] != 0.0 && (column[*t] > 0.0) == (mass >= 0.0);
+            let agreeing: Vec<usize> = (0..taus.len()).filter(agrees).collect();
+            let sum: f64 = agreeing.iter().map(|&t| weight(t) * column[t]).sum();
+            let divisor: f64 = match recipe.combine {
+                Combine::Mean => agreeing.iter().map(|&t| weight(t)).sum(),
+                _ => 1.0,
+            };
+            let merged = if agreeing.is_empty() { 0.0 } else { sum / divisor };
+            f64::from(theta0[p]) + f64::from(recipe.lambda) * merged
+        };
+        (0..1 << tied.len()).map(choice).collect()
+    };
+    (0..theta0.len()).map(one).collect()
+}
+
+/// In bf16 a large part of all entries is equal to a threshold. What mergekit and tiesmith make of each is one of the
+/// results that keeping or dropping them allows; everywhere else both are the only one.
+#[test]
+fn mergekit_on_bf16_but_for_the_choice_among_ties() {
+    let family: Vec<Tensors> = ["base", "ft0", "ft1", "ft2"]
+        .iter()
+        .map(|name| read_checkpoint(&repository("tests/golden/family-bf16").join(name)))
+        .collect();
+    let (mut elements, mut chosen) = (0, 0);
+    for (name, recipe) in mergekit_recipes() {
+        let recipe = Recipe { dtype: Some(Dtype::F32), ..recipe };
+        let expected = read_file(&repository(&format!("tests/golden/mergekit-bf16/{name}.safetensors")));
+        let actual = merge_family("family-bf16", &recipe);
+        if recipe.method != Method::Ties {
+            let (deviation, place) = worst_deviation(&expected, &actual, 1e-6);
+            assert!(deviation <= 1e-6, "{name}: {deviation:e} at {place}");
+            continue;
+        }
+        for (tensor, theta) in &expected {
+            let possible = possible(&family, tensor, &recipe);
+            for (who, values) in [("mergekit", theta.values()), ("tiesmith", actual[tensor].values())] {
+                for (i, (value, possible)) in values.iter().zip(&possible).enumerate() {
+                    let near = |wanted: &f64| (value - wanted).abs() <= 1e-6 * wanted.abs().max(1e-3);
+                    assert!(
+                        possible.iter().any(near),
+                        "{who}: {name}: {tensor}[{i}] is {value:e}, not of {possible:?}"
+                    );
+                }
+            }
+            elements += possible.len();
+            chosen += possible.iter().filter(|possible| possible.len() > 1).count();
+        }
+    }
+    assert!(chosen * 10 > elements && chosen * 2 < elements, "{chosen} of {elements} have a choice");
+}
+
 /// `case[field]` of vectors.json as a checkpoint of f32 vectors.
 fn checkpoint(values: &Value) -> Tensors {
     let numbers =

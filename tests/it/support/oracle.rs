@@ -29,8 +29,8 @@ option!(/// The merge method.
     Method { Ties = "ties", TaskArithmetic = "task_arithmetic", Linear = "linear" });
 option!(/// Where one threshold applies.
     Scope { Model = "model", Tensor = "tensor" });
-option!(/// Magnitudes equal to the threshold. `sample` is random: it has a test of its own instead of an oracle.
-    TrimTies { Keep = "keep", Lowest = "lowest" });
+option!(/// Magnitudes equal to the threshold.
+    TrimTies { Keep = "keep", Lowest = "lowest", Sample = "sample" });
 option!(/// How signs are elected.
     Elect { Mass = "mass", Count = "count", None = "none" });
 option!(/// How agreeing entries are combined.
@@ -161,7 +161,7 @@ pub fn merge(base: &Tensors, models: &[Tensors], signs: Option<&Tensors>, recipe
         let values = match recipe.method {
             Method::Linear => linear(&thetas, recipe),
             Method::TaskArithmetic => task_arithmetic(&theta0, &thetas, recipe),
-            Method::Ties => ties(&theta0, &thetas, oracle.as_deref(), recipe, &mut result),
+            Method::Ties => ties(&theta0, &thetas, oracle.as_deref(), recipe, &places(base, &unit), &mut result),
         };
         result.elements += values.len();
         scatter(&values, &unit, base, recipe.dtype, &mut result.tensors);
@@ -181,6 +181,24 @@ fn merged_names<'a>(base: &'a Tensors, models: &[Tensors]) -> Vec<&'a String> {
 
 fn flatten(tensors: &Tensors, unit: &[&String]) -> Vec<f32> {
     unit.iter().flat_map(|name| tensors[*name].f32s()).collect()
+}
+
+/// Name of the tensor and index in it, of every element of a unit.
+fn places<'a>(base: &Tensors, unit: &[&'a String]) -> Vec<(&'a str, u64)> {
+    unit.iter().flat_map(|name| (0..base[*name].elements() as u64).map(|i| (name.as_str(), i))).collect()
+}
+
+/// What an element draws for `--trim-ties sample` with seed 0: an output of splitmix64, counted by the element, of a stream
+/// that is named by model and tensor.
+fn draw(model: usize, (tensor, element): (&str, u64)) -> u64 {
+    let mix = |mut z: u64| {
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    let name = [&0u64.to_le_bytes()[..], &(model as u64).to_le_bytes(), tensor.as_bytes()].concat();
+    let stream = u64::from_le_bytes(blake3::hash(&name).as_bytes()[..8].try_into().unwrap());
+    mix(mix(stream).wrapping_add((element + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)))
 }
 
 fn scatter(values: &[f32], unit: &[&String], base: &Tensors, dtype: Option<Dtype>, out: &mut Tensors) {
@@ -219,12 +237,19 @@ fn task_arithmetic(theta0: &[f32], thetas: &[Vec<f32>], recipe: &Recipe) -> Vec<
         .collect()
 }
 
-fn ties(theta0: &[f32], thetas: &[Vec<f32>], oracle: Option<&[f32]>, recipe: &Recipe, result: &mut Merged) -> Vec<f32> {
+fn ties(
+    theta0: &[f32],
+    thetas: &[Vec<f32>],
+    oracle: Option<&[f32]>,
+    recipe: &Recipe,
+    places: &[(&str, u64)],
+    result: &mut Merged,
+) -> Vec<f32> {
     let weights: Vec<f32> = (0..thetas.len()).map(|t| recipe.weight(t)).collect();
     let mut trimmed = Vec::new();
     for (t, theta) in thetas.iter().enumerate() {
         let tau: Vec<f32> = theta.iter().zip(theta0).map(|(theta, theta0)| theta - theta0).collect();
-        let survivors = trim(&tau, recipe.density(t), recipe.scope, recipe.trim_ties);
+        let survivors = trim(&tau, recipe.density(t), recipe.scope, recipe.trim_ties, |p| draw(t, places[p]));
         result.kept[t] += survivors.iter().filter(|tau| **tau != 0.0).count();
         trimmed.push(survivors);
     }
@@ -245,8 +270,8 @@ fn ties(theta0: &[f32], thetas: &[Vec<f32>], oracle: Option<&[f32]>, recipe: &Re
         .collect()
 }
 
-/// τ where it survives, else 0.
-pub fn trim(tau: &[f32], density: f64, scope: Scope, rule: TrimTies) -> Vec<f32> {
+/// τ where it survives, else 0. `draw` is asked for the position of a tie.
+pub fn trim(tau: &[f32], density: f64, scope: Scope, rule: TrimTies, draw: impl Fn(usize) -> u64) -> Vec<f32> {
     let mut keep = (density * tau.len() as f64).floor() as usize;
     if keep == 0 && density > 0.0 && scope == Scope::Tensor {
         keep = 1.min(tau.len());
@@ -258,11 +283,16 @@ pub fn trim(tau: &[f32], density: f64, scope: Scope, rule: TrimTies) -> Vec<f32>
     let mut order: Vec<usize> = (0..tau.len()).collect();
     order.sort_by(|&a, &b| tau[b].abs().total_cmp(&tau[a].abs()));
     let threshold = tau[order[keep - 1]].abs();
+    let above = tau.iter().filter(|tau| tau.abs() > threshold).count();
+    let tied = tau.iter().filter(|tau| tau.abs() == threshold).count();
+    // Of 2^64 equally likely draws, so many are below.
+    let accepted = ((keep - above) as u128 * (1 << 64)) / tied as u128;
     let mut survivors = vec![0.0; tau.len()];
     for (rank, &p) in order.iter().enumerate() {
         let survives = match rule {
             TrimTies::Keep => tau[p].abs() >= threshold,
             TrimTies::Lowest => rank < keep,
+            TrimTies::Sample => tau[p].abs() > threshold || tau[p].abs() == threshold && u128::from(draw(p)) < accepted,
         };
         if survives {
             survivors[p] = tau[p];
@@ -349,9 +379,11 @@ mod tests {
     #[test]
     fn ties_at_the_threshold() {
         let tau = [2.0, -1.0, 1.0, 1.0, 0.0];
-        let keep = |density, scope, rule| trim(&tau, density, scope, rule);
+        let keep = |density, scope, rule| trim(&tau, density, scope, rule, |p| [0, u64::MAX, u64::MAX / 4, 0, 0][p]);
         assert_eq!(keep(0.5, Scope::Model, TrimTies::Keep), [2.0, -1.0, 1.0, 1.0, 0.0]);
         assert_eq!(keep(0.5, Scope::Model, TrimTies::Lowest), [2.0, -1.0, 0.0, 0.0, 0.0]);
+        // One of three ties is wanted, so that draws below a third are accepted.
+        assert_eq!(keep(0.5, Scope::Model, TrimTies::Sample), [2.0, 0.0, 1.0, 1.0, 0.0]);
         assert_eq!(keep(0.1, Scope::Model, TrimTies::Keep), [0.0; 5]);
         assert_eq!(keep(0.1, Scope::Tensor, TrimTies::Keep), [2.0, 0.0, 0.0, 0.0, 0.0]);
         assert_eq!(keep(0.0, Scope::Tensor, TrimTies::Keep), [0.0; 5]);
