@@ -116,7 +116,7 @@ fn header_text(raw: &[u8]) -> Result<&str> {
 }
 
 /// A sentence for well-known other things that are found under a `.safetensors` name.
-fn foreign(start: &[u8]) -> Option<Error> {
+pub(super) fn foreign(start: &[u8]) -> Option<Error> {
     const CONVERT: &str = "convert the checkpoint to safetensors first";
     let known: [(&[u8], &str, &str); 5] = [
         (b"version https://git-lfs", "a git-lfs pointer, not the file itself", "fetch it with `git lfs pull`"),

@@ -10,13 +10,12 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
 
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Visitor};
 
 use super::json::Loose;
-use super::{Catalogue, CheckpointFile, TensorEntry, header};
+use super::{Catalogue, TensorEntry, header};
 use crate::error::{Error, Result, printable};
 use crate::limits::{MAX_INDEX_BYTES, MAX_SHARDS};
 use crate::storage::Storage;
@@ -50,14 +49,7 @@ pub(super) fn open(path: &Path, storage: &dyn Storage) -> Result<Catalogue> {
     let mut left_out = LeftOut::default();
     for (number, name) in index.shards.iter().enumerate() {
         let number = number as u32;
-        let file = storage.open(&dir.join(&**name))?;
-        let header = header::read(&*file, number)?;
-        catalogue.files.push(CheckpointFile {
-            file: Arc::from(file),
-            header_bytes: header.bytes,
-            header_hash: header.hash,
-        });
-        for tensor in header.tensors {
+        for tensor in catalogue.add_file(&dir.join(&**name), storage)? {
             if index.shard_of(&tensor.name) == Some(number) {
                 catalogue.tensors.push(tensor);
             } else {
@@ -70,7 +62,7 @@ pub(super) fn open(path: &Path, storage: &dyn Storage) -> Result<Catalogue> {
     check_complete(&index, &catalogue.tensors).map_err(|e| e.at(path))?;
     let path = printable(&path.to_string_lossy());
     let warnings = warnings(&index, &catalogue.tensors, left_out);
-    catalogue.warnings = warnings.into_iter().map(|warning| format!("{path}: {warning}")).collect();
+    catalogue.warnings.extend(warnings.into_iter().map(|warning| format!("{path}: {warning}")));
     Ok(catalogue)
 }
 
@@ -135,7 +127,8 @@ fn warnings(index: &Index, tensors: &[TensorEntry], left_out: LeftOut) -> Vec<St
 
 /// (number, count) of a shard named like `model-00001-of-00003.safetensors`.
 pub(super) fn shard_number(name: &str) -> Option<(u64, u64)> {
-    let (rest, count) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
+    let stem = name.strip_suffix(".safetensors").or_else(|| name.strip_suffix(".bin"))?;
+    let (rest, count) = stem.rsplit_once("-of-")?;
     let (_, number) = rest.rsplit_once('-')?;
     Some((number.parse().ok()?, count.parse().ok()?))
 }
@@ -445,6 +438,7 @@ mod tests {
     fn shard_names_tell_number_and_count() {
         assert_eq!(shard_number(TWO), Some((2, 2)));
         assert_eq!(shard_number("pytorch_model-00003-of-000163.safetensors"), Some((3, 163)));
+        assert_eq!(shard_number("pytorch_model-00002-of-00003.bin"), Some((2, 3)));
         for name in ["model.safetensors", "model-1-of-x.safetensors", "1-of-2.bin", "x-of-2.safetensors"] {
             assert_eq!(shard_number(name), None, "{name}");
         }

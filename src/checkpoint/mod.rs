@@ -14,6 +14,7 @@ mod resolve;
 pub mod rows;
 #[cfg(test)]
 mod testing;
+mod torch;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -51,7 +52,7 @@ impl TensorEntry {
 pub struct CheckpointFile {
     /// The open file.
     pub file: Arc<dyn InputFile>,
-    /// Length of its safetensors header, length prefix included, in bytes.
+    /// Length of what describes its tensors (of a safetensors file the header with its length prefix), in bytes.
     pub header_bytes: u64,
     /// BLAKE3 of those bytes: part of the input's identity.
     pub header_hash: [u8; 32],
@@ -83,7 +84,7 @@ pub struct HubRef {
 }
 
 impl Checkpoint {
-    /// Opens what `spec` names: a directory, a `.safetensors` file, an index file, or a Hub id in the local cache.
+    /// Opens what `spec` names: a directory, a `.safetensors` file or a PyTorch file (`.bin`, `.pt`, `.pth`, `.ckpt`), an index file, or a Hub id in the local cache.
     pub fn open(spec: &str, storage: &Arc<dyn Storage>) -> Result<Self> {
         let found = resolve::resolve(spec, &**storage, &|name| std::env::var_os(name))?;
         let catalogue = match &found.source {
@@ -124,11 +125,25 @@ struct Catalogue {
 impl Catalogue {
     /// A checkpoint that is one file.
     fn of_file(path: &Path, storage: &dyn Storage) -> Result<Self> {
-        let file = storage.open(path)?;
-        let header = header::read(&*file, 0)?;
-        let files =
-            vec![CheckpointFile { file: Arc::from(file), header_bytes: header.bytes, header_hash: header.hash }];
-        Ok(Self { files, tensors: header.tensors, warnings: Vec::new() })
+        let mut catalogue = Self::default();
+        catalogue.tensors = catalogue.add_file(path, storage)?;
+        Ok(catalogue)
+    }
+
+    /// Opens one more file; its tensors are not taken in yet.
+    fn add_file(&mut self, path: &Path, storage: &dyn Storage) -> Result<Vec<TensorEntry>> {
+        let (file, number) = (storage.open(path)?, self.files.len() as u32);
+        let header = match path.file_name().is_some_and(|name| torch::has_name(&name.to_string_lossy())) {
+            true => {
+                let (header, warning) = torch::read(&*file, number)?;
+                self.warnings.extend(warning);
+                header
+            }
+            false => header::read(&*file, number)?,
+        };
+        let header::Header { bytes, hash, tensors } = header;
+        self.files.push(CheckpointFile { file: Arc::from(file), header_bytes: bytes, header_hash: hash });
+        Ok(tensors)
     }
 }
 

@@ -1,7 +1,7 @@
-//! From what the user wrote to the file that is opened first: a safetensors file or an index.
+//! From what the user wrote to the file that is opened first: a safetensors or PyTorch file, or an index.
 //!
 //! - What exists on disk wins over a Hub id of the same spelling.
-//! - In a directory an index wins over single files; where it is not clear which file is meant, nothing is guessed.
+//! - In a directory safetensors win over PyTorch files, and an index wins over single files; where it is not clear which file is meant, nothing is guessed.
 //! - A Hub id is looked up in the local cache (`models--org--name/{refs,snapshots}`), never on the network.
 //! - A refusal says what was looked for and what to do: most people who get here have an incomplete download.
 //!
@@ -14,13 +14,16 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use super::index::{is_plain_component, shard_number};
-use super::{HubRef, directory_of};
+use super::{HubRef, directory_of, torch};
 use crate::error::{Error, Result, printable};
 use crate::storage::Storage;
 
 /// The usual names: of the index, and of a model in one file.
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
+/// The same of a PyTorch checkpoint.
+const TORCH_INDEX: &str = "pytorch_model.bin.index.json";
+const TORCH_SINGLE: &str = "pytorch_model.bin";
 /// Longest accepted ref file of the Hub cache: a commit hash and a newline, with room to spare.
 const MAX_REF_BYTES: u64 = 256;
 const CONVERT: &str = "convert it to safetensors first, e.g. with transformers: from_pretrained, then save_pretrained";
@@ -40,7 +43,7 @@ pub(super) struct Found {
 
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Source {
-    /// One safetensors file.
+    /// One safetensors or PyTorch file.
     File(PathBuf),
     /// An index file.
     Index(PathBuf),
@@ -67,7 +70,7 @@ fn named_file(path: &Path) -> Result<Found> {
     let mut warnings = Vec::new();
     let source = if name.ends_with(".index.json") {
         Source::Index(path.to_path_buf())
-    } else if name.ends_with(".safetensors") {
+    } else if name.ends_with(".safetensors") || torch::has_name(&name) {
         if let Some((number, count)) = shard_number(&name).filter(|&(_, count)| count > 1) {
             warnings.push(format!("{} is shard {number} of {count}: only its tensors are used", printable(&name)));
         }
@@ -75,7 +78,7 @@ fn named_file(path: &Path) -> Result<Found> {
     } else {
         let error = match other_format(&name) {
             Some((what, help)) => Error::input(format!("{what}, not safetensors")).help(help),
-            None => Error::input("not a .safetensors or .index.json file")
+            None => Error::input("not a .safetensors, .bin or .index.json file")
                 .help("give a checkpoint directory or such a file"),
         };
         return Err(error.at(path));
@@ -87,7 +90,6 @@ fn named_file(path: &Path) -> Result<Found> {
 fn other_format(name: &str) -> Option<(&'static str, &'static str)> {
     let (_, extension) = name.rsplit_once('.')?;
     match extension {
-        "bin" | "pt" | "pth" | "ckpt" => Some(("a PyTorch checkpoint", CONVERT)),
         "gguf" => Some(("a GGUF file", "give the original safetensors checkpoint: GGUF is made from it")),
         "h5" | "msgpack" | "onnx" => Some(("a checkpoint of another framework", CONVERT)),
         _ => None,
@@ -135,7 +137,7 @@ fn choose(names: &[String]) -> Result<Choice<'_>> {
         _ if files.contains(&SINGLE) => Ok(Choice::File(SINGLE)),
         [] if adapter => Err(adapter_error()),
         ["adapter_model.safetensors"] => Err(adapter_error()),
-        [] => Err(nothing_to_open(names)),
+        [] => choose_torch(names),
         [only] => match shard_number(only).filter(|&(_, count)| count > 1) {
             Some((_, count)) => Err(incomplete(&files, count)),
             None => Ok(Choice::File(only)),
@@ -148,6 +150,18 @@ fn choose(names: &[String]) -> Result<Choice<'_>> {
     }
 }
 
+/// The PyTorch file to open among the `names` of a directory that has no safetensors file.
+fn choose_torch(names: &[String]) -> Result<Choice<'_>> {
+    let has = |name: &str| names.iter().any(|n| n == name);
+    let shards: Vec<&str> = names.iter().map(|n| &**n).filter(|n| n.starts_with("pytorch_model-")).collect();
+    match shards.iter().find_map(|name| shard_number(name)) {
+        _ if has(TORCH_INDEX) => Ok(Choice::Index(TORCH_INDEX)),
+        _ if has(TORCH_SINGLE) => Ok(Choice::File(TORCH_SINGLE)),
+        Some((_, count)) => Err(incomplete(&shards, count)),
+        None => Err(nothing_to_open(names)),
+    }
+}
+
 fn adapter_error() -> Error {
     Error::input("a PEFT adapter, which is not supported as an input here")
         .help("merge it into its base model first (peft: merge_and_unload, then save_pretrained)")
@@ -155,10 +169,15 @@ fn adapter_error() -> Error {
 
 fn incomplete(files: &[&str], count: u64) -> Error {
     let (found, names) = (files.len(), listed(files));
-    Error::input(format!("{found} of {count} shards and no index ({INDEX}): {names}")).help("complete the download")
+    let index = if files.iter().any(|name| torch::has_name(name)) { TORCH_INDEX } else { INDEX };
+    Error::input(format!("{found} of {count} shards and no index ({index}): {names}")).help("complete the download")
 }
 
 fn nothing_to_open(names: &[String]) -> Error {
+    if let Some(name) = names.iter().find(|name| torch::has_name(name)) {
+        return Error::input(format!("no safetensors file, but {}: a PyTorch file of another name", printable(name)))
+            .help(format!("if it holds the model's weights, name it, or call it {TORCH_SINGLE}"));
+    }
     let Some((name, (what, help))) = names.iter().find_map(|name| Some((name, other_format(name)?))) else {
         return Error::input("no safetensors file or index in this directory")
             .help("check the path, or complete the download");
@@ -194,7 +213,7 @@ impl<'a> HubId<'a> {
             part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
                 && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
         };
-        let file = [".safetensors", ".json"].iter().any(|ending| name.ends_with(ending));
+        let file = [".safetensors", ".json", ".bin"].iter().any(|ending| name.ends_with(ending));
         // A revision is a branch (which may have slashes), a tag or a commit.
         let revision_is_path = revision.is_none_or(|r| r.split('/').all(is_plain_component));
         (plain(org) && plain(name) && !file && revision_is_path).then_some(Self { id, revision })

@@ -1,13 +1,15 @@
 //! A tensor whose rows are taken from rows of other tensors, seen as a file: nothing is permuted in memory.
 //!
-//! - A row is a row of one tensor, the mean of rows of several, or zeros. Consecutive rows of one tensor are one run.
+//! - A row is a row of one tensor, the mean of rows of several, the average of all rows before it, or zeros. Consecutive
+//!   rows of one tensor are one run.
 //! - The mean is taken in f32, in the order given, and rounded once to the type of the whole.
+//! - The average is taken once, in f64 and in order, and kept.
 //! - What is read are the rows asked for, and for a mean those that it is made of.
 //!
 //! Knows offsets, not what the rows stand for.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::TensorEntry;
 use crate::dtype::Float;
@@ -38,6 +40,8 @@ pub enum RowSource {
     Mean(Box<[(u32, u64)]>),
     /// Zeros.
     Zero,
+    /// Every row is the average of all rows of the runs before this one, which is the last.
+    Average,
 }
 
 /// Consecutive rows with one source.
@@ -57,13 +61,15 @@ pub struct Rows {
     columns: u64,
     runs: Vec<Run>,
     isa: Isa,
+    /// The average, once it was asked for.
+    average: Mutex<Option<Arc<[f32]>>>,
 }
 
 impl Rows {
     /// `runs` follow each other without gaps from row 0 on; their rows exist.
     pub fn new(parts: Vec<Part>, columns: u64, runs: Vec<Run>) -> Self {
         debug_assert!(runs.windows(2).all(|pair| pair[0].first + pair[0].count == pair[1].first));
-        Self { parts, columns, runs, isa: Isa::detect() }
+        Self { parts, columns, runs, isa: Isa::detect(), average: Mutex::new(None) }
     }
 
     /// Number of rows.
@@ -82,7 +88,11 @@ impl Rows {
             RowSource::Mean(rows) => size_of_val(&**rows),
             _ => 0,
         });
-        (self.runs.len() * size_of::<Run>() + means.sum::<usize>()) as u64
+        let average = match self.runs.last() {
+            Some(Run { source: RowSource::Average, .. }) => self.columns * (size_of::<f32>() + size_of::<f64>()) as u64,
+            _ => 0,
+        };
+        (self.runs.len() * size_of::<Run>() + means.sum::<usize>()) as u64 + average
     }
 
     /// The entry of the tensor that this shows in place of `entry`, in file number `file`.
@@ -99,6 +109,13 @@ impl Rows {
             RowSource::Zero => {
                 buffer.fill(0);
                 Ok(())
+            }
+            RowSource::Average => {
+                let (columns, average) = (self.columns.max(1), self.average()?);
+                self.blocks_within(buffer, start % columns, columns, |at, sum| {
+                    sum.copy_from_slice(&average[at as usize..][..sum.len()]);
+                    Ok(())
+                })
             }
             RowSource::Rows(part, first) => {
                 let part = &self.parts[*part as usize];
@@ -121,6 +138,34 @@ impl Rows {
                 })
             }
         }
+    }
+
+    /// The average of all rows but those of the last run.
+    fn average(&self) -> Result<Arc<[f32]>> {
+        let mut known = self.average.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(average) = &*known {
+            return Ok(Arc::clone(average));
+        }
+        let (float, columns) = (self.parts[0].float, self.columns.max(1));
+        let mut sums = vec![0f64; columns as usize];
+        let runs = &self.runs[..self.runs.len() - 1];
+        let (mut bytes, mut values) = (vec![0u8; BLOCK * float.width()], [0f32; BLOCK]);
+        for run in runs {
+            let elements = run.count * columns;
+            for start in (0..elements).step_by(BLOCK) {
+                let count = (elements - start).min(BLOCK as u64) as usize;
+                let (bytes, values) = (&mut bytes[..count * float.width()], &mut values[..count]);
+                self.fill(run, start, bytes)?;
+                kernels::load(self.isa, float, bytes, values);
+                for (at, value) in (start..).zip(values.iter()) {
+                    sums[(at % columns) as usize] += f64::from(*value);
+                }
+            }
+        }
+        let rows = runs.last().map_or(0, |run| run.first + run.count).max(1) as f64;
+        let average: Arc<[f32]> = sums.iter().map(|sum| (sum / rows) as f32).collect();
+        *known = Some(Arc::clone(&average));
+        Ok(average)
     }
 
     /// Adds the elements of `part` from `from` on to `sum`.

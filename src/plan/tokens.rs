@@ -23,6 +23,10 @@ pub(super) struct Tokens {
     pub ids: HashMap<String, u32>,
     /// Added tokens as they are defined.
     pub added: HashMap<String, Map<String, Value>>,
+    /// Numbers from here on were given by [`Tokens::add`]: the model has no rows for them.
+    known: u32,
+    /// The next number.
+    next: u32,
 }
 
 #[derive(Deserialize)]
@@ -102,7 +106,26 @@ impl Tokens {
                 &format!("a token has the number {id}, but there are only {} tokens", most - MAX_GAP),
             )),
         };
-        Ok(Some(Self { ids: all.into_iter().map(small).collect::<Result<_>>()?, added }))
+        let ids: HashMap<String, u32> = all.into_iter().map(small).collect::<Result<_>>()?;
+        let known = ids.values().max().map_or(0, |last| last + 1);
+        Ok(Some(Self { ids, added, known, next: known }))
+    }
+
+    /// The number that the model has for `token`.
+    pub(super) fn own(&self, token: &str) -> Option<u32> {
+        self.ids.get(token).copied().filter(|&id| id < self.known)
+    }
+
+    /// Adds a token with the next number, unless it is there; returns its definition, to be written.
+    pub(super) fn add(&mut self, token: &str, definition: Option<&Map<String, Value>>) -> Option<Map<String, Value>> {
+        if self.ids.contains_key(token) {
+            return None;
+        }
+        let mut definition = definition.cloned().unwrap_or_else(|| plain_token(token));
+        definition.insert("id".into(), self.next.into());
+        self.ids.insert(token.to_owned(), self.next);
+        self.next += 1;
+        Some(definition)
     }
 
     /// The `tokenizer.json` in `dir` with `added` appended to its added tokens; all else stays as it is.
@@ -134,6 +157,19 @@ impl Tokens {
         out.push('}');
         Ok(out.into_bytes())
     }
+}
+
+/// How a token of another model's vocabulary is added: as transformers adds a plain string.
+fn plain_token(name: &str) -> Map<String, Value> {
+    let mut token = Map::new();
+    token.insert("id".into(), 0.into());
+    token.insert("content".into(), name.into());
+    for (key, value) in
+        [("single_word", false), ("lstrip", false), ("rstrip", false), ("normalized", true), ("special", false)]
+    {
+        token.insert(key.into(), value.into());
+    }
+    token
 }
 
 /// The fields of an object, in order, not read any further.

@@ -137,6 +137,52 @@ pub enum Vocabulary {
     Model(String),
 }
 
+/// What a single token's row is, where the output's vocabulary is reconciled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TokenRule {
+    /// The token; it is added to the vocabulary if it is not in it.
+    pub token: String,
+    /// The row of models that lack the token; `None` for the row that they would have anyway.
+    pub source: Option<TokenSource>,
+    /// Whether models that have the token take that row too.
+    pub force: bool,
+    /// Where this is written, for messages.
+    #[serde(skip)]
+    pub place: Option<String>,
+}
+
+/// Where a token's row comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenSource {
+    /// The same token in the model called so.
+    Model(String),
+    /// Another token in a model: (model, token).
+    Token(String, String),
+    /// A row of a model: (model, its number).
+    Row(String, u64),
+    /// Zeros.
+    Zero,
+}
+
+impl TokenSource {
+    /// The model that it names.
+    pub fn model(&self) -> Option<&String> {
+        match self {
+            Self::Model(model) | Self::Token(model, _) | Self::Row(model, _) => Some(model),
+            Self::Zero => None,
+        }
+    }
+
+    /// The same, to be renamed.
+    pub fn model_mut(&mut self) -> Option<&mut String> {
+        match self {
+            Self::Model(model) | Self::Token(model, _) | Self::Row(model, _) => Some(model),
+            Self::Zero => None,
+        }
+    }
+}
+
 /// Which chat template the output has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -177,6 +223,10 @@ pub struct Recipe {
     pub crop_vocabulary: bool,
     /// The vocabulary that embeddings and heads of all models are brought to; `None` leaves them as they are.
     pub vocabulary: Option<Vocabulary>,
+    /// Rows of single tokens; needs a vocabulary.
+    pub token_rules: Vec<TokenRule>,
+    /// What the number of rows of embeddings and heads is a multiple of; needs a vocabulary.
+    pub vocabulary_multiple: Option<u64>,
     /// The chat template; `None` for that of the tokenizer's files.
     pub chat_template: Option<ChatTemplate>,
     /// Where one trim threshold applies.
@@ -219,6 +269,8 @@ impl Default for Recipe {
             tied_heads: false,
             crop_vocabulary: false,
             vocabulary: None,
+            token_rules: Vec::new(),
+            vocabulary_multiple: None,
             chat_template: None,
             scope: Scope::default(),
             threshold: ThresholdKind::default(),

@@ -5,6 +5,7 @@
 //! | `methods` | every option against the oracle, bit for bit |
 //! | `draws` | methods that draw at random: distribution and repetition |
 //! | `merges` | every method against a reference in f64 and against mergekit |
+//! | `mergekit` | its outputs on a family with massive ties |
 //! | `determinism` | bytes do not depend on threads, memory, input mode or layout |
 //! | `formats` | stored types and every way to name a checkpoint |
 //! | `golden` | outputs of the paper's own code and of mergekit |
@@ -14,6 +15,7 @@
 //! | `properties` | what must hold for every method of the registry |
 //! | `output` | the files of a finished output |
 //! | `resume` | what becomes of an unfinished output |
+//! | `torch` | PyTorch checkpoints as inputs |
 //! | `verify` | damage to a finished output is found and named |
 //! | `recipes` | recipe files, against the outputs of mergekit and against flags |
 //! | `vocabulary` | tokenizers and rows of embeddings that are brought together |
@@ -27,11 +29,13 @@ mod digits;
 mod draws;
 mod formats;
 mod golden;
+mod mergekit;
 mod merges;
 mod methods;
 mod output;
 mod properties;
 mod recipes;
 mod resume;
+mod torch;
 mod verify;
 mod vocabulary;

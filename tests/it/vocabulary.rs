@@ -95,7 +95,7 @@ impl Place {
         let args = ["merge", "recipe.yml", "--out", "out"];
         let recipe = fs::read_to_string(self.path("recipe.yml")).unwrap();
         let (head, rest) = recipe.split_once("tokenizer_source: ").unwrap();
-        let rest = rest.split_once('\n').unwrap().1;
+        let rest = &rest[rest.find("models:").unwrap()..];
         fs::write(self.path("recipe.yml"), format!("{head}tokenizer_source: {source}\n{rest}")).unwrap();
         let outcome = self.tiesmith(&args);
         assert!(!self.path("out").exists());
@@ -228,6 +228,119 @@ fn rows_do_not_depend_on_how_they_are_read() {
     let report = place.tiesmith(&["merge", "recipe.yml", "--out", "again", "--json"]).succeeded().json();
     let plan = place.tiesmith(&["plan", "recipe.yml", "--json"]).succeeded().json();
     assert_eq!(plan["bytes_read"], report["bytes_read"]);
+}
+
+/// The value of `tokenizer_source` that, put where one goes, is a `tokenizer` section.
+fn section(body: &str) -> String {
+    format!("\ntokenizer: {{source: {body}}}")
+}
+
+#[test]
+fn single_tokens_take_the_rows_that_the_recipe_says() {
+    let place = Place::new();
+    let [base, a, b] = place.family([Dtype::F32; 3]);
+    let name = "lm_head.weight";
+    let (base, a, b) = (&base[name], &a[name], &b[name]);
+    let merge = |body: &str| {
+        let mut out = place.merge(&section(body), &[]);
+        out.remove(name).unwrap()
+    };
+    // "<im>" is in row 5 of a and row 4 of b. Without force, models that have it keep their own.
+    let out = merge("union, tokens: {<im>: {source: b}}");
+    assert_eq!(row(&out, 5), merged(&row(b, 4), &row(a, 5), &row(b, 4)));
+    let out = merge("union, tokens: {<im>: {source: b, force: true}}");
+    assert_eq!(row(&out, 5), merged(&row(b, 4), &row(b, 4), &row(b, 4)));
+    // Another token's row, by name and by number; zeros; and force alone: what a model would have without its own.
+    let out = merge("union, tokens: {<im>: {source: {kind: model_token, model: a, token: two}, force: true}}");
+    assert_eq!(row(&out, 5), merged(&row(a, 2), &row(a, 2), &row(a, 2)));
+    let out = merge("union, tokens: {<im>: {source: {kind: model_token, model: base, token_id: 3}}}");
+    assert_eq!(row(&out, 5), merged(&row(base, 3), &row(a, 5), &row(b, 4)));
+    let out = merge("union, tokens: {<im>: {source: {kind: zero}, force: true}, one: {force: true}}");
+    assert_eq!(row(&out, 5), [0.0; COLUMNS]);
+    assert_eq!(row(&out, 1), merged(&row(base, 1), &row(base, 1), &row(base, 1)));
+    // A token that no vocabulary has is added to that of the output, whichever that is.
+    let out = merge("base, tokens: {new: {source: {kind: model_token, model: b, token: one}}, <im>: null}");
+    assert_eq!(out.shape, [6, COLUMNS]);
+    assert_eq!(row(&out, 4), row(b, 3));
+    let (own, other) = (row(a, 5), row(b, 4));
+    assert_eq!(row(&out, 5), merged(&mean(Dtype::F32, &own, &other), &own, &other));
+    let loaded = tokenizers::Tokenizer::from_file(place.path("out/tokenizer.json")).unwrap();
+    let ids = loaded.encode("one new <im> two", false).unwrap();
+    assert_eq!(ids.get_ids(), [1, 4, 5, 2]);
+    assert_eq!(loaded.decode(ids.get_ids(), true).unwrap(), "one new two", "a special token stays special");
+    // Without a source or a model that has it, it is zeros, with a warning.
+    let out = merge("base, tokens: {other: {}}");
+    assert_eq!(row(&out, 4), [0.0; COLUMNS]);
+    let warnings = read_json(&place.path("out/tiesmith.json"))["report"]["warnings"].to_string();
+    assert!(warnings.contains("1 tokens have a row in no model: zeros"), "{warnings}");
+}
+
+#[test]
+fn rows_that_fill_up_are_the_average_of_all_others() {
+    let place = Place::new();
+    let [base, a, b] = place.family([Dtype::F32, Dtype::F32, Dtype::BF16]);
+    let out = place.merge(&section("base, pad_to_multiple_of: 8"), &[]);
+    let average = |tensor: &Tensor, rows: &[usize]| -> Vec<f32> {
+        let sum = |c: usize| rows.iter().map(|&r| f64::from(row(tensor, r)[c])).sum::<f64>();
+        let values: Vec<f32> = (0..COLUMNS).map(|c| (sum(c) / rows.len() as f64) as f32).collect();
+        Tensor::floats(tensor.dtype, &[COLUMNS], &values).f32s()
+    };
+    for name in ["model.embed_tokens.weight", "lm_head.weight"] {
+        assert_eq!(out[name].shape, [8, COLUMNS]);
+        let own = |tensors: &Tensors, rows: &[usize]| average(&tensors[name], rows);
+        let expected = merged(&own(&base, &[0, 1, 2, 3]), &own(&a, &[0, 1, 2, 3]), &own(&b, &[0, 3, 2, 1]));
+        (4..8).for_each(|r| assert_eq!(row(&out[name], r), expected, "{name} {r}"));
+    }
+    assert_eq!(read_json(&place.path("out/config.json"))["vocab_size"], 8);
+    // Nothing to fill up, and a multiple that is none.
+    assert_eq!(place.merge(&section("union, pad_to_multiple_of: 3"), &[])["lm_head.weight"].shape, [6, COLUMNS]);
+    let tree = |extra: &[&str]| {
+        place.merge(&section("union, pad_to_multiple_of: 64"), extra);
+        read_checkpoint(&place.path("out"))
+    };
+    let first = tree(&["--threads", "1"]);
+    assert_eq!(first["lm_head.weight"].shape, [64, COLUMNS]);
+    assert!(tree(&["--threads", "4", "--io", "mmap"]) == first);
+}
+
+#[test]
+fn a_row_of_base_that_no_token_stands_for_is_not_a_new_tokens() {
+    // base has rows to spare; the token that is added has the number of one of them.
+    let place = Place::new();
+    place.model("base", 8, Dtype::F32, 1, Some(tokenizer(&["<unk>", "one"], &[])));
+    let a = place.model("a", 3, Dtype::F32, 2, Some(tokenizer(&["<unk>", "one", "two"], &[])));
+    place.model("b", 8, Dtype::F32, 3, None);
+    let out = place.merge("union", &[]);
+    assert_eq!(out["lm_head.weight"].shape, [3, COLUMNS]);
+    assert_eq!(row(&out["lm_head.weight"], 2), row(&a["lm_head.weight"], 2));
+}
+
+#[test]
+fn single_tokens_that_cannot_be_found() {
+    let place = Place::new();
+    place.family([Dtype::F32; 3]);
+    place.merge("base", &[]);
+    for (body, message) in [
+        ("union, tokens: {<im>: {source: base}}", "recipe.yml:4:37: token \"<im>\": base has no token \"<im>\""),
+        (
+            "union, tokens: {x: {source: {kind: model_token, model: a, token: ten}}}",
+            "token \"x\": a has no token \"ten\"",
+        ),
+        (
+            "union, tokens: {x: {source: {kind: model_token, model: a, token_id: 6}}}",
+            "recipe.yml:4:37: token \"x\": \"lm_head.weight\" has no row 6 there",
+        ),
+        ("union, tokens: {x: {source: {kind: model_token, model: a, token_id: 5000000000}}}", "no row 5000000000"),
+        ("union, tokens: {x: {source: other}}", "recipe.yml:4:49: the token source \"other\" is none of the models"),
+    ] {
+        let refusal = place.refusal(&section(body));
+        assert!(refusal.contains(message), "{refusal}");
+    }
+    fs::remove_file(place.path("base/tokenizer.json")).unwrap();
+    for body in ["base, pad_to_multiple_of: 8", "base, tokens: {x: {}}"] {
+        let refusal = place.refusal(&section(body));
+        assert!(refusal.contains("no tokenizer.json in base"), "{refusal}");
+    }
 }
 
 #[test]

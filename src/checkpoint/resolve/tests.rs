@@ -54,6 +54,12 @@ fn in_a_directory_the_usual_names_come_first() {
     assert_eq!(opened(&["a.safetensors.index.json", "model.safetensors.index.json"]), "model.safetensors.index.json");
     assert_eq!(opened(&["model.safetensors", "adapter_config.json"]), "model.safetensors");
     assert_eq!(opened(&["model.safetensors", "pytorch_model.bin"]), "model.safetensors");
+    assert_eq!(opened(&["weights.safetensors", "pytorch_model.bin.index.json"]), "weights.safetensors");
+    assert_eq!(opened(&["training_args.bin", "pytorch_model.bin", "config.json"]), "pytorch_model.bin");
+    assert_eq!(
+        opened(&["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"]),
+        "pytorch_model.bin.index.json"
+    );
 }
 
 #[test]
@@ -73,7 +79,16 @@ fn an_unclear_directory_is_refused_with_advice() {
     refused(&["adapter_config.json", "adapter_model.safetensors"], "", &["PEFT adapter", "merge_and_unload"]);
     refused(&["adapter_config.json", "adapter_model.bin"], "", &["PEFT adapter"]);
     refused(&["adapter_model.safetensors"], "", &["PEFT adapter"]);
-    refused(&["config.json", "pytorch_model.bin"], "", &["pytorch_model.bin: a PyTorch checkpoint", "convert"]);
+    refused(
+        &["config.json", "training_args.bin"],
+        "",
+        &["training_args.bin: a PyTorch file of another name", "name it"],
+    );
+    refused(
+        &["pytorch_model-00001-of-00002.bin"],
+        "",
+        &["1 of 2 shards and no index (pytorch_model.bin.index.json)", "complete the download"],
+    );
     refused(&["q4.gguf"], "", &["q4.gguf: a GGUF file", "original"]);
     refused(&["config.json"], "", &["no safetensors file or index"]);
     refused(&["x/empty"], "x", &["no safetensors file or index"]);
@@ -91,9 +106,10 @@ fn files_are_taken_by_name() {
     assert_eq!(found.unwrap().source, Source::Index(dir.path().join("x.index.json")));
     let (found, _dir) = resolve_in(&[("m-00002-of-00003.safetensors", b"")], "m-00002-of-00003.safetensors");
     assert_eq!(found.unwrap().warnings, ["m-00002-of-00003.safetensors is shard 2 of 3: only its tensors are used"]);
-    refused(&["model.bin"], "model.bin", &["a PyTorch checkpoint, not safetensors", "convert"]);
+    let (found, dir) = resolve_in(&[("model.bin", b"")], "model.bin");
+    assert_eq!(found.unwrap().source, Source::File(dir.path().join("model.bin")));
     refused(&["model.gguf"], "model.gguf", &["a GGUF file, not safetensors"]);
-    refused(&["config.json"], "config.json", &["not a .safetensors or .index.json file"]);
+    refused(&["config.json"], "config.json", &["not a .safetensors, .bin or .index.json file"]);
     refused(&[], "none.safetensors", &["no such file or directory"]);
     assert!(resolve("", &*disk(), &no_env).is_err());
     assert!(resolve("a\0b", &*disk(), &no_env).is_err());

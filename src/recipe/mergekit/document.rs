@@ -5,15 +5,13 @@ use super::models::{Inputs, model_ref};
 use super::node::Node;
 use super::reader::{Fields, Reader};
 use super::settings::{self, Scope, Settings};
+use super::templates::TEMPLATES;
+use super::tokenizer;
 use crate::dtype::Float;
 use crate::error::{Result, printable};
 use crate::method::{METHODS, Method};
-use crate::recipe::{ChatTemplate, Params, Recipe, Scope as TrimScope, Setting, ThresholdKind, TrimTies, Vocabulary};
+use crate::recipe::{ChatTemplate, Params, Recipe, Scope as TrimScope, Setting, ThresholdKind, TrimTies};
 
-/// ChatML: every message between markers, its role first.
-const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + \
-                      '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}\
-                      {% endif %}";
 /// Shorter texts are names, as in mergekit.
 const SHORTEST_TEMPLATE: usize = 20;
 /// Every key of a document.
@@ -112,7 +110,7 @@ pub(super) fn read(reader: Reader<'_>, node: &Node) -> Result<Document> {
         inputs.recipe.params.insert(name, setting);
     }
     inputs.recipe.chat_template = fields.get("chat_template").map(|node| chat_template(reader, node)).transpose()?;
-    inputs.recipe.vocabulary = vocabulary(reader, &fields, &inputs.recipe)?;
+    tokenizer::read(reader, &fields, &mut inputs.recipe)?;
     let name = fields.get("name").map(|node| name(reader, node)).transpose()?;
     Ok(Document { name, recipe: inputs.recipe, warnings: inputs.warnings })
 }
@@ -189,50 +187,20 @@ fn sources(reader: Reader<'_>, fields: &Fields<'_>, inputs: &mut Inputs<'_>) -> 
     }
 }
 
-/// What is asked of tokenizer and vocabulary.
-fn vocabulary(reader: Reader<'_>, fields: &Fields<'_>, recipe: &Recipe) -> Result<Option<Vocabulary>> {
-    if let (Some(_), Some(second)) = (fields.get("tokenizer_source"), fields.get("tokenizer")) {
-        return Err(reader.fail(second.place, "both 'tokenizer_source' and 'tokenizer': give one"));
-    }
-    let source = match (fields.get("tokenizer_source"), fields.get("tokenizer")) {
-        (Some(node), _) => node,
-        (None, Some(node)) => {
-            let parts = reader.fields(node, "tokenizer", &["source", "tokens", "pad_to_multiple_of"])?;
-            for key in ["tokens", "pad_to_multiple_of"] {
-                if let Some(value) = parts.get(key) {
-                    return Err(reader.fail(value.place, format!("tokenizer {key} is not supported yet")));
-                }
-            }
-            match parts.get("source") {
-                Some(source) => source,
-                None => return Ok(Some(Vocabulary::Union)),
-            }
-        }
-        (None, None) => return Ok(None),
-    };
-    Ok(Some(match model_ref(reader, source, "tokenizer source")? {
-        word if word == "union" => Vocabulary::Union,
-        word if word == "base" => Vocabulary::Base,
-        model if recipe.base.as_ref() == Some(&model) => Vocabulary::Base,
-        model if recipe.models.iter().any(|input| input.source == model) => Vocabulary::Model(model),
-        other => {
-            let text = format!("the tokenizer source \"{}\" is none of the models", printable(&other));
-            return Err(reader.fail(source.place, text).help("base, union, or a model of this recipe"));
-        }
-    }))
-}
-
 /// `auto`, the name of a known template, or a template.
 fn chat_template(reader: Reader<'_>, node: &Node) -> Result<ChatTemplate> {
-    match reader.text(node, "chat_template")? {
-        "auto" => Ok(ChatTemplate::Auto),
-        "chatml" => Ok(ChatTemplate::Text(CHATML.into())),
-        text if text.contains('{') && text.len() >= SHORTEST_TEMPLATE => Ok(ChatTemplate::Text(text.into())),
-        name if ["alpaca", "exaone", "llama3", "mistral"].contains(&name) => Err(reader
-            .fail(node.place, format!("the chat template {name} is not built in"))
-            .help("write the template itself, or auto to take the one that most models have")),
-        name => Err(reader.unknown(node.place, "chat_template", name, &["auto", "chatml"])),
+    let text = reader.text(node, "chat_template")?;
+    if text == "auto" {
+        return Ok(ChatTemplate::Auto);
     }
+    if let Some((_, template)) = TEMPLATES.iter().find(|(name, _)| *name == text) {
+        return Ok(ChatTemplate::Text((*template).into()));
+    }
+    if text.contains('{') && text.len() >= SHORTEST_TEMPLATE {
+        return Ok(ChatTemplate::Text(text.into()));
+    }
+    let known: Vec<&str> = std::iter::once("auto").chain(TEMPLATES.iter().map(|(name, _)| *name)).collect();
+    Err(reader.unknown(node.place, "chat_template", text, &known))
 }
 
 /// A document's name, which becomes part of a path.

@@ -13,8 +13,10 @@ mod models;
 mod node;
 mod reader;
 mod settings;
+mod templates;
 #[cfg(test)]
 mod tests;
+mod tokenizer;
 
 use std::collections::HashMap;
 
@@ -84,6 +86,7 @@ impl Document {
         if let Some(Vocabulary::Model(model)) = &mut recipe.vocabulary {
             f(model);
         }
+        recipe.token_rules.iter_mut().filter_map(|rule| rule.source.as_mut()?.model_mut()).for_each(f);
     }
 }
 

@@ -153,6 +153,36 @@ fn vocabularies_may_be_bases_a_models_or_all_together() {
 }
 
 #[test]
+fn single_tokens_have_sources_of_every_kind() {
+    use crate::recipe::TokenSource;
+    let text = "
+tokenizer:
+  source: union
+  pad_to_multiple_of: 64
+  tokens:
+    '<|im_start|>': { source: { kind: model_token, model: { model: { path: m } }, token: <s> }, force: true }
+    b: { source: { kind: model_token, model: b, token_id: 7 } }
+    c: { source: m }
+    d: { source: { kind: zero } }
+    e:
+    f: { force: yes }
+";
+    let recipe = recipe(&format!("{TIES}{text}"));
+    assert_eq!(recipe.vocabulary_multiple, Some(64));
+    let rules: Vec<_> = recipe.token_rules.iter().map(|r| (&*r.token, r.source.clone(), r.force)).collect();
+    let expected = [
+        ("<|im_start|>", Some(TokenSource::Token("m".into(), "<s>".into())), true),
+        ("b", Some(TokenSource::Row("b".into(), 7)), false),
+        ("c", Some(TokenSource::Model("m".into())), false),
+        ("d", Some(TokenSource::Zero), false),
+        ("e", None, false),
+        ("f", None, true),
+    ];
+    assert_eq!(rules, expected);
+    assert_eq!(recipe.token_rules[1].place.as_deref(), Some("r.yml:12:5"));
+}
+
+#[test]
 fn slices_name_models_once_and_layers_by_their_first() {
     let text = "
 merge_method: passthrough
@@ -300,9 +330,22 @@ fn mistakes_are_named_with_their_place() {
         (with("base_model: c"), "r.yml:6:1: key \"base_model\" comes twice, first in line 2"),
         (with("tokenizer_source: other"), "r.yml:6:19: the tokenizer source \"other\" is none of the models"),
         (with("tokenizer_source: base\ntokenizer: {source: base}"), "both 'tokenizer_source' and 'tokenizer'"),
-        (with("tokenizer: {source: base, pad_to_multiple_of: 8}"), "pad_to_multiple_of is not supported yet"),
+        (with("tokenizer: {pad_to_multiple_of: 0}"), "r.yml:6:33: pad_to_multiple_of is 0, but must lie between 1 and"),
+        (with("tokenizer: {pad_to_multiple_of: 1.5}"), "pad_to_multiple_of must be a whole number, not \"1.5\""),
+        (with("tokenizer: {tokens: [a]}"), "r.yml:6:21: tokens must be a mapping, not a list"),
+        (with("tokenizer: {tokens: {a: {sauce: m}}}"), "r.yml:6:26: unknown key in a token: \"sauce\""),
+        (with("tokenizer: {tokens: {a: {source: x}}}"), "r.yml:6:34: the token source \"x\" is none of the models"),
+        (with("tokenizer: {tokens: {a: {force: maybe}}}"), "r.yml:6:33: force must be true or false"),
+        (with("tokenizer: {tokens: {a: {source: {kind: model}}}}"), "r.yml:6:41: unknown kind: \"model\""),
+        (with("tokenizer: {tokens: {a: {source: {kind: zero, token: b}}}}"), "r.yml:6:47: token with kind zero"),
+        (with("tokenizer: {tokens: {a: {source: {kind: model_token}}}}"), "a token source without 'model'"),
+        (with("tokenizer: {tokens: {a: {source: {kind: model_token, model: m}}}}"), "needs 'token' or 'token_id'"),
+        (
+            with("tokenizer: {tokens: {a: {source: {kind: model_token, model: m, token: b, token_id: 1}}}}"),
+            "r.yml:6:34: a token source needs 'token' or 'token_id', and not both",
+        ),
         (with("tokenizer: {sauce: base}"), "did you mean \"source\"?"),
-        (with("chat_template: mistral"), "r.yml:6:16: the chat template mistral is not built in"),
+        (with("chat_template: mistrall"), "r.yml:6:16: unknown chat_template: \"mistrall\"; did you mean \"mistral\"?"),
         (with("chat_template: autp"), "r.yml:6:16: unknown chat_template: \"autp\"; did you mean \"auto\"?"),
         (with("chat_template: []"), "chat_template must be a text, not a list"),
         (instead("- model: m", "- model: m+lora"), "r.yml:4:10: model \"m+lora\" names an adapter"),

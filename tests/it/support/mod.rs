@@ -10,6 +10,7 @@ pub mod random;
 pub mod reference;
 pub mod run;
 pub mod tensor;
+pub mod torch;
 
 use std::path::{Path, PathBuf};
 
