@@ -51,8 +51,9 @@ mod storage;
 pub use checkpoint::Checkpoint;
 pub use dtype::{Dtype, Float, dtype_name};
 pub use engine::{
-    Change, Damage, DamagedFile, DiffOptions, DiffReport, DtypeTotal, InspectReport, Observer, OutputOptions, Report,
-    TensorDiff, TensorStats, ValueStats, VerifyReport, diff, inspect, is_finished, merge, verify,
+    Change, Damage, DamagedFile, DiffOptions, DiffReport, DtypeTotal, InspectReport, Observer, OutputOptions,
+    PackOutput, PackReport, Report, SweepEntry, SweepOptions, SweepReport, TensorDiff, TensorStats, ValueStats,
+    Variant, VerifyReport, diff, inspect, is_finished, merge, pack, sweep, verify,
 };
 pub use error::{Error, ErrorKind, Result, printable};
 pub use method::{METHODS, Method, ParamKind, ParamSpec, Value};

@@ -32,6 +32,9 @@ pub const MAX_RECIPE_DEPTH: usize = 64;
 /// Most documents in a recipe file.
 pub const MAX_RECIPE_DOCUMENTS: usize = 1_000;
 
+/// Most outputs of a sweep that are made together: each has a thread that follows its writes, and open files.
+pub const MAX_SWEEP_GROUP: usize = 128;
+
 /// Most models in one merge: each needs a tile in every worker.
 pub const MAX_MODELS: usize = 128;
 

@@ -10,6 +10,7 @@ mod header;
 mod index;
 mod json;
 pub mod layout;
+pub mod packed;
 mod resolve;
 pub mod rows;
 #[cfg(test)]
@@ -49,6 +50,7 @@ impl TensorEntry {
 }
 
 /// One open file of a checkpoint.
+#[derive(Clone)]
 pub struct CheckpointFile {
     /// The open file.
     pub file: Arc<dyn InputFile>,
@@ -58,7 +60,8 @@ pub struct CheckpointFile {
     pub header_hash: [u8; 32],
 }
 
-/// An opened checkpoint: files kept open, tensors catalogued, no tensor data read.
+/// An opened checkpoint: files kept open, tensors catalogued, no tensor data read. A clone shares the open files.
+#[derive(Clone)]
 pub struct Checkpoint {
     /// What the user wrote.
     pub spec: String,
@@ -72,6 +75,19 @@ pub struct Checkpoint {
     pub tensors: Vec<TensorEntry>,
     /// Peculiarities worth a warning (duplicate-free: each says one thing once).
     pub warnings: Vec<String>,
+    /// What is computed and not stored.
+    pub derived: Derived,
+}
+
+/// Tensors of a checkpoint that are computed where they are read.
+#[derive(Clone, Default)]
+pub struct Derived {
+    /// Memory that they hold, in bytes.
+    pub held_bytes: u64,
+    /// Memory that reading one takes beside the result, in bytes.
+    pub scratch_bytes: u64,
+    /// Whether the checkpoint is a packed task vector.
+    pub packed: bool,
 }
 
 /// A snapshot in the local Hugging Face cache.
@@ -86,10 +102,16 @@ pub struct HubRef {
 impl Checkpoint {
     /// Opens what `spec` names: a directory, a `.safetensors` file or a PyTorch file (`.bin`, `.pt`, `.pth`, `.ckpt`), an index file, or a Hub id in the local cache.
     pub fn open(spec: &str, storage: &Arc<dyn Storage>) -> Result<Self> {
+        Self::open_on(spec, None, storage)
+    }
+
+    /// The same, where `base` is at hand to be that of a packed task vector.
+    pub fn open_on(spec: &str, base: Option<&str>, storage: &Arc<dyn Storage>) -> Result<Self> {
         let found = resolve::resolve(spec, &**storage, &|name| std::env::var_os(name))?;
         let catalogue = match &found.source {
             Source::File(path) => Catalogue::of_file(path, &**storage)?,
             Source::Index(path) => index::open(path, &**storage)?,
+            Source::Packed(path) => return packed::open(spec, path, found.warnings, base, storage),
         };
         let mut warnings = found.warnings;
         warnings.extend(catalogue.warnings);
@@ -100,6 +122,7 @@ impl Checkpoint {
             files: catalogue.files,
             tensors: catalogue.tensors,
             warnings,
+            derived: Derived::default(),
         })
     }
 

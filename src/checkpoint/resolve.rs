@@ -24,6 +24,8 @@ const SINGLE: &str = "model.safetensors";
 /// The same of a PyTorch checkpoint.
 const TORCH_INDEX: &str = "pytorch_model.bin.index.json";
 const TORCH_SINGLE: &str = "pytorch_model.bin";
+/// How a packed task vector's name ends.
+const PACKED: &str = ".tvz";
 /// Longest accepted ref file of the Hub cache: a commit hash and a newline, with room to spare.
 const MAX_REF_BYTES: u64 = 256;
 const CONVERT: &str = "convert it to safetensors first, e.g. with transformers: from_pretrained, then save_pretrained";
@@ -47,6 +49,8 @@ pub(super) enum Source {
     File(PathBuf),
     /// An index file.
     Index(PathBuf),
+    /// A packed task vector.
+    Packed(PathBuf),
 }
 
 /// Finds what `spec` names.
@@ -75,10 +79,12 @@ fn named_file(path: &Path) -> Result<Found> {
             warnings.push(format!("{} is shard {number} of {count}: only its tensors are used", printable(&name)));
         }
         Source::File(path.to_path_buf())
+    } else if name.ends_with(PACKED) {
+        Source::Packed(path.to_path_buf())
     } else {
         let error = match other_format(&name) {
             Some((what, help)) => Error::input(format!("{what}, not safetensors")).help(help),
-            None => Error::input("not a .safetensors, .bin or .index.json file")
+            None => Error::input("not a .safetensors, .bin, .index.json or .tvz file")
                 .help("give a checkpoint directory or such a file"),
         };
         return Err(error.at(path));
@@ -109,6 +115,7 @@ fn in_directory(dir: &Path, storage: &dyn Storage) -> Result<Found> {
     let source = match source {
         Choice::File(name) => Source::File(dir.join(name)),
         Choice::Index(name) => Source::Index(dir.join(name)),
+        Choice::Packed(name) => Source::Packed(dir.join(name)),
     };
     Ok(Found { dir: dir.to_path_buf(), source, hub: None, warnings: Vec::new() })
 }
@@ -116,6 +123,7 @@ fn in_directory(dir: &Path, storage: &dyn Storage) -> Result<Found> {
 enum Choice<'a> {
     File(&'a str),
     Index(&'a str),
+    Packed(&'a str),
 }
 
 /// The file to open among the `names` of a directory.
@@ -133,10 +141,12 @@ fn choose(names: &[String]) -> Result<Choice<'_>> {
     }
     let files = ending(".safetensors");
     let adapter = names.iter().any(|n| n == "adapter_config.json");
+    let packed = ending(PACKED);
     match files[..] {
         _ if files.contains(&SINGLE) => Ok(Choice::File(SINGLE)),
         [] if adapter => Err(adapter_error()),
         ["adapter_model.safetensors"] => Err(adapter_error()),
+        [] if packed.len() == 1 => Ok(Choice::Packed(packed[0])),
         [] => choose_torch(names),
         [only] => match shard_number(only).filter(|&(_, count)| count > 1) {
             Some((_, count)) => Err(incomplete(&files, count)),
@@ -213,7 +223,7 @@ impl<'a> HubId<'a> {
             part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
                 && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
         };
-        let file = [".safetensors", ".json", ".bin"].iter().any(|ending| name.ends_with(ending));
+        let file = [".safetensors", ".json", ".bin", PACKED].iter().any(|ending| name.ends_with(ending));
         // A revision is a branch (which may have slashes), a tag or a commit.
         let revision_is_path = revision.is_none_or(|r| r.split('/').all(is_plain_component));
         (plain(org) && plain(name) && !file && revision_is_path).then_some(Self { id, revision })

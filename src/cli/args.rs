@@ -15,6 +15,7 @@ use tiesmith::{
 
 use super::parse;
 use super::progress::Mode;
+use super::sweep;
 
 /// Merge fine-tuned models that do not fit in memory
 ///
@@ -51,6 +52,22 @@ Examples:
   Merge the attention only, in 1 GiB of memory
     tiesmith merge --base llama --model chat --model code --include '*attn*' --memory 1GiB --out m";
 
+const SWEEP_EXAMPLES: &str = "\
+Examples:
+  The paper's search: three densities, lambda from 0.8 to 3.0 by 0.1
+    tiesmith sweep --base llama --model chat --model code --density 0.1,0.2,0.3 --lambda 0.8:3.0:0.1 --out grid
+  Every pair of models, by two methods
+    tiesmith sweep --base llama --model a --model b --model c --subset pairs --method ties,task_arithmetic --out grid";
+
+const PACK_EXAMPLES: &str = "\
+Examples:
+  The 20 % of the task vector with the largest magnitudes: six to eight times smaller
+    tiesmith pack chat --base llama --density 0.2 --out chat.tvz
+  All that differs, whatever it is
+    tiesmith pack chat --base llama --density 1 --out chat.tvz
+  A packed task vector is trimmed already
+    tiesmith merge --base llama --model chat.tvz --model code.tvz --density 1 --out merged";
+
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Merge models into a new checkpoint
@@ -72,6 +89,22 @@ pub enum Command {
     /// Every file that the manifest lists is read and hashed again.
     #[command(after_help = "Examples:\n  tiesmith verify merged\n  tiesmith verify merged --json")]
     Verify(VerifyArgs),
+    /// Merge models in many ways from shared reads: a grid of lambda, density, methods and subsets of models
+    ///
+    /// Each output is what 'merge' gives with the same options, bit for bit, in a folder of its own; sweep.md and
+    /// sweep.json list them. The same command goes on after an interruption.
+    #[command(after_help = SWEEP_EXAMPLES)]
+    Sweep(Box<SweepArgs>),
+    /// Pack a checkpoint into a file of what differs from its base, trimmed and compressed
+    ///
+    /// The file stands for the (trimmed) checkpoint wherever one is asked for, as long as the base is there.
+    #[command(after_help = PACK_EXAMPLES)]
+    Pack(PackArgs),
+    /// Write what is packed in a file as a checkpoint, bit for bit
+    ///
+    /// Configuration and tokenizer are the base's. The same command goes on after an interruption.
+    #[command(after_help = "Example:\n  tiesmith unpack chat.tvz --base llama --out chat-trimmed")]
+    Unpack(UnpackArgs),
     /// List the merge methods, their parameters, defaults and formulas
     Methods(MethodsArgs),
     /// Print a completion script for a shell
@@ -88,10 +121,10 @@ impl Cli {
         let mut command = Self::command();
         let matches = command.try_get_matches_from_mut(argv)?;
         let mut cli = Self::from_arg_matches(&matches).map_err(|e| e.format(&mut command))?;
-        if let (Command::Merge(args) | Command::Plan(args), Some((_, matches))) =
-            (&mut cli.command, matches.subcommand())
-        {
-            args.given = given(matches);
+        match (&mut cli.command, matches.subcommand()) {
+            (Command::Merge(args) | Command::Plan(args), Some((_, matches))) => args.given = given(matches),
+            (Command::Sweep(args), Some((_, matches))) => args.given = given(matches),
+            _ => {}
         }
         Ok(cli)
     }
@@ -225,25 +258,15 @@ pub struct TrimArgs {
     pub density: Option<f64>,
 
     /// Where one threshold applies
-    #[arg(long, value_name = "SCOPE", default_value = "model", value_parser = choice(&[
-        ("model", "one per task vector over the whole model (the paper)", Scope::Model),
-        ("tensor", "one per tensor (mergekit); inputs are read only once", Scope::Tensor),
-    ]))]
+    #[arg(long, value_name = "SCOPE", default_value = "model", value_parser = scopes())]
     pub scope: Scope,
 
     /// How the threshold is found
-    #[arg(long, value_name = "KIND", default_value = "exact", value_parser = choice(&[
-        ("exact", "the true k-th largest magnitude", ThresholdKind::Exact),
-        ("sketch", "an approximation with a certified interval, in less memory", ThresholdKind::Sketch),
-    ]))]
+    #[arg(long, value_name = "KIND", default_value = "exact", value_parser = thresholds())]
     pub threshold: ThresholdKind,
 
     /// What becomes of magnitudes equal to the threshold
-    #[arg(long, value_name = "RULE", default_value = "keep", value_parser = choice(&[
-        ("keep", "all are kept (the paper's code)", TrimTies::Keep),
-        ("lowest", "those at the lowest positions fill up the count exactly", TrimTies::Lowest),
-        ("sample", "an evenly spread seeded sample meets the count on average", TrimTies::Sample),
-    ]))]
+    #[arg(long, value_name = "RULE", default_value = "keep", value_parser = tie_rules())]
     pub trim_ties: TrimTies,
 }
 
@@ -378,6 +401,156 @@ pub struct VerifyArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct SweepArgs {
+    /// A recipe file in mergekit's language, instead of --base, --model and --method; other options override it
+    #[arg(value_name = "RECIPE.yml", conflicts_with_all = ["base", "models", "method"])]
+    pub recipe: Option<String>,
+
+    /// Options that were given, not filled in.
+    #[arg(skip)]
+    pub given: Vec<String>,
+
+    #[command(flatten)]
+    pub inputs: InputArgs,
+
+    /// Scales of the merged task vector: a list, ranges first:last:step, or both
+    #[arg(long, value_name = "LIST", help_heading = "Grid", allow_hyphen_values = true, value_parser = sweep::numbers)]
+    pub lambda: Option<sweep::Values>,
+
+    /// Fractions of each task vector to keep: a list, ranges first:last:step, or both
+    #[arg(long, value_name = "LIST", help_heading = "Grid", value_parser = sweep::fractions)]
+    pub density: Option<sweep::Values>,
+
+    /// Methods, separated by commas; 'tiesmith methods' explains each [default: ties]
+    #[arg(long, value_name = "NAMES", help_heading = "Grid", value_delimiter = ',', value_parser = methods())]
+    pub method: Vec<String>,
+
+    /// Which models: all, pairs, leave-one-out, sizes (the first two, three, ...), or numbers such as 1+3; several are
+    /// separated by commas
+    #[arg(long, value_name = "SETS", help_heading = "Grid", value_delimiter = ',', value_parser = sweep::subset)]
+    pub subset: Vec<sweep::Subset>,
+
+    /// How the sign of each parameter is elected [default: mass]
+    #[arg(long, value_name = "RULE", help_heading = "Method", value_parser = words("elect"))]
+    pub elect: Option<String>,
+
+    /// What becomes of the values that agree with the elected sign [default: mean] (sum in dare_ties and breadcrumbs_ties)
+    #[arg(long, value_name = "RULE", help_heading = "Method", value_parser = words("combine"))]
+    pub combine: Option<String>,
+
+    /// The sign where an election cancels exactly [default: zero]
+    #[arg(long, value_name = "RULE", help_heading = "Method", value_parser = words("zero_sum"))]
+    pub zero_sum: Option<String>,
+
+    /// Any parameter of the methods by its name, as in '--param gamma=0.01'; repeatable
+    #[arg(long = "param", value_name = "NAME=VALUE", help_heading = "Method", allow_hyphen_values = true, value_parser = parse::param)]
+    pub params: Vec<(String, Value)>,
+
+    /// Take the elected signs from this checkpoint's task vector instead (oracle signs)
+    #[arg(long, value_name = "CKPT", help_heading = "Method")]
+    pub sign_from: Option<String>,
+
+    /// Seed of every random draw; equal seeds give equal bytes
+    #[arg(long, value_name = "N", help_heading = "Method", default_value = "0", value_parser = parse::whole)]
+    pub seed: u64,
+
+    /// Where one threshold applies
+    #[arg(long, value_name = "SCOPE", help_heading = "Trim", default_value = "model", value_parser = scopes())]
+    pub scope: Scope,
+
+    /// How the thresholds are found
+    #[arg(long, value_name = "KIND", help_heading = "Trim", default_value = "exact", value_parser = thresholds())]
+    pub threshold: ThresholdKind,
+
+    /// What becomes of magnitudes equal to the threshold
+    #[arg(long, value_name = "RULE", help_heading = "Trim", default_value = "keep", value_parser = tie_rules())]
+    pub trim_ties: TrimTies,
+
+    /// Store each output as what differs from the base, compressed, in a file DIR/NAME.tvz
+    ///
+    /// Such a file is a checkpoint for every command; 'tiesmith unpack' writes it as one.
+    #[arg(long, help_heading = "Output")]
+    pub packed: bool,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct PackArgs {
+    /// The checkpoint
+    #[arg(value_name = "CKPT")]
+    pub checkpoint: String,
+
+    /// The checkpoint that it was fine-tuned from
+    #[arg(long, value_name = "BASE")]
+    pub base: String,
+
+    /// The file to write; its name ends in .tvz
+    #[arg(long, value_name = "FILE.tvz")]
+    pub out: PathBuf,
+
+    /// Fraction of the task vector to keep, largest magnitudes first: 0.2 or 20%; 1 keeps every bit that differs
+    #[arg(long, value_name = "FRACTION", default_value = "0.2", value_parser = parse::fraction)]
+    pub density: f64,
+
+    /// Where one threshold applies
+    #[arg(long, value_name = "SCOPE", default_value = "model", value_parser = scopes())]
+    pub scope: Scope,
+
+    /// How the threshold is found
+    #[arg(long, value_name = "KIND", default_value = "exact", value_parser = thresholds())]
+    pub threshold: ThresholdKind,
+
+    /// What becomes of magnitudes equal to the threshold
+    #[arg(long, value_name = "RULE", default_value = "keep", value_parser = tie_rules())]
+    pub trim_ties: TrimTies,
+
+    /// Seed of '--trim-ties sample'
+    #[arg(long, value_name = "N", default_value = "0", value_parser = parse::whole)]
+    pub seed: u64,
+
+    /// Replace a file that is there
+    #[arg(long)]
+    pub force: bool,
+
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct UnpackArgs {
+    /// The packed task vector
+    #[arg(value_name = "FILE.tvz")]
+    pub file: String,
+
+    /// The checkpoint that it was packed against [default: the one that the file names]
+    #[arg(long, value_name = "BASE")]
+    pub base: Option<String>,
+
+    /// Directory of the checkpoint
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Largest output file, in tensor bytes, such as 5GB or 500MB
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse::size)]
+    pub max_shard_size: u64,
+
+    /// Replace a finished output
+    #[arg(long)]
+    pub force: bool,
+
+    /// Throw an unfinished run's work away instead of going on with it
+    #[arg(long)]
+    pub restart: bool,
+
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+#[derive(Debug, Args)]
 pub struct MethodsArgs {
     /// Print the list as one JSON object
     #[arg(long)]
@@ -408,6 +581,28 @@ fn choice<T: Copy + Send + Sync + 'static>(
 ) -> impl TypedValueParser<Value = T> {
     PossibleValuesParser::new(values.iter().map(|(word, help, _)| PossibleValue::new(*word).help(*help)))
         .map(|word| values.iter().find(|(known, ..)| *known == word).expect("clap checked the word").2)
+}
+
+fn scopes() -> impl TypedValueParser<Value = Scope> {
+    choice(&[
+        ("model", "one per task vector over the whole model (the paper)", Scope::Model),
+        ("tensor", "one per tensor (mergekit); inputs are read only once", Scope::Tensor),
+    ])
+}
+
+fn thresholds() -> impl TypedValueParser<Value = ThresholdKind> {
+    choice(&[
+        ("exact", "the true k-th largest magnitude", ThresholdKind::Exact),
+        ("sketch", "an approximation with a certified interval, in less memory", ThresholdKind::Sketch),
+    ])
+}
+
+fn tie_rules() -> impl TypedValueParser<Value = TrimTies> {
+    choice(&[
+        ("keep", "all are kept (the paper's code)", TrimTies::Keep),
+        ("lowest", "those at the lowest positions fill up the count exactly", TrimTies::Lowest),
+        ("sample", "an evenly spread seeded sample meets the count on average", TrimTies::Sample),
+    ])
 }
 
 /// The types that can be asked for, with the names that other tools use for them.

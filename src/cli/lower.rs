@@ -10,6 +10,7 @@ use super::args::MergeArgs;
 pub fn recipe(args: &MergeArgs, verb: &str) -> Result<Recipe> {
     let example = match verb {
         "merge" => "tiesmith merge --base BASE --model A --model B --out DIR",
+        "sweep" => "tiesmith sweep --base BASE --model A --model B --lambda 0.8,1 --out DIR",
         _ => "tiesmith plan --base BASE --model A --model B",
     };
     if args.inputs.models.is_empty() {

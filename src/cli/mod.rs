@@ -15,10 +15,12 @@ mod man;
 mod merge;
 mod methods;
 mod output;
+mod pack;
 mod parse;
 mod plan;
 mod progress;
 mod signals;
+mod sweep;
 mod table;
 mod usage;
 mod verify;
@@ -39,7 +41,7 @@ const DIFFERS: u8 = 1;
 pub fn run(argv: impl IntoIterator<Item = OsString>) -> u8 {
     let argv: Vec<OsString> = argv.into_iter().collect();
     let outcome = match Cli::read(&argv) {
-        Ok(cli) => dispatch(&cli.command),
+        Ok(cli) => dispatch(cli.command),
         Err(error) if !error.use_stderr() => print(&error.render().to_string()),
         Err(error) => Err(usage::flatten(&error, &argv)),
     };
@@ -55,13 +57,19 @@ pub fn run(argv: impl IntoIterator<Item = OsString>) -> u8 {
     }
 }
 
-fn dispatch(command: &Command) -> Result<u8> {
-    match command {
+fn dispatch(command: Command) -> Result<u8> {
+    if let Command::Sweep(args) = command {
+        return sweep::run(*args);
+    }
+    match &command {
+        Command::Sweep(_) => unreachable!("it is dealt with above"),
         Command::Merge(args) => merge::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Diff(args) => diff::run(args),
         Command::Verify(args) => verify::run(args),
+        Command::Pack(args) => pack::pack(args),
+        Command::Unpack(args) => pack::unpack(args),
         Command::Methods(args) => methods::run(args),
         Command::Completions(args) => completions::run(args),
         Command::Man(args) => man::run(args),

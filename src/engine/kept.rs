@@ -159,7 +159,7 @@ impl Kept {
     }
 
     /// What is not done of a tensor of `length` elements: (start, end).
-    fn gaps(&self, tensor: u32, length: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
+    pub(super) fn gaps(&self, tensor: u32, length: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
         let spans = self.spans.get(&tensor).map(Vec::as_slice).unwrap_or_default();
         let starts = std::iter::once(0).chain(spans.iter().map(|span| span.start + span.count));
         let ends = spans.iter().map(|span| span.start).chain([length]);

@@ -12,6 +12,7 @@ mod inspect;
 mod kept;
 mod looks;
 mod output;
+mod pack;
 mod passes;
 mod pool;
 mod records;
@@ -20,14 +21,18 @@ mod shard_hash;
 mod shards;
 mod side_files;
 mod slot;
+mod sweep;
 mod turns;
 mod verify;
 mod worker;
 
 pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};
 pub use inspect::{DtypeTotal, InspectReport, TensorStats, ValueStats, inspect};
+pub use pack::{PackOutput, PackReport, pack};
+pub use sweep::{SweepEntry, SweepOptions, SweepReport, Variant, sweep};
 pub use verify::{Damage, DamagedFile, VerifyReport, verify};
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -41,7 +46,7 @@ use select::Thresholds;
 use shards::SealedShard;
 use worker::Tally;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, printable};
 use crate::limits::MAX_SIDE_FILE_BYTES;
 use crate::method::Inputs;
 use crate::plan::{Goal, Plan, Schedule};
@@ -193,7 +198,7 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     let mut warnings = plan.warnings.clone();
     let mut reused = 0;
     let shards = shards::write_shards(plan, dir, observer, |writer, kept: &Kept| {
-        let mut passes = Passes::new(plan, schedule, observer, writer, kept);
+        let mut passes = Passes::new(plan, schedule, observer, Some(writer), kept);
         passes.run()?;
         tally = passes.tally();
         thresholds = std::mem::take(&mut passes.thresholds);
@@ -203,7 +208,7 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     })?;
     check_inputs_unchanged(plan)?;
     observer.go_on()?;
-    let mut report = report(plan, schedule, dir, &tally, &thresholds, warnings);
+    let mut report = report(plan, schedule, (&dir.dir, dir.resumes()), &tally, &thresholds, warnings);
     report.chunks_reused = reused;
     report.wall_seconds = begin.elapsed().as_secs_f64();
     Ok(Finished { report, shards, thresholds })
@@ -233,7 +238,7 @@ fn check_inputs_unchanged(plan: &Plan) -> Result<()> {
 fn report(
     plan: &Plan,
     schedule: &Schedule,
-    dir: &OutputDir,
+    (dir, resumed): (&Path, bool),
     tally: &Tally,
     thresholds: &Thresholds,
     mut warnings: Vec<String>,
@@ -244,7 +249,7 @@ fn report(
         .collect();
     warnings.extend(tie_warnings(plan, schedule, &tally.kept));
     Report {
-        out: dir.dir.display().to_string(),
+        out: dir.display().to_string(),
         tensors: plan.tensors.len() as u64,
         elements: plan.tensors.iter().map(|t| t.elements).sum(),
         shards: plan.layout.shards.len() as u64,
@@ -252,13 +257,20 @@ fn report(
         bytes_written: plan.layout.shards.iter().map(|s| s.bytes).sum(),
         wall_seconds: 0.0,
         peak_memory_bytes: peak_memory_bytes(),
-        resumed: dir.resumes(),
+        resumed,
         chunks_reused: 0,
         kept_interval: kept_interval(plan, thresholds),
         kept_fraction,
         sign_conflict_fraction: share(tally.conflicts, tally.merged),
         warnings,
     }
+}
+
+/// What is to be said if versions of tensors that are copied differ.
+fn differing_warning(plan: &Plan, differing: &BTreeSet<u32>) -> Option<String> {
+    let name = printable(&plan.tensors[*differing.first()? as usize].name);
+    let count = differing.len();
+    Some(format!("{count} tensors that are copied from base differ between the models (first: \"{name}\")"))
 }
 
 /// A kept fraction far above what was asked for comes from ties at the threshold; that is worth knowing.

@@ -27,6 +27,8 @@ use crate::storage::{Identity, Lock, Storage};
 /// Name of the folder that holds unfinished work.
 const WORK_DIR: &str = ".tiesmith";
 const LOCK: &str = "lock";
+/// The journal of unfinished work, in the output directory.
+pub(super) const JOURNAL_PATH: &str = ".tiesmith/journal";
 const JOURNAL: &str = "journal";
 /// Name of the manifest: its presence marks a finished output of this program.
 pub(super) const MANIFEST: &str = "tiesmith.json";

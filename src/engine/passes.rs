@@ -6,7 +6,6 @@
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::Observer;
 use super::cut::{Cut, TieChain, TieCounts};
 use super::kept::Kept;
 use super::looks::solo_facts;
@@ -17,10 +16,11 @@ use super::shards::ShardWriter;
 use super::slot::{Loaded, Slot, locate};
 use super::turns::{Ordered, Pending};
 use super::worker::{Known, Tally, Worker};
-use crate::error::{Error, Result, printable};
+use super::{Observer, differing_warning};
+use crate::error::{Error, Result};
 use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::plan::ThresholdKind;
-use crate::plan::{Action, Chunk, Goal, Plan, Schedule, Trim, Unit, UnitKind, Wanted};
+use crate::plan::{Action, Chunk, Goal, Piece, Plan, Schedule, Trim, Unit, UnitKind, Wanted};
 use crate::sketch::{Bracket, MagnitudeSketch, Probe, Selector, Threshold, bounds_of_sample};
 
 /// Everything that a run shares.
@@ -28,7 +28,8 @@ pub(super) struct Passes<'a> {
     pub plan: &'a Plan,
     schedule: &'a Schedule,
     observer: &'a dyn Observer,
-    writer: &'a ShardWriter<'a>,
+    /// Where results go; `None` for passes that only look at the data.
+    pub writer: Option<&'a ShardWriter<'a>>,
     kept: &'a Kept,
     pub workers: Vec<Worker>,
     /// Tensor bytes that earlier attempts read for thresholds that are taken over.
@@ -51,12 +52,29 @@ pub(super) struct Resident {
     loaded: bool,
 }
 
+impl Resident {
+    /// Whether the slots show their chunks.
+    pub(super) fn is_loaded(&self) -> bool {
+        self.loaded
+    }
+
+    /// Says that they do.
+    pub(super) fn set_loaded(&mut self) {
+        self.loaded = true;
+    }
+
+    /// The slots, in the order of the chunks.
+    pub(super) fn slots(&mut self) -> std::slice::IterMut<'_, Slot> {
+        self.slots.iter_mut()
+    }
+}
+
 impl<'a> Passes<'a> {
     pub(super) fn new(
         plan: &'a Plan,
         schedule: &'a Schedule,
         observer: &'a dyn Observer,
-        writer: &'a ShardWriter<'a>,
+        writer: Option<&'a ShardWriter<'a>>,
         kept: &'a Kept,
     ) -> Self {
         let workers = (0..schedule.threads).map(|_| Worker::new(plan, schedule)).collect();
@@ -97,6 +115,10 @@ impl<'a> Passes<'a> {
         self.direct()
     }
 
+    fn writer(&self) -> &'a ShardWriter<'a> {
+        self.writer.expect("passes that have results have somewhere to put them")
+    }
+
     /// What all workers counted, and what is kept of earlier attempts.
     pub(super) fn tally(&self) -> Tally {
         let mut sum = self.kept.tally.clone();
@@ -114,7 +136,7 @@ impl<'a> Passes<'a> {
 
     /// Whether passes follow each other over the whole model, so that each is worth a stage of its own. Otherwise there
     /// is one stage that counts everything read.
-    fn announces_passes(&self) -> bool {
+    pub(super) fn announces_passes(&self) -> bool {
         matches!(&self.schedule.units[..], [unit] if unit.kind == UnitKind::Streamed)
     }
 
@@ -138,7 +160,7 @@ impl<'a> Passes<'a> {
         let facts = self.facts(unit, &mut resident)?;
         let majority = self.majority(unit, &mut resident, &cuts, &facts)?;
         let thresholds = UnitThresholds::new(unit, &goals, &found);
-        self.writer.keep(UnitDone {
+        self.writer().keep(UnitDone {
             tensor: thresholds.tensor,
             found: thresholds.found.clone(),
             majority: majority as i8,
@@ -173,7 +195,7 @@ impl<'a> Passes<'a> {
 
     /// Slots for all chunks of a resident unit: its own in model scope; in tensor scope the workers', which are large
     /// enough.
-    fn hold(&mut self, unit: &Unit) -> Option<Resident> {
+    pub(super) fn hold(&mut self, unit: &Unit) -> Option<Resident> {
         if unit.kind != UnitKind::Resident {
             return None;
         }
@@ -186,7 +208,7 @@ impl<'a> Passes<'a> {
         Some(Resident { slots, loaded: false })
     }
 
-    fn give_back(&mut self, resident: Option<Resident>) {
+    pub(super) fn give_back(&mut self, resident: Option<Resident>) {
         if let (Some(resident), true) = (resident, self.plan.per_tensor()) {
             for (worker, slot) in self.workers.iter_mut().zip(resident.slots) {
                 worker.slot = slot;
@@ -243,7 +265,7 @@ impl<'a> Passes<'a> {
     }
 
     /// Finds every model's threshold for a shared unit by sketching it.
-    fn shared_thresholds(
+    pub(super) fn shared_thresholds(
         &mut self,
         unit: &Unit,
         goals: &[Goal],
@@ -408,7 +430,7 @@ impl<'a> Passes<'a> {
         thresholds: UnitThresholds,
         known: &Known,
     ) -> Result<()> {
-        let (plan, writer, kept) = (self.plan, self.writer, self.kept);
+        let (plan, writer, kept) = (self.plan, self.writer(), self.kept);
         let before = self.tally().kept;
         let kept_ties = kept.ties_before(plan, &unit.tensors);
         let chain = TieChain::of(cuts.len());
@@ -431,7 +453,7 @@ impl<'a> Passes<'a> {
 
     /// Units that one worker does alone, each read once.
     fn solo_units(&mut self, units: &[&Unit]) -> Result<()> {
-        let (plan, writer, observer) = (self.plan, self.writer, self.observer);
+        let (plan, writer, observer) = (self.plan, self.writer(), self.observer);
         let items = units.iter().filter(|unit| unit.elements > 0);
         let ahead = |unit: &&&Unit| prefetch(plan, whole(unit), Wanted::All);
         let thresholds = Mutex::new(&mut self.thresholds);
@@ -462,7 +484,7 @@ impl<'a> Passes<'a> {
 
     /// Copies, and merges that need no thresholds.
     fn direct(&mut self) -> Result<()> {
-        let (plan, writer, observer) = (self.plan, self.writer, self.observer);
+        let (plan, writer, observer) = (self.plan, self.writer(), self.observer);
         let chunks = self.kept.left(plan, &self.schedule.direct, self.schedule.chunk_elements);
         let no_cuts = vec![Cut::NonZero; plan.models()];
         let differing = Mutex::new(self.kept.differing.clone());
@@ -495,13 +517,7 @@ impl<'a> Passes<'a> {
             },
         )?;
         let differing = differing.into_inner().unwrap_or_else(PoisonError::into_inner);
-        if let Some(&first) = differing.first() {
-            let name = printable(&plan.tensors[first as usize].name);
-            let count = differing.len();
-            let text =
-                format!("{count} tensors that are copied from base differ between the models (first: \"{name}\")");
-            self.warnings.push(text);
-        }
+        self.warnings.extend(differing_warning(plan, &differing));
         Ok(())
     }
 }
@@ -512,12 +528,12 @@ fn difference(now: &[u64], before: &[u64]) -> Vec<u64> {
 }
 
 /// The whole of a unit that is one tensor.
-fn whole(unit: &Unit) -> Chunk {
+pub(super) fn whole(unit: &Unit) -> Chunk {
     Chunk { tensor: unit.tensors[0], start: 0, count: unit.elements }
 }
 
 /// Ties before the chunk (of those that this run does) and in it, per model, where a cut goes by position.
-fn ties_before(
+pub(super) fn ties_before(
     worker: &mut Worker,
     chain: &TieChain,
     ordinal: usize,
@@ -531,20 +547,24 @@ fn ties_before(
     Ok((chain.pass(ordinal, &own)?, own))
 }
 
-fn prefetch(plan: &Plan, chunk: Chunk, wanted: Wanted<'_>) {
-    for piece in plan.pieces(chunk.tensor, wanted) {
+pub(super) fn prefetch(plan: &Plan, chunk: Chunk, wanted: Wanted<'_>) {
+    prefetch_pieces(plan, chunk, plan.pieces(chunk.tensor, wanted));
+}
+
+pub(super) fn prefetch_pieces(plan: &Plan, chunk: Chunk, pieces: impl Iterator<Item = Piece>) {
+    for piece in pieces {
         let (file, offset, bytes) = locate(plan, chunk, piece);
         file.prefetch(offset, bytes);
     }
 }
 
 /// How many chunks to announce ahead: about [`PREFETCH_BYTES`] of input.
-fn lookahead(schedule: &Schedule, chunk_elements: u64) -> usize {
+pub(super) fn lookahead(schedule: &Schedule, chunk_elements: u64) -> usize {
     let chunk_bytes = chunk_elements.max(MIN_CHUNK_ELEMENTS) * schedule.widths.iter().sum::<u64>().max(1);
     (PREFETCH_BYTES / chunk_bytes).clamp(1, 64) as usize
 }
 
 /// Locks even if another worker panicked: that panic is on its way to the caller.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

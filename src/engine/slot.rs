@@ -18,6 +18,8 @@ const DISTANT_BYTES: u64 = 6 << 20;
 #[derive(Default)]
 pub(super) struct Slot {
     windows: Vec<Window>,
+    /// Per checkpoint of the plan at hand, its window; empty where they are numbered alike.
+    places: Vec<u32>,
     /// What is loaded is too much for the caches: tiles are asked for ahead of their use.
     distant: bool,
 }
@@ -26,7 +28,7 @@ impl Slot {
     /// Windows that hold `elements` elements of each checkpoint's widest type.
     pub(super) fn new(widths: &[u64], elements: u64) -> Self {
         let windows = widths.iter().map(|&w| Window::with_capacity((w * elements) as usize)).collect();
-        Self { windows, distant: false }
+        Self { windows, places: Vec::new(), distant: false }
     }
 
     /// Windows that hold exactly `chunk`.
@@ -35,7 +37,8 @@ impl Slot {
         for piece in plan.pieces(chunk.tensor, Wanted::All) {
             bytes[piece.checkpoint as usize] = locate(plan, chunk, piece).2;
         }
-        Self { windows: bytes.into_iter().map(|b| Window::with_capacity(b as usize)).collect(), distant: false }
+        let windows = bytes.into_iter().map(|b| Window::with_capacity(b as usize)).collect();
+        Self { windows, places: Vec::new(), distant: false }
     }
 
     /// Loads `pieces` of `chunk`; returns the bytes loaded.
@@ -51,8 +54,20 @@ impl Slot {
         Ok(total)
     }
 
+    /// Makes window `index` show `length` bytes of `file` from `offset`.
+    pub(super) fn show(&mut self, index: usize, file: &dyn InputFile, offset: u64, length: usize) -> Result<()> {
+        file.load(&mut self.windows[index], offset, length)
+    }
+
     pub(super) fn bytes(&self, piece: Piece) -> &[u8] {
-        self.windows[piece.checkpoint as usize].bytes()
+        let checkpoint = piece.checkpoint as usize;
+        self.windows[self.places.get(checkpoint).map_or(checkpoint, |&place| place as usize)].bytes()
+    }
+
+    /// Numbers the windows as a plan does whose checkpoints are in `places`.
+    pub(super) fn renumber(&mut self, places: &[u32]) {
+        self.places.clear();
+        self.places.extend_from_slice(places);
     }
 
     /// The bytes of elements `[from, from + length)` of the chunk in `piece`.

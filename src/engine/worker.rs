@@ -107,6 +107,25 @@ impl Worker {
         }
     }
 
+    /// Makes room for the work of `plan` too.
+    pub(super) fn fit(&mut self, plan: &Plan, schedule: &Schedule) {
+        let other = Self::new(plan, schedule);
+        let longer = |own: &mut Vec<f32>, other: Vec<f32>| own.resize(own.len().max(other.len()), 0.0);
+        let Tiles { base, inputs, oracle, out, scratch, exempt } = &mut self.tiles;
+        for (own, other) in [
+            (base, other.tiles.base),
+            (oracle, other.tiles.oracle),
+            (out, other.tiles.out),
+            (scratch, other.tiles.scratch),
+        ] {
+            longer(own, other);
+        }
+        exempt.resize(exempt.len().max(other.tiles.exempt.len()), false);
+        inputs.resize_with(inputs.len().max(other.tiles.inputs.len()), Vec::new);
+        inputs.iter_mut().zip(other.tiles.inputs).for_each(|(own, other)| longer(own, other));
+        self.encoded.resize(self.encoded.len().max(other.encoded.len()), 0);
+    }
+
     /// Begins a chunk: what is counted from here on is its own.
     pub(super) fn begin(&mut self) {
         self.mark.clone_from(&self.tally);

@@ -23,12 +23,34 @@ const NAMES_LISTED: usize = 3;
 
 /// Lowers `recipe`: see [`Plan::new`].
 pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan> {
+    build_from(recipe, storage, &mut |spec, beside| Checkpoint::open_on(spec, beside, storage))
+}
+
+/// Lowers `recipes`, opening what they name alike once.
+pub(super) fn build_all(recipes: &[Recipe], storage: &Arc<dyn Storage>) -> Result<Vec<Plan>> {
+    let mut opened: HashMap<(String, Option<String>), Checkpoint> = HashMap::new();
+    let mut open = |spec: &str, beside: Option<&str>| {
+        let key = (spec.to_owned(), beside.map(str::to_owned));
+        if let Some(known) = opened.get(&key) {
+            return Ok(known.clone());
+        }
+        let checkpoint = Checkpoint::open_on(spec, beside, storage)?;
+        opened.insert(key, checkpoint.clone());
+        Ok(checkpoint)
+    };
+    recipes.iter().map(|recipe| build_from(recipe, storage, &mut open)).collect()
+}
+
+/// Opens the checkpoint that is called so, with a base at hand for packed task vectors.
+type Open<'a> = &'a mut dyn FnMut(&str, Option<&str>) -> Result<Checkpoint>;
+
+fn build_from(recipe: &Recipe, storage: &Arc<dyn Storage>, open_one: Open<'_>) -> Result<Plan> {
     let method = recipe.method()?;
     let recipe = &base_as_model(recipe, method);
     let filter = recipe.filter()?;
     check_request(recipe)?;
     // Whatever keeps an input from being opened, nothing has been written yet.
-    let mut checkpoints = open(recipe, storage).map_err(Error::as_input)?;
+    let mut checkpoints = open(recipe, open_one).map_err(Error::as_input)?;
     let base = recipe.base.is_some().then_some(0);
     let first_model = usize::from(base.is_some());
     let oracle = recipe.sign_from.is_some().then(|| checkpoints.len() - 1);
@@ -81,6 +103,7 @@ pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan>
         chat_template,
         parsed_bytes,
         float,
+        packing: None,
         warnings,
         fingerprint,
         checkpoints,
@@ -149,9 +172,12 @@ fn check_request(recipe: &Recipe) -> Result<()> {
 }
 
 /// Opens base, models and oracle, in that order.
-fn open(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Vec<Checkpoint>> {
-    let models = recipe.models.iter().map(|m| &m.source);
-    recipe.base.iter().chain(models).chain(&recipe.sign_from).map(|spec| Checkpoint::open(spec, storage)).collect()
+fn open(recipe: &Recipe, open_one: Open<'_>) -> Result<Vec<Checkpoint>> {
+    // A packed task vector needs the base that it was packed against.
+    let beside = recipe.base.as_deref().or(recipe.packed_base.as_deref());
+    let base = recipe.base.iter().map(|spec| (spec, None));
+    let others = recipe.models.iter().map(|m| &m.source).chain(&recipe.sign_from).map(|spec| (spec, beside));
+    base.chain(others).map(|(spec, beside)| open_one(spec, beside)).collect()
 }
 
 /// Length of the longest of the configurations that are parsed.

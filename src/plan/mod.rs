@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 pub use layers::LAYER_COUNT_KEYS;
 pub(crate) use schedule::near_keys;
-pub use schedule::{Chunk, Run, Schedule, Unit, UnitKind};
+pub use schedule::{Chunk, Run, Schedule, Together, Unit, UnitKind};
 pub use summary::{InputSummary, PassSummary, PlanSummary, Spread};
 
 pub use vocabulary::TokenizerFiles;
@@ -207,6 +207,8 @@ pub struct Plan {
     pub parsed_bytes: u64,
     /// Output type of float tensors, for `config.json`: the type asked for, or base's commonest float type.
     pub float: Option<Float>,
+    /// Units (elements of 2, 4 or 8 bytes, else bytes) at whose multiples chunks are cut, where outputs are packed.
+    pub packing: Option<u64>,
     /// What the user should know.
     pub warnings: Vec<String>,
     /// BLAKE3 over recipe, numeric version and inputs' headers: equal fingerprints give equal output bytes.
@@ -217,6 +219,11 @@ impl Plan {
     /// Opens every checkpoint named in `recipe` and reconciles them. No tensor data is read.
     pub fn new(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Self> {
         build::build(recipe, storage)
+    }
+
+    /// The same for several recipes, which share the checkpoints that they name alike: each is opened once.
+    pub fn all(recipes: &[Recipe], storage: &Arc<dyn Storage>) -> Result<Vec<Self>> {
+        build::build_all(recipes, storage)
     }
 
     /// The entry and the open file of `piece`.
@@ -317,6 +324,13 @@ impl Plan {
     /// Elements that stay together however tensor `index` is cut, where that matters: whole tiles, over which sums run in
     /// order.
     pub fn granule(&self, index: u32) -> Option<u64> {
+        if let Some(units) = self.packing {
+            let width = match self.tensors[index as usize].dtype.bitsize() {
+                bits @ (16 | 32 | 64) if self.is_raw_copy(index) => bits as u64 / 8,
+                _ => 1,
+            };
+            return Some(units * width);
+        }
         let matters = self.needs().rows || !self.needs().looks.is_empty();
         let merged = matches!(self.tensors[index as usize].action, Action::Merge { .. });
         (matters && merged).then(|| MIN_CHUNK_ELEMENTS.next_multiple_of(self.tile(index) as u64))

@@ -59,6 +59,16 @@ pub enum UnitKind {
     Streamed,
 }
 
+/// What is made together with a plan, from what it loads.
+pub struct Together<'a> {
+    /// Most thresholds that are sought at a time for one model.
+    pub searches: u64,
+    /// The plans of the outputs.
+    pub plans: Vec<&'a Plan>,
+    /// What is held beside them, in bytes: in all, and by each thread.
+    pub held_bytes: (u64, u64),
+}
+
 /// Tensors that share trim thresholds.
 #[derive(Debug, Clone)]
 pub struct Unit {
@@ -100,7 +110,26 @@ pub struct Schedule {
 impl Schedule {
     /// Cuts `plan` for `run`; an error names the smallest memory that works.
     pub fn new(plan: &Plan, run: Run) -> Result<Self> {
-        let demand = Demand::of(plan);
+        Self::cut(plan, run, Demand::of(plan))
+    }
+
+    /// Cuts `plan` for a run that makes other outputs of what it loads; see [`Self::new`].
+    pub fn together(plan: &Plan, run: Run, others: &Together<'_>) -> Result<Self> {
+        let mut demand = Demand::of(plan);
+        demand.bounds = demand.bounds.max(others.searches);
+        demand.catalogue_bytes += others.held_bytes.0;
+        demand.scratch_bytes += others.held_bytes.1;
+        for other in &others.plans {
+            let own = Demand::of(other);
+            demand.catalogue_bytes += own.catalogue_bytes;
+            demand.account_bytes += own.account_bytes + THREAD_BYTES;
+            demand.out_width = demand.out_width.max(own.out_width);
+            demand.tile = demand.tile.max(own.tile);
+        }
+        Self::cut(plan, run, demand)
+    }
+
+    fn cut(plan: &Plan, run: Run, demand: Demand) -> Result<Self> {
         let mut cut = None;
         for threads in (1..=run.threads.max(1)).rev() {
             cut = demand.fit(threads, run.memory_bytes);
@@ -138,6 +167,11 @@ impl Schedule {
         }
         schedule.passes = schedule.passes(plan);
         Ok(schedule)
+    }
+
+    /// The smallest memory that `plan` can be cut for, in bytes.
+    pub fn smallest_memory(plan: &Plan) -> u64 {
+        Demand::of(plan).smallest()
     }
 
     /// Peak memory promised, in bytes.
@@ -260,6 +294,8 @@ struct Demand {
     exact: bool,
     catalogue_bytes: u64,
     account_bytes: u64,
+    /// What reading computed tensors takes, in bytes.
+    scratch_bytes: u64,
     direct: Vec<u32>,
     /// Tensors that belong to units, in the order of work.
     grouped: Vec<u32>,
@@ -314,6 +350,7 @@ impl Demand {
             exact: plan.selects() && plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact),
             catalogue_bytes: catalogue_bytes(plan),
             account_bytes: account_bytes(plan, if tensor_scope { grouped.len() as u64 } else { 1 }),
+            scratch_bytes: plan.checkpoints.iter().map(|c| c.derived.scratch_bytes).max().unwrap_or(0),
             widths,
             direct,
             grouped,
@@ -387,6 +424,9 @@ impl Demand {
             (format!("input windows ({threads} threads)"), n * windows),
             (format!("output buffers and tiles ({threads} threads)"), n * (out + tiles)),
         ];
+        if self.scratch_bytes > 0 {
+            terms.push((format!("computed inputs ({threads} threads)"), n * self.scratch_bytes));
+        }
         if self.trims {
             // Each worker's sketches, and the sum of them.
             let searches = self.models * self.bounds;
@@ -430,12 +470,14 @@ impl Demand {
                 chunk_elements: streamed_chunk,
             }];
         }
+        // Chunks end at round places of the output, or at granules.
+        let spare = OUT_ELEMENTS.max(self.granule);
         let unit = |&t: &u32| {
             let length = plan.length(t);
             let share = length.div_ceil(cut.threads as u64);
             let (kind, chunk_elements) = match length {
                 n if n <= cut.slot_elements.min(SOLO_ELEMENTS) => (UnitKind::Solo, n.max(1)),
-                _ if share + OUT_ELEMENTS <= cut.slot_elements => (UnitKind::Resident, share + OUT_ELEMENTS),
+                _ if share + spare <= cut.slot_elements => (UnitKind::Resident, share + spare),
                 _ => (UnitKind::Streamed, streamed_chunk),
             };
             Unit { tensors: vec![t], elements: length, kind, chunk_elements }
@@ -469,6 +511,7 @@ mod tests {
             (trims, tensor_scope, exact) in any::<(bool, bool, bool)>(),
             (catalogue_bytes, account_bytes) in (0u64..50_000_000, 0u64..50_000_000),
             units in 0u32..1000,
+            scratch_bytes in prop::sample::select(vec![0, 1 << 20]),
             (bounds, tile, sums, ranks) in (1u64..=2, 1024u64..=OUT_ELEMENTS, 0u64..9_000, prop::sample::select(vec![0, 3])),
         ) -> Demand {
             Demand {
@@ -487,6 +530,7 @@ mod tests {
                 exact: exact && trims,
                 catalogue_bytes,
                 account_bytes,
+                scratch_bytes,
                 direct: Vec::new(),
                 grouped: (0..units).collect(),
             }

@@ -47,6 +47,7 @@ pub(super) fn catalogue_bytes(plan: &Plan) -> u64 {
     let headers: u64 = plan.layout.shards.iter().map(|s| s.header.len() as u64 + FILE_BYTES).sum();
     let index = plan.layout.index_json().map_or(0, str::len) as u64;
     let rows = plan.tokenizer.as_ref().map_or(0, |tokenizer| tokenizer.held_bytes);
+    let derived: u64 = plan.checkpoints.iter().map(|c| c.derived.held_bytes).sum();
     let params = plan.params.len() as u64 * (models + 4) * 400;
     catalogues
         + planned
@@ -56,6 +57,7 @@ pub(super) fn catalogue_bytes(plan: &Plan) -> u64 {
         + headers
         + 2 * index
         + rows
+        + derived
         + params
         + files().count() as u64 * FILE_BYTES
 }

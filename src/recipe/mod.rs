@@ -254,6 +254,9 @@ pub struct Recipe {
     pub overflow: Overflow,
     /// Largest shard, in tensor bytes.
     pub max_shard_bytes: u64,
+    /// What packed task vectors are put on, where `base` is not given; else the checkpoint that they name.
+    #[serde(skip)]
+    pub packed_base: Option<String>,
 }
 
 impl Default for Recipe {
@@ -284,6 +287,7 @@ impl Default for Recipe {
             non_finite: NonFinite::default(),
             overflow: Overflow::default(),
             max_shard_bytes: 5_000_000_000,
+            packed_base: None,
         }
     }
 }
@@ -292,6 +296,30 @@ impl Recipe {
     /// The method named, or an error that lists the closest and all names.
     pub fn method(&self) -> Result<&'static dyn Method> {
         method::find(&self.method)
+    }
+
+    /// The trim of one checkpoint against its base, for [`crate::pack`]; density 1 packs all that differs.
+    pub fn packing(checkpoint: &str, base: &str, density: f64) -> Self {
+        let whole = density >= 1.0;
+        Self {
+            base: Some(base.to_owned()),
+            models: vec![ModelInput { source: checkpoint.to_owned(), ..ModelInput::default() }],
+            params: Params::from([("density".to_owned(), Value::Number(density).into())]),
+            // What is packed whole needs no reconciling: no tensor is looked at for its task vector.
+            exclude: if whole { vec!["*".into()] } else { Vec::new() },
+            missing: Missing::Base,
+            ..Self::default()
+        }
+    }
+
+    /// The tensors of one checkpoint as they are: what [`crate::merge()`] makes of it is a copy, in shards of its own.
+    pub fn copying(checkpoint: &str) -> Self {
+        Self {
+            method: "passthrough".into(),
+            models: vec![ModelInput { source: checkpoint.to_owned(), ..ModelInput::default() }],
+            exclude: vec!["*".into()],
+            ..Self::default()
+        }
     }
 
     /// Gives a parameter one value, whatever models and slices say.

@@ -9,6 +9,8 @@
 //! Afterwards the same command must give the same files. Before it, nothing may look like a model that is not one.
 
 mod memory;
+mod packed;
+mod sweep;
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;

@@ -3,7 +3,7 @@
 //! - Data is durable after the file's sync, names after the directory's.
 //! - After a crash nothing works any more, until [`Memory::reboot`] decides what of the rest survived.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -67,7 +67,8 @@ struct State {
     changes: u64,
     fault: Option<(u64, Fault)>,
     dead: bool,
-    locked: bool,
+    /// The files that are locked.
+    locked: BTreeSet<PathBuf>,
 }
 
 /// See the module's documentation. Clones share everything.
@@ -169,7 +170,8 @@ impl Memory {
 
     /// An independent copy, with an operation to fail at.
     pub fn fork(&self, fault: Option<(u64, Fault)>) -> Self {
-        let state = State { operations: 0, changes: 0, fault, dead: false, locked: false, ..self.state().clone() };
+        let state =
+            State { operations: 0, changes: 0, fault, dead: false, locked: BTreeSet::new(), ..self.state().clone() };
         Self(Arc::new(Mutex::new(state)), Arc::default())
     }
 
@@ -424,8 +426,8 @@ impl Storage for Memory {
         self.create_dir_all(path.parent().unwrap())?;
         self.create(path, 0)?;
         let mut state = self.state();
-        assert!(!std::mem::replace(&mut state.locked, true), "one run at a time");
-        Ok(Lock::new(Held(self.clone())))
+        assert!(state.locked.insert(path.to_owned()), "one run at a time");
+        Ok(Lock::new(Held(self.clone(), path.to_owned())))
     }
 
     fn free_bytes(&self, path: &Path) -> Result<u64> {
@@ -460,10 +462,10 @@ impl Storage for Memory {
     }
 }
 
-struct Held(Memory);
+struct Held(Memory, PathBuf);
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.0.state().locked = false;
+        self.0.state().locked.remove(&self.1);
     }
 }

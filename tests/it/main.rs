@@ -13,8 +13,10 @@
 //! | `bad_input` | one line, exit code 2, nothing written |
 //! | `cli` | verbs, help, reports, exit codes |
 //! | `properties` | what must hold for every method of the registry |
+//! | `packed` | packed task vectors: there and back, as inputs, damaged |
 //! | `output` | the files of a finished output |
 //! | `resume` | what becomes of an unfinished output |
+//! | `sweep` | grids of merges, against merges |
 //! | `torch` | PyTorch checkpoints as inputs |
 //! | `verify` | damage to a finished output is found and named |
 //! | `recipes` | recipe files, against the outputs of mergekit and against flags |
@@ -33,9 +35,11 @@ mod mergekit;
 mod merges;
 mod methods;
 mod output;
+mod packed;
 mod properties;
 mod recipes;
 mod resume;
+mod sweep;
 mod torch;
 mod verify;
 mod vocabulary;

@@ -1,0 +1,133 @@
+//! `tiesmith pack` and `tiesmith unpack`: a checkpoint as what differs from its base, and back.
+
+use std::fmt::Write;
+
+use tiesmith::{OutputOptions, PackOutput, PackReport, Plan, Recipe, Report, Result, Run, Schedule, printable};
+
+use super::args::{PackArgs, RunArgs, UnpackArgs};
+use super::progress::Progress;
+use super::{disk, human, print, print_json, signals};
+
+/// Packs.
+pub fn pack(args: &PackArgs) -> Result<u8> {
+    let storage = disk(args.run.io);
+    signals::install();
+    let recipe = Recipe {
+        scope: args.scope,
+        threshold: args.threshold,
+        trim_ties: args.trim_ties,
+        seed: args.seed,
+        ..Recipe::packing(&args.checkpoint, &args.base, args.density)
+    };
+    let progress = Progress::new(args.run.report.progress);
+    let plan = Plan::new(&recipe, &storage)?;
+    let output = PackOutput { file: args.out.clone(), force: args.force };
+    let report = tiesmith::pack(&plan, run(&args.run), &output, &storage, &progress)?;
+    for warning in &report.warnings {
+        tiesmith::Observer::warn(&progress, warning);
+    }
+    drop(progress);
+    if args.run.report.json {
+        return print_json(&report);
+    }
+    print(&packed(&report))
+}
+
+/// Unpacks.
+pub fn unpack(args: &UnpackArgs) -> Result<u8> {
+    let storage = disk(args.run.io);
+    signals::install();
+    let recipe =
+        Recipe { packed_base: args.base.clone(), max_shard_bytes: args.max_shard_size, ..Recipe::copying(&args.file) };
+    let progress = Progress::new(args.run.report.progress);
+    let plan = Plan::new(&recipe, &storage)?;
+    let schedule = Schedule::new(&plan, run(&args.run))?;
+    let output = OutputOptions { dir: args.out.clone(), force: args.force, restart: args.restart };
+    let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
+    for warning in &report.warnings {
+        tiesmith::Observer::warn(&progress, warning);
+    }
+    drop(progress);
+    if args.run.report.json {
+        return print_json(&report);
+    }
+    print(&unpacked(&report))
+}
+
+fn run(args: &RunArgs) -> Run {
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    Run { memory_bytes: args.memory, threads: args.threads.unwrap_or_else(cores) }
+}
+
+fn line(text: &mut String, label: &str, value: &str) {
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "{label:<15} {value}");
+}
+
+fn packed(report: &PackReport) -> String {
+    let mut text = String::new();
+    let mut line = |label, value: String| line(&mut text, label, &value);
+    line("packed into", printable(&report.out));
+    let tensors = human::plural(report.tensors, "tensor");
+    line("contents", format!("{tensors}, {} parameters", human::count(report.elements)));
+    line("stored", format!("{} of what base has too", human::percent(report.stored_fraction)));
+    let (before, after) = (human::bytes(report.checkpoint_bytes), human::bytes(report.bytes_written));
+    line("size", format!("{after}, the checkpoint has {before} ({:.2} times as much)", report.ratio));
+    line("read", human::bytes(report.bytes_read));
+    let rate = human::rate(report.bytes_read + report.bytes_written, report.wall_seconds);
+    line("time", format!("{}, {rate} read and written", human::duration(report.wall_seconds)));
+    if let Some(bytes) = report.peak_memory_bytes {
+        line("peak memory", human::bytes(bytes));
+    }
+    text
+}
+
+fn unpacked(report: &Report) -> String {
+    let mut text = String::new();
+    let mut line = |label, value: String| line(&mut text, label, &value);
+    line("unpacked into", printable(&report.out));
+    let tensors = human::plural(report.tensors, "tensor");
+    line("contents", format!("{tensors}, {} parameters", human::count(report.elements)));
+    let shards = human::plural(report.shards, "shard");
+    line("written", format!("{} in {shards}", human::bytes(report.bytes_written)));
+    if report.resumed {
+        line("resumed", format!("{} taken over", human::plural(report.chunks_reused, "chunk")));
+    }
+    let rate = human::rate(report.bytes_written, report.wall_seconds);
+    line("time", format!("{}, {rate} written", human::duration(report.wall_seconds)));
+    if let Some(bytes) = report.peak_memory_bytes {
+        line("peak memory", human::bytes(bytes));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_says_what_was_packed() {
+        let report = PackReport {
+            out: "chat.tvz".into(),
+            tensors: 291,
+            elements: 6_738_415_616,
+            stored_fraction: 0.2,
+            checkpoint_bytes: 13_476_831_232,
+            bytes_written: 1_800_000_000,
+            ratio: 7.487,
+            bytes_read: 40_000_000_000,
+            wall_seconds: 41.8,
+            peak_memory_bytes: None,
+            warnings: Vec::new(),
+        };
+        let expected = "\
+packed into     chat.tvz
+contents        291 tensors, 6.74 billion parameters
+stored          20 % of what base has too
+size            1.8 GB, the checkpoint has 13.5 GB (7.49 times as much)
+read            40 GB
+time            41.8 s, 1 GB/s read and written
+";
+        assert_eq!(packed(&report), expected);
+    }
+}

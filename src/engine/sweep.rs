@@ -1,0 +1,434 @@
+//! Many merges of the same inputs at once: what they need to read, they read together.
+//!
+//! - Each output is a merge of its own: a plan, a directory, a journal. It has the bytes that it would have alone, and an
+//!   interrupted sweep goes on as an interrupted merge does.
+//! - What is shared: the open files; one search for the thresholds of all densities; one vote; and every chunk that is
+//!   loaded to be merged, by all outputs that lack it. A plan of all models (`union`) says what is loaded.
+//! - Outputs follow each other within a chunk, so that buffers are those of one merge, whatever their number.
+//! - Packed, an output is one file: what of the merge differs from base (`spool`).
+//! - A merge whose method needs looks at whole tensors, or whose tensors are not those of the others, runs by itself.
+
+mod chunks;
+mod group;
+mod spool;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::output::{JOURNAL_PATH, MANIFEST};
+use super::{Observer, OutputOptions, Report, is_finished, merge, peak_memory_bytes};
+use crate::checkpoint::packed;
+use crate::error::{Error, Result, printable};
+use crate::limits::{MAX_MANIFEST_BYTES, MAX_SWEEP_GROUP};
+use crate::plan::{Action, Piece, Plan, PlannedTensor, Run, Schedule, Together};
+use crate::storage::Storage;
+
+/// The tables of a finished sweep.
+const TABLE_JSON: &str = "sweep.json";
+const TABLE_TEXT: &str = "sweep.md";
+
+/// Where and how outputs are put.
+#[derive(Debug, Clone)]
+pub struct SweepOptions {
+    /// The directory of all outputs, and what is done with what is there.
+    pub output: OutputOptions,
+    /// Each output is a packed difference to base, and not a checkpoint in a folder.
+    pub packed: bool,
+}
+
+/// One output of a sweep.
+pub struct Variant {
+    /// The name of its folder, or of its file without `.tvz`.
+    pub name: String,
+    /// What is special about it: (parameter, value).
+    pub settings: Vec<(String, String)>,
+    /// What is merged.
+    pub plan: Plan,
+}
+
+/// An output, as the tables list it.
+#[derive(Debug, Clone, Serialize)]
+pub struct SweepEntry {
+    /// The name of its folder, or of its file without `.tvz`.
+    pub name: String,
+    /// What is special about it.
+    pub settings: Vec<(String, String)>,
+    /// Whether it was there already.
+    pub found: bool,
+    /// Whether it was made together with others.
+    pub shared: bool,
+    /// Its own report; tensor bytes read are those that its result is made of. None for a packed one that was there.
+    pub report: Option<Report>,
+}
+
+/// What a sweep did.
+#[derive(Debug, Clone, Serialize)]
+pub struct SweepReport {
+    /// Directory of the folders.
+    pub out: String,
+    /// The outputs.
+    pub outputs: Vec<SweepEntry>,
+    /// Tensor bytes read from inputs in this run.
+    pub bytes_read: u64,
+    /// Tensor bytes that separate merges of the outputs made in this run would read, by their plans.
+    pub separate_bytes_read: u64,
+    /// Bytes of shards of the outputs made in this run.
+    pub bytes_written: u64,
+    /// Duration.
+    pub wall_seconds: f64,
+    /// Peak resident memory of the process, where the system tells.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// Makes all `variants`, each in a folder of its name in `output.dir`. `union` is a plan of the same kind with all models.
+pub fn sweep(
+    mut union: Plan,
+    variants: &[Variant],
+    run: Run,
+    options: &SweepOptions,
+    storage: &Arc<dyn Storage>,
+    observer: &dyn Observer,
+) -> Result<SweepReport> {
+    let dir = &options.output.dir;
+    let created = storage.identity(dir)?.is_none();
+    union.packing = options.packed.then_some(packed::CHUNK as u64);
+    let result = run_all(&union, variants, run, options, storage, observer);
+    if result.is_err() && created {
+        // Only if nothing is in it.
+        let _ = storage.remove_dir(dir);
+    }
+    result
+}
+
+fn run_all(
+    union: &Plan,
+    variants: &[Variant],
+    run: Run,
+    options: &SweepOptions,
+    storage: &Arc<dyn Storage>,
+    observer: &dyn Observer,
+) -> Result<SweepReport> {
+    let output = &options.output;
+    let begin = Instant::now();
+    let mut sweep = Sweep { union, run, output, packed: options.packed, storage, observer, bytes_read: 0 };
+    let mut outputs: Vec<Option<SweepEntry>> = Vec::new();
+    for variant in variants {
+        outputs.push(sweep.found(variant)?);
+    }
+    let open: Vec<usize> = (0..variants.len()).filter(|&at| outputs[at].is_none()).collect();
+    sweep.check_space(open.iter().map(|&at| &variants[at]))?;
+    let mut separate = 0u64;
+    for &at in &open {
+        let planned = Schedule::new(&variants[at].plan, run)?.passes.iter().map(|pass| pass.bytes_read).sum::<u64>();
+        separate = separate.saturating_add(planned);
+    }
+    let (shared, alone): (Vec<usize>, Vec<usize>) =
+        open.iter().copied().partition(|&at| fits(&variants[at].plan, union));
+    if options.packed {
+        refuse_unpackable(union, alone.iter().map(|&at| &variants[at]))?;
+    }
+    if !open.is_empty() && storage.identity(&output.dir)?.is_none() {
+        storage.create_dir_all(&output.dir).map_err(Error::as_input)?;
+        match output.dir.parent() {
+            Some(parent) if parent != Path::new("") => storage.sync_dir(parent)?,
+            _ => {}
+        }
+    }
+    let mut rest = &shared[..];
+    while !rest.is_empty() {
+        let (group, schedule) = sweep.group(rest, variants)?;
+        rest = &rest[group.len()..];
+        let plans: Vec<&Variant> = group.iter().map(|&at| &variants[at]).collect();
+        let reports = match options.packed {
+            true => sweep.pack_group(&plans, &schedule)?,
+            false => sweep.run_group(&plans, &schedule)?,
+        };
+        for (&at, report) in group.iter().zip(reports) {
+            outputs[at] = Some(entry(&variants[at], report, true));
+        }
+    }
+    for &at in &alone {
+        let schedule = Schedule::new(&variants[at].plan, run)?;
+        let report = merge(&variants[at].plan, &schedule, &sweep.options(&variants[at]), storage, observer)?;
+        sweep.bytes_read = sweep.bytes_read.saturating_add(report.bytes_read);
+        outputs[at] = Some(entry(&variants[at], report, false));
+    }
+    let outputs: Vec<SweepEntry> = outputs.into_iter().flatten().collect();
+    let report = SweepReport {
+        out: output.dir.display().to_string(),
+        bytes_read: sweep.bytes_read,
+        separate_bytes_read: separate,
+        bytes_written: outputs.iter().filter(|e| !e.found).filter_map(|e| Some(e.report.as_ref()?.bytes_written)).sum(),
+        wall_seconds: begin.elapsed().as_secs_f64(),
+        peak_memory_bytes: peak_memory_bytes(),
+        outputs,
+    };
+    write_tables(&report, &output.dir, &**storage)?;
+    Ok(report)
+}
+
+fn entry(variant: &Variant, report: Report, shared: bool) -> SweepEntry {
+    SweepEntry {
+        name: variant.name.clone(),
+        settings: variant.settings.clone(),
+        found: false,
+        shared,
+        report: Some(report),
+    }
+}
+
+/// Everything that a sweep's parts share.
+struct Sweep<'a> {
+    union: &'a Plan,
+    run: Run,
+    output: &'a OutputOptions,
+    packed: bool,
+    storage: &'a Arc<dyn Storage>,
+    observer: &'a dyn Observer,
+    bytes_read: u64,
+}
+
+impl Sweep<'_> {
+    fn dir(&self, variant: &Variant) -> PathBuf {
+        self.output.dir.join(&variant.name)
+    }
+
+    fn options(&self, variant: &Variant) -> OutputOptions {
+        OutputOptions { dir: self.dir(variant), ..*self.output }
+    }
+
+    /// The entry of an output that is finished already.
+    fn found(&self, variant: &Variant) -> Result<Option<SweepEntry>> {
+        if self.packed {
+            return self.found_packed(variant);
+        }
+        let dir = self.dir(variant);
+        // What an earlier run left beside a finished output is removed by whoever takes that up again.
+        let unfinished = self.storage.identity(&dir.join(JOURNAL_PATH))?.is_some();
+        if self.output.force || unfinished || !is_finished(&variant.plan, &dir, &**self.storage)? {
+            return Ok(None);
+        }
+        let manifest = self.storage.read_small(&dir.join(MANIFEST), MAX_MANIFEST_BYTES)?;
+        let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap_or_default();
+        let report = serde_json::from_value(manifest["report"].clone());
+        Ok(report.ok().map(|report| SweepEntry { found: true, ..entry(variant, report, false) }))
+    }
+
+    /// The same of a packed one.
+    fn found_packed(&self, variant: &Variant) -> Result<Option<SweepEntry>> {
+        let path = spool::file(&self.output.dir, &variant.name);
+        if self.output.force || self.storage.identity(&path)?.is_none() {
+            return Ok(None);
+        }
+        if packed::fingerprint(&path, &**self.storage)?.as_ref() != Some(&variant.plan.fingerprint) {
+            return Err(Error::input("another file is already there")
+                .at(&path)
+                .help("use another --out, or --force to replace it"));
+        }
+        // A run that died right after it gave the file its name left these.
+        for left in spool::leftovers(&path) {
+            let _ = self.storage.remove_file(&left);
+        }
+        let Variant { name, settings, .. } = variant;
+        let (name, settings) = (name.clone(), settings.clone());
+        Ok(Some(SweepEntry { name, settings, found: true, shared: false, report: None }))
+    }
+
+    /// Refuses outputs that do not fit on the disk together.
+    fn check_space<'v>(&self, open: impl Iterator<Item = &'v Variant>) -> Result<()> {
+        let mut needed = 0u64;
+        let (mut count, mut longest) = (0u64, 0u64);
+        for variant in open {
+            if self.packed {
+                let most = packed_bytes_max(&variant.plan);
+                longest = longest.max(most);
+                needed = needed.saturating_add(most);
+                count += 1;
+                continue;
+            }
+            // What a begun output needs, it has taken or says when it goes on.
+            if self.storage.identity(&self.dir(variant).join(JOURNAL_PATH))?.is_none() {
+                needed = needed.saturating_add(variant.plan.layout.shards.iter().map(|shard| shard.bytes).sum());
+                count += 1;
+            }
+        }
+        // A packed one is put in order beside what is to be put in order.
+        needed = needed.saturating_add(longest);
+        let free = self.storage.free_bytes(&self.output.dir)?;
+        if needed <= free {
+            return Ok(());
+        }
+        let megabytes = |bytes: u64| bytes.div_ceil(1_000_000);
+        Err(Error::input(format!(
+            "{count} outputs need {}{} MB of disk space, but only {} MB are free",
+            if self.packed { "up to " } else { "" },
+            megabytes(needed),
+            megabytes(free)
+        ))
+        .at(&self.output.dir)
+        .help("make room, ask for fewer outputs, or use another --out"))
+    }
+
+    /// As many of `open` as can be made together, and how.
+    fn group<'v>(&self, open: &'v [usize], variants: &[Variant]) -> Result<(&'v [usize], Schedule)> {
+        let mut count = open.len().min(MAX_SWEEP_GROUP);
+        loop {
+            let group = &open[..count];
+            let plans = || group.iter().map(|&at| &variants[at].plan);
+            let held_bytes = match self.packed {
+                true => {
+                    let width = plans().map(spool::Spool::width).max().unwrap_or(1);
+                    (plans().map(spool::table_bytes).sum(), spool::Framer::held_bytes(width))
+                }
+                false => (0, 0),
+            };
+            let together = Together { searches: searches(plans()), plans: plans().collect(), held_bytes };
+            match Schedule::together(self.union, self.run, &together) {
+                Ok(schedule) => return Ok((group, schedule)),
+                Err(error) if count == 1 => return Err(error),
+                Err(_) => count = count.div_ceil(2),
+            }
+        }
+    }
+}
+
+/// Refuses what cannot be packed as it is merged.
+fn refuse_unpackable<'v>(union: &Plan, mut alone: impl Iterator<Item = &'v Variant>) -> Result<()> {
+    let Some(base) = union.base else {
+        return Err(Error::usage("what is packed is a difference to a base").help("give --base, or leave --packed out"));
+    };
+    if union.checkpoints[base].derived.packed {
+        return Err(Error::usage("base is itself a packed task vector").help("give a whole checkpoint as --base"));
+    }
+    match alone.next() {
+        Some(Variant { name, .. }) => Err(Error::usage(format!(
+            "{} cannot be packed as it is merged: its method looks at whole tensors first, or its tensors are not those of \
+             the other outputs",
+            printable(name)
+        ))
+        .help("leave it out, or sweep without --packed")),
+        None => Ok(()),
+    }
+}
+
+/// Most bytes of a packed output: all that may differ from base, not compressed.
+fn packed_bytes_max(plan: &Plan) -> u64 {
+    let whole: u64 = plan.layout.shards.iter().map(|shard| shard.bytes).sum();
+    let share = |set: &crate::plan::ParamSet| set.density.iter().sum::<f64>().min(1.0);
+    let most = plan.params.iter().map(share).fold(0.0, f64::max);
+    if plan.trim.is_none() || plan.params.iter().any(|set| set.density.is_empty()) {
+        return whole;
+    }
+    let elements: u64 = plan.tensors.iter().map(|tensor| tensor.elements).sum();
+    whole.min(elements / 8 + (whole as f64 * most) as u64)
+}
+
+/// Most thresholds that are sought at a time for one model.
+fn searches<'a>(plans: impl Iterator<Item = &'a Plan>) -> u64 {
+    let mut kinds = BTreeSet::new();
+    for plan in plans.filter(|plan| plan.selects()) {
+        for set in &plan.params {
+            for (model, density) in set.density.iter().enumerate() {
+                kinds.insert(format!("{density} {:?} {}", set.merger.sparsify(model), plan.bounds()));
+            }
+        }
+    }
+    // Outliers take a second threshold.
+    2 * kinds.len().max(1) as u64
+}
+
+/// Whether `plan` can be merged from what `union` loads, chunk by chunk.
+fn fits(plan: &Plan, union: &Plan) -> bool {
+    let needs = plan.needs();
+    let simple = |plan: &Plan| plan.layers.is_none() && plan.tokenizer.is_none();
+    let in_units = union.selects() || union.votes();
+    let same_units = plan.scope == union.scope && (in_units || !plan.selects() && !plan.votes());
+    let sought = union.trim.is_some() || !plan.selects();
+    if !needs.looks.is_empty() || needs.rows || !simple(plan) || !simple(union) || !same_units || !sought {
+        return false;
+    }
+    let Some(places) = places(plan, union) else { return false };
+    let place = |piece: &Piece| (places[piece.checkpoint as usize], piece.entry);
+    let models: BTreeSet<u32> = places[plan.first_model..plan.first_model + plan.models()].iter().copied().collect();
+    // A model that is listed twice has one window, but two tiles.
+    let distinct = models.len() == plan.models();
+    let alike = |(own, other): (&PlannedTensor, &PlannedTensor)| {
+        let actions = match (&own.action, &other.action) {
+            (Action::Copy { source: own, .. }, Action::Copy { source: other, .. }) => {
+                place(own) == (other.checkpoint, other.entry)
+            }
+            (Action::Merge { models: own, .. }, Action::Merge { models: all, .. }) => {
+                let own: BTreeSet<_> = own.iter().map(|(_, piece)| place(piece)).collect();
+                let all = all.iter().map(|(_, piece)| (piece.checkpoint, piece.entry));
+                own == all.filter(|(checkpoint, _)| models.contains(checkpoint)).collect()
+            }
+            _ => false,
+        };
+        actions && own.name == other.name && own.shape == other.shape && own.dtype == other.dtype
+    };
+    distinct && plan.tensors.len() == union.tensors.len() && plan.tensors.iter().zip(&union.tensors).all(alike)
+}
+
+/// Per checkpoint of `plan`, its index in `union`.
+fn places(plan: &Plan, union: &Plan) -> Option<Vec<u32>> {
+    let models = |plan: &Plan, at: usize| at >= plan.first_model && at < plan.first_model + plan.models();
+    let place = |(at, checkpoint): (usize, &crate::checkpoint::Checkpoint)| {
+        if Some(at) == plan.base {
+            return union.base.map(|base| base as u32);
+        }
+        if Some(at) == plan.oracle {
+            return union.oracle.map(|oracle| oracle as u32);
+        }
+        let same = |&other: &usize| models(union, other) && union.checkpoints[other].spec == checkpoint.spec;
+        (0..union.checkpoints.len()).find(same).map(|other| other as u32)
+    };
+    plan.checkpoints.iter().enumerate().map(place).collect()
+}
+
+fn write_tables(report: &SweepReport, dir: &Path, storage: &dyn Storage) -> Result<()> {
+    storage.create_dir_all(dir)?;
+    let json = serde_json::to_string_pretty(report).map_err(|e| Error::failed(format!("{TABLE_JSON}: {e}")))?;
+    storage.write_small(&dir.join(TABLE_JSON), (json + "\n").as_bytes(), dir)?;
+    storage.write_small(&dir.join(TABLE_TEXT), table(report).as_bytes(), dir)
+}
+
+/// The table for people: a row per output.
+fn table(report: &SweepReport) -> String {
+    let mut keys: Vec<&str> = Vec::new();
+    for (key, _) in report.outputs.iter().flat_map(|entry| &entry.settings) {
+        if !keys.contains(&&**key) {
+            keys.push(key);
+        }
+    }
+    let cell = |text: &str| printable(text).replace('|', "\\|");
+    let mut text = String::from("# Outputs of a sweep\n\n| output |");
+    keys.iter().for_each(|key| text.push_str(&format!(" {} |", cell(key))));
+    text.push_str(" kept | sign conflicts |\n|---|");
+    text.push_str(&"---|".repeat(keys.len() + 2));
+    text.push('\n');
+    for entry in &report.outputs {
+        text.push_str(&format!("| `{}` |", cell(&entry.name)));
+        for key in &keys {
+            let value = entry.settings.iter().find(|(own, _)| own == key).map_or("", |(_, value)| value);
+            text.push_str(&format!(" {} |", cell(value)));
+        }
+        let Some(report) = &entry.report else {
+            text.push_str(" | |\n");
+            continue;
+        };
+        let kept: Vec<String> = report.kept_fraction.iter().map(|k| format!("{:.2} %", k * 100.0)).collect();
+        let conflicts = report.sign_conflict_fraction * 100.0;
+        text.push_str(&format!(" {} | {conflicts:.2} % |\n", kept.join(", ")));
+    }
+    let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+    text.push_str(&format!(
+        "\nThe last run read {:.3} GB of tensors; separate merges of what it made would read {:.3} GB.\n",
+        gigabytes(report.bytes_read),
+        gigabytes(report.separate_bytes_read)
+    ));
+    text
+}

@@ -1,0 +1,639 @@
+//! Outputs that are made together: unit by unit, chunk by chunk.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use super::chunks::{Search, left};
+use super::spool::{self, Framer, Spool};
+use super::{Sweep, Variant, places};
+use crate::engine::cut::{Cut, TieChain, TieCounts};
+use crate::engine::kept::Kept;
+use crate::engine::output::OutputDir;
+use crate::engine::passes::{Passes, Resident, lock, lookahead, prefetch_pieces, ties_before, whole};
+use crate::engine::pool;
+use crate::engine::records::UnitDone;
+use crate::engine::select::{Thresholds, UnitThresholds, cuts, solo_thresholds, tensor_cuts};
+use crate::engine::shards::{SealedShard, ShardWriter, write_shards};
+use crate::engine::slot::{Loaded, Slot, locate};
+use crate::engine::turns::Pending;
+use crate::engine::worker::{Known, Sink, Tally, Worker};
+use crate::engine::{
+    Finished, Observer, Report, check_inputs_unchanged, differing_warning, publish, report, side_files, tidy_up,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::plan::{Action, Chunk, Piece, Plan, Schedule, Unit, UnitKind, Wanted};
+
+/// An output while it is made.
+pub(super) struct Out<'a> {
+    pub plan: &'a Plan,
+    pub kept: &'a Kept,
+    target: Target<'a>,
+    /// Per checkpoint of its plan, the union's.
+    places: Vec<u32>,
+}
+
+impl Out<'_> {
+    /// The number of its model `model` in the union.
+    pub(super) fn union_model(&self, union: &Plan, model: usize) -> usize {
+        self.places[self.plan.first_model + model] as usize - union.first_model
+    }
+}
+
+/// Where the result of an output goes.
+enum Target<'a> {
+    Shards(&'a ShardWriter<'a>),
+    Packed(&'a Spool<'a>),
+}
+
+/// What an output needs to merge a unit.
+struct Ready {
+    cuts: Vec<Cut>,
+    known: Known,
+    thresholds: UnitThresholds,
+    /// Ties of what earlier attempts did, before each tensor.
+    kept_ties: HashMap<u32, TieCounts>,
+    chain: TieChain,
+}
+
+/// What was counted for an output in this run.
+struct Counts {
+    tally: Tally,
+    thresholds: Thresholds,
+    differing: BTreeSet<u32>,
+}
+
+/// The work on a group.
+struct Group<'a> {
+    union: &'a Plan,
+    schedule: &'a Schedule,
+    observer: &'a dyn Observer,
+    outs: &'a [Out<'a>],
+    counts: Vec<Mutex<Counts>>,
+    /// Buffers for packing that no thread uses.
+    framers: Mutex<Vec<Framer>>,
+    /// Bytes of base that were read to be compared with.
+    compared: AtomicU64,
+}
+
+/// What a group found out.
+struct Made {
+    tally: Tally,
+    thresholds: Thresholds,
+    warnings: Vec<String>,
+    reused: u64,
+}
+
+impl Sweep<'_> {
+    /// Makes the outputs of `variants` together; their reports, in order.
+    pub(super) fn run_group(&mut self, variants: &[&Variant], schedule: &Schedule) -> Result<Vec<Report>> {
+        let begin = Instant::now();
+        let mut reports: Vec<Option<Report>> = vec![None; variants.len()];
+        let mut dirs: Vec<(usize, OutputDir)> = Vec::new();
+        let opened = variants.iter().enumerate().try_for_each(|(at, variant)| {
+            side_files::check(&variant.plan, &**self.storage)?;
+            let dir = OutputDir::open(&variant.plan, &self.options(variant), self.storage).map_err(Error::as_input)?;
+            match dir.is_published() {
+                true => reports[at] = Some(tidy_up(dir)?),
+                false => dirs.push((at, dir)),
+            }
+            Ok(())
+        });
+        let result = opened.and_then(|()| self.make(variants, &dirs, schedule));
+        let (made, sealed) = match result {
+            Ok(made) => made,
+            Err(error) => {
+                // An input that cannot be used leaves nothing to resume.
+                if !matches!(error.kind(), ErrorKind::Failed | ErrorKind::Interrupted) {
+                    dirs.into_iter().for_each(|(at, dir)| dir.abandon(&variants[at].plan));
+                }
+                return Err(error);
+            }
+        };
+        for (((at, dir), made), shards) in dirs.into_iter().zip(made).zip(sealed) {
+            let plan = &variants[at].plan;
+            let mut warnings = plan.warnings.clone();
+            warnings.extend(made.warnings);
+            let mut report = report(plan, schedule, (&dir.dir, dir.resumes()), &made.tally, &made.thresholds, warnings);
+            report.chunks_reused = made.reused;
+            report.wall_seconds = begin.elapsed().as_secs_f64();
+            let finished = Finished { report, shards, thresholds: made.thresholds };
+            reports[at] = Some(publish(plan, schedule, dir, finished)?);
+        }
+        Ok(reports.into_iter().flatten().collect())
+    }
+
+    /// Makes the outputs of `variants` together, packed; their reports, in order.
+    pub(super) fn pack_group(&mut self, variants: &[&Variant], schedule: &Schedule) -> Result<Vec<Report>> {
+        let begin = Instant::now();
+        let storage = &**self.storage;
+        let path = |variant: &Variant| spool::file(&self.output.dir, &variant.name);
+        let spools = variants.iter().map(|variant| Spool::new(&variant.plan, path(variant), storage));
+        let spools = spools.collect::<Result<Vec<_>>>()?;
+        let nothing: Vec<Kept> = variants.iter().map(|variant| Kept::new(&variant.plan)).collect();
+        let mut outs = Vec::with_capacity(variants.len());
+        for ((variant, spool), kept) in variants.iter().zip(&spools).zip(&nothing) {
+            let places = places(&variant.plan, self.union).expect("what is made together fits");
+            outs.push(Out { plan: &variant.plan, kept, target: Target::Packed(spool), places });
+        }
+        let (made, read) = Group::new(self.union, schedule, self.observer, &outs).run()?;
+        self.bytes_read = self.bytes_read.saturating_add(read);
+        storage.check_mapped()?;
+        check_inputs_unchanged(self.union)?;
+        let mut reports = Vec::with_capacity(variants.len());
+        for ((variant, spool), made) in variants.iter().zip(spools).zip(made) {
+            self.observer.go_on()?;
+            let bytes_written = spool.finish()?;
+            let mut warnings = variant.plan.warnings.clone();
+            warnings.extend(made.warnings);
+            let place = (&*path(variant), false);
+            let report = report(&variant.plan, schedule, place, &made.tally, &made.thresholds, warnings);
+            let wall_seconds = begin.elapsed().as_secs_f64();
+            reports.push(Report { shards: 0, bytes_written, wall_seconds, ..report });
+        }
+        Ok(reports)
+    }
+
+    fn make(
+        &mut self,
+        variants: &[&Variant],
+        dirs: &[(usize, OutputDir)],
+        schedule: &Schedule,
+    ) -> Result<(Vec<Made>, Vec<Vec<SealedShard>>)> {
+        let targets: Vec<(&Plan, &OutputDir)> = dirs.iter().map(|(at, dir)| (&variants[*at].plan, dir)).collect();
+        let (mut made, mut sealed) = (Vec::new(), Vec::new());
+        let (union, observer) = (self.union, self.observer);
+        let mut read = 0;
+        with_writers(&targets, &[], observer, &mut sealed, &mut |writers| {
+            let mut outs = Vec::with_capacity(writers.len());
+            for (&(writer, kept), &(plan, _)) in writers.iter().zip(&targets) {
+                let places = places(plan, union).expect("what is made together fits");
+                outs.push(Out { plan, kept, target: Target::Shards(writer), places });
+            }
+            (made, read) = Group::new(union, schedule, observer, &outs).run()?;
+            Ok(())
+        })?;
+        self.bytes_read = self.bytes_read.saturating_add(read);
+        check_inputs_unchanged(union)?;
+        observer.go_on()?;
+        // The innermost is sealed first.
+        sealed.reverse();
+        Ok((made, sealed))
+    }
+}
+
+/// Opens the shards of all `targets`, lets `work` write them, and adds what sealing said, the last target's first.
+fn with_writers(
+    targets: &[(&Plan, &OutputDir)],
+    opened: &[(&ShardWriter<'_>, &Kept)],
+    observer: &dyn Observer,
+    sealed: &mut Vec<Vec<SealedShard>>,
+    work: &mut dyn FnMut(&[(&ShardWriter<'_>, &Kept)]) -> Result<()>,
+) -> Result<()> {
+    let Some((&(plan, dir), rest)) = targets.split_first() else { return work(opened) };
+    let shards = write_shards(plan, dir, observer, |writer, kept| {
+        let opened = [opened, &[(writer, kept)]].concat();
+        with_writers(rest, &opened, observer, sealed, work)
+    })?;
+    sealed.push(shards);
+    Ok(())
+}
+
+impl<'a> Group<'a> {
+    fn new(union: &'a Plan, schedule: &'a Schedule, observer: &'a dyn Observer, outs: &'a [Out<'a>]) -> Self {
+        let counts = outs.iter().map(|out| {
+            let thresholds = Thresholds::new(out.plan.models(), out.plan.selects());
+            let differing = out.kept.differing.clone();
+            Mutex::new(Counts { tally: out.kept.tally.clone(), thresholds, differing })
+        });
+        let (counts, framers, compared) = (counts.collect(), Mutex::default(), AtomicU64::new(0));
+        Self { union, schedule, observer, outs, counts, framers, compared }
+    }
+
+    /// Does everything; returns what each output's report is made of, and the tensor bytes read.
+    fn run(self) -> Result<(Vec<Made>, u64)> {
+        let nothing_kept = Kept::new(self.union);
+        let mut passes = Passes::new(self.union, self.schedule, self.observer, None, &nothing_kept);
+        for worker in &mut passes.workers {
+            self.outs.iter().for_each(|out| worker.fit(out.plan, self.schedule));
+        }
+        if !passes.announces_passes() {
+            self.observer.stage("sweep", self.schedule.passes.iter().map(|pass| pass.bytes_read).sum());
+        }
+        let mut solo = Vec::new();
+        for unit in &self.schedule.units {
+            match unit.kind == UnitKind::Solo && self.is_whole(unit.tensors[0]) {
+                true => solo.push(unit),
+                false => self.shared_unit(unit, &mut passes)?,
+            }
+        }
+        self.solo_units(&solo, &mut passes)?;
+        self.direct(&mut passes)?;
+        let read = passes.tally().bytes_read + self.compared.load(Ordering::Relaxed);
+        let made = self.outs.iter().zip(self.counts).map(|(out, counts)| {
+            let Counts { tally, thresholds, differing } = counts.into_inner().unwrap_or_else(|e| e.into_inner());
+            let warnings = differing_warning(out.plan, &differing).into_iter().collect();
+            Made { tally, thresholds, warnings, reused: out.kept.ranges }
+        });
+        Ok((made.collect(), read))
+    }
+
+    /// Whether every output has all of tensor `tensor`, or nothing.
+    fn is_whole(&self, tensor: u32) -> bool {
+        let length = self.union.length(tensor);
+        self.outs.iter().all(|out| !out.kept.has_part_of(tensor) || out.kept.gaps(tensor, length).next().is_none())
+    }
+
+    /// What is known of `unit` for output `out` from an earlier attempt.
+    fn known(&self, out: &Out<'_>, unit: &Unit) -> Result<Option<Ready>> {
+        match out.kept.unit(out.plan, unit) {
+            Some(done) => {
+                let found: Vec<_> = done.found.iter().map(|found| found.map(|(threshold, _)| threshold)).collect();
+                let known = Known { majority: f32::from(done.majority), facts: Vec::new() };
+                Ok(Some(Ready::new(out, unit, &out.plan.goals(unit), &found, known)))
+            }
+            None if unit.tensors.iter().any(|&tensor| out.kept.has_part_of(tensor)) => {
+                Err(Error::failed("the journal has results of a merge without their thresholds")
+                    .help("use --restart to start over"))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// A unit that all workers share.
+    fn shared_unit(&self, unit: &Unit, passes: &mut Passes<'_>) -> Result<()> {
+        let mut ready = self.outs.iter().map(|out| self.known(out, unit)).collect::<Result<Vec<_>>>()?;
+        let new: Vec<usize> = (0..ready.len()).filter(|&out| ready[out].is_none()).collect();
+        // Chunks that are held are those of a run that begins.
+        let begins = new.len() == ready.len();
+        let mut resident = if begins { passes.hold(unit) } else { None };
+        if !new.is_empty() {
+            let searching: Vec<&Out<'_>> = new.iter().map(|&out| &self.outs[out]).collect();
+            let search = Search::new(self.union, &searching, unit);
+            let found = passes.shared_thresholds(unit, &search.goals, &mut resident)?;
+            for (number, &out) in new.iter().enumerate() {
+                let (goals, found) = search.of(number, &found);
+                ready[out] = Some(Ready::new(&self.outs[out], unit, goals, &found, Known::default()));
+            }
+        }
+        let mut ready: Vec<Ready> = ready.into_iter().flatten().collect();
+        self.vote(unit, passes, &mut resident, &new, &mut ready)?;
+        for &out in &new {
+            if let Target::Shards(writer) = self.outs[out].target {
+                writer.keep(ready[out].done(0))?;
+            }
+        }
+        passes.announce("merge", passes.pass_bytes("merge"));
+        let before: Vec<Vec<u64>> = self.counts.iter().map(|counts| lock(counts).tally.kept.clone()).collect();
+        let all: Vec<usize> = (0..self.outs.len()).collect();
+        self.each_chunk((unit, &all), passes, &mut resident, &ready, |worker, ordinal, chunk, slot, out| {
+            let (own, ready) = (&self.outs[out], &ready[out]);
+            let data = Loaded { plan: own.plan, chunk, slot };
+            let cuts = tensor_cuts(own.plan, chunk, &ready.cuts, &[]);
+            let (mut seen, ties) = ready.ties(own, worker, ordinal, data, &cuts)?;
+            self.put(worker, (out, chunk, slot), (ties, None), |worker, sink| {
+                worker.merge(data, &cuts, &mut seen, &ready.known, sink)?;
+                Ok(true)
+            })
+            .map(drop)
+        })?;
+        for ((out, ready), (counts, before)) in self.outs.iter().zip(ready).zip(self.counts.iter().zip(before)) {
+            let mut counts = lock(counts);
+            let mut survivors: Vec<u64> = counts.tally.kept.iter().zip(&before).map(|(now, then)| now - then).collect();
+            out.kept.add_survivors(&unit.tensors, &mut survivors);
+            counts.thresholds.record(ready.thresholds, &survivors);
+        }
+        passes.give_back(resident);
+        Ok(())
+    }
+
+    /// The majority's sign of the outputs `new` that ask for it.
+    fn vote(
+        &self,
+        unit: &Unit,
+        passes: &mut Passes<'_>,
+        resident: &mut Option<Resident>,
+        new: &[usize],
+        ready: &mut [Ready],
+    ) -> Result<()> {
+        let voters: Vec<usize> = new.iter().copied().filter(|&out| self.outs[out].plan.votes()).collect();
+        if voters.is_empty() {
+            return Ok(());
+        }
+        passes.announce("vote", passes.pass_bytes("vote"));
+        let sums: Vec<AtomicI64> = self.outs.iter().map(|_| AtomicI64::new(0)).collect();
+        let shown = &*ready;
+        self.each_chunk((unit, &voters), passes, resident, shown, |worker, ordinal, chunk, slot, out| {
+            let (own, ready) = (&self.outs[out], &shown[out]);
+            let data = Loaded { plan: own.plan, chunk, slot };
+            let cuts = tensor_cuts(own.plan, chunk, &ready.cuts, &[]);
+            let (mut seen, _) = ready.ties(own, worker, ordinal, data, &cuts)?;
+            sums[out].fetch_add(worker.vote(data, &cuts, &mut seen)?, Ordering::Relaxed);
+            Ok(())
+        })?;
+        for out in voters {
+            ready[out].known.majority = sums[out].load(Ordering::Relaxed).signum() as f32;
+            ready[out].chain = TieChain::of(ready[out].cuts.len());
+        }
+        Ok(())
+    }
+
+    /// Runs `work` on every chunk of `unit` that some of `outs` lack, loaded, once for each of these.
+    fn each_chunk(
+        &self,
+        (unit, outs): (&Unit, &[usize]),
+        passes: &mut Passes<'_>,
+        resident: &mut Option<Resident>,
+        ready: &[Ready],
+        work: impl Fn(&mut Worker, usize, Chunk, &Slot, usize) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let loaded = resident.as_ref().is_some_and(Resident::is_loaded);
+        let mut slots = resident.as_mut().map(Resident::slots);
+        let chunks = left(self.union, self.outs, &unit.tensors, unit.chunk_elements);
+        let chunks = chunks.map(|(chunk, mut lacking)| {
+            if outs.len() < self.outs.len() {
+                lacking = lacking.iter().copied().filter(|out| outs.contains(out)).collect();
+            }
+            (chunk, lacking)
+        });
+        let items = chunks.map(move |(chunk, lacking)| (chunk, lacking, slots.as_mut().and_then(Iterator::next)));
+        let ahead = |(chunk, lacking, _): &(Chunk, Arc<[usize]>, Option<&mut Slot>)| {
+            if !loaded {
+                prefetch_pieces(self.union, *chunk, self.pieces(chunk.tensor, lacking));
+            }
+        };
+        let lookahead = lookahead(self.schedule, unit.chunk_elements);
+        pool::run(&mut passes.workers, items, lookahead, ahead, |worker, ordinal, (chunk, lacking, slot)| {
+            let mut pending: Vec<Pending<'_>> = ready.iter().map(|ready| Pending::new(&ready.chain, ordinal)).collect();
+            let mut own = std::mem::take(&mut worker.slot);
+            let held = slot.is_some();
+            let slot = slot.unwrap_or(&mut own);
+            let result = match loaded {
+                true => self.observer.go_on(),
+                false if held => {
+                    let all = self.union.pieces(chunk.tensor, Wanted::All);
+                    worker.load_into(slot, self.union, chunk, all, self.observer)
+                }
+                false => {
+                    let pieces = self.pieces(chunk.tensor, &lacking);
+                    worker.load_into(slot, self.union, chunk, pieces, self.observer)
+                }
+            };
+            let result = result.and_then(|()| {
+                self.for_each(worker, slot, &lacking, |worker, slot, out| work(worker, ordinal, chunk, slot, out))
+            });
+            worker.slot = own;
+            // Chunks that an output has already count as passed.
+            let result = result.and_then(|()| {
+                let mut had = outs.iter().filter(|out| !lacking.contains(out));
+                had.try_for_each(|&out| ready[out].skip(ordinal))
+            });
+            if result.is_ok() {
+                pending.iter_mut().for_each(Pending::complete);
+            }
+            result
+        })?;
+        if let Some(resident) = resident {
+            resident.set_loaded();
+        }
+        Ok(())
+    }
+
+    /// Runs `work` for each of `outs`, which sees the slot as that output's plan numbers it, and counts for itself.
+    fn for_each(
+        &self,
+        worker: &mut Worker,
+        slot: &mut Slot,
+        outs: &[usize],
+        mut work: impl FnMut(&mut Worker, &Slot, usize) -> Result<()>,
+    ) -> Result<()> {
+        let union = worker.tally.clone();
+        let result = outs.iter().try_for_each(|&out| {
+            worker.tally = Tally { kept: vec![0; self.outs[out].plan.models()], ..Tally::default() };
+            worker.begin();
+            slot.renumber(&self.outs[out].places);
+            work(worker, slot, out)
+        });
+        slot.renumber(&[]);
+        worker.tally = union;
+        worker.begin();
+        result
+    }
+
+    /// The union's pieces of a tensor that `outs` are made from.
+    fn pieces<'s>(&'s self, tensor: u32, outs: &'s [usize]) -> impl Iterator<Item = Piece> + 's {
+        let used = move |piece: &Piece| {
+            let uses = |out: &Out<'_>| {
+                let mut own = out.plan.pieces(tensor, Wanted::All);
+                own.any(|own| out.places[own.checkpoint as usize] == piece.checkpoint)
+            };
+            outs.iter().any(|&out| uses(&self.outs[out]))
+        };
+        self.union.pieces(tensor, Wanted::All).filter(used)
+    }
+
+    /// What the worker counted for output `out` in `chunk`, which is added to what is counted of it. Bytes read are those
+    /// that the output's chunk is made from, whoever else uses them.
+    fn count(&self, worker: &Worker, out: usize, chunk: Chunk) -> Tally {
+        let plan = self.outs[out].plan;
+        let mut counted = worker.counted();
+        counted.bytes_read = plan.pieces(chunk.tensor, Wanted::All).map(|piece| locate(plan, chunk, piece).2).sum();
+        let tally = &mut lock(&self.counts[out]).tally;
+        tally.kept.iter_mut().zip(&counted.kept).for_each(|(sum, kept)| *sum += kept);
+        tally.conflicts += counted.conflicts;
+        tally.merged += counted.merged;
+        tally.bytes_read = tally.bytes_read.saturating_add(counted.bytes_read);
+        counted
+    }
+
+    /// Units that one worker does alone, each read once.
+    fn solo_units(&self, units: &[&Unit], passes: &mut Passes<'_>) -> Result<()> {
+        let mut items: Vec<(&Unit, Vec<usize>)> = Vec::new();
+        for unit in units.iter().filter(|unit| unit.elements > 0) {
+            let mut lacking = Vec::new();
+            for (at, out) in self.outs.iter().enumerate() {
+                match self.known(out, unit)? {
+                    Some(ready) if out.kept.has_part_of(unit.tensors[0]) => {
+                        let mut survivors = vec![0; out.plan.models()];
+                        out.kept.add_survivors(&unit.tensors, &mut survivors);
+                        lock(&self.counts[at]).thresholds.record(ready.thresholds, &survivors);
+                    }
+                    _ => lacking.push(at),
+                }
+            }
+            items.push((unit, lacking));
+        }
+        let items = items.iter().filter(|(_, lacking)| !lacking.is_empty());
+        let ahead = |(unit, lacking): &&(&Unit, Vec<usize>)| {
+            prefetch_pieces(self.union, whole(unit), self.pieces(unit.tensors[0], lacking));
+        };
+        pool::run(&mut passes.workers, items, 1, ahead, |worker, _, (unit, lacking)| {
+            let mut slot = std::mem::take(&mut worker.slot);
+            let result = self.solo_unit(unit, lacking, worker, &mut slot);
+            worker.slot = slot;
+            result
+        })
+    }
+
+    fn solo_unit(&self, unit: &Unit, lacking: &[usize], worker: &mut Worker, slot: &mut Slot) -> Result<()> {
+        let chunk = whole(unit);
+        worker.load_into(slot, self.union, chunk, self.pieces(chunk.tensor, lacking), self.observer)?;
+        let known = lacking.iter().map(|&out| self.known(&self.outs[out], unit)).collect::<Result<Vec<_>>>()?;
+        let searching: Vec<&Out<'_>> =
+            lacking.iter().zip(&known).filter(|(_, known)| known.is_none()).map(|(&out, _)| &self.outs[out]).collect();
+        let search = Search::new(self.union, &searching, unit);
+        let data = Loaded { plan: self.union, chunk, slot };
+        let found = solo_thresholds(worker, data, &search.goals, self.schedule.sketch_bins)?;
+        let mut number = 0;
+        let ready: Vec<Ready> = known
+            .into_iter()
+            .zip(lacking)
+            .map(|(known, &out)| {
+                known.unwrap_or_else(|| {
+                    let (goals, found) = search.of(number, &found);
+                    number += 1;
+                    Ready::new(&self.outs[out], unit, goals, &found, Known::default())
+                })
+            })
+            .collect();
+        let mut ready = ready.into_iter();
+        self.for_each(worker, slot, lacking, |worker, slot, out| {
+            let (own, mut ready) = (&self.outs[out], ready.next().expect("one for each"));
+            let data = Loaded { plan: own.plan, chunk, slot };
+            let cuts = tensor_cuts(own.plan, chunk, &ready.cuts, &[]);
+            if own.plan.votes() {
+                ready.known.majority = worker.vote(data, &cuts, &mut vec![0; cuts.len()])?.signum() as f32;
+            }
+            let done = Some(ready.done(0));
+            let counted = self.put(worker, (out, chunk, slot), (Vec::new(), done), |worker, sink| {
+                worker.merge(data, &cuts, &mut vec![0; cuts.len()], &ready.known, sink)?;
+                Ok(true)
+            })?;
+            lock(&self.counts[out]).thresholds.record(ready.thresholds, &counted.kept);
+            Ok(())
+        })
+    }
+
+    /// Copies, and merges that need no thresholds.
+    fn direct(&self, passes: &mut Passes<'_>) -> Result<()> {
+        let schedule = self.schedule;
+        let items = left(self.union, self.outs, &schedule.direct, schedule.chunk_elements);
+        let ahead = |(chunk, lacking): &(Chunk, Arc<[usize]>)| {
+            prefetch_pieces(self.union, *chunk, self.pieces(chunk.tensor, lacking));
+        };
+        let lookahead = lookahead(schedule, schedule.chunk_elements);
+        pool::run(&mut passes.workers, items, lookahead, ahead, |worker, _, (chunk, lacking)| {
+            let mut slot = std::mem::take(&mut worker.slot);
+            let pieces = self.pieces(chunk.tensor, &lacking);
+            let result = worker.load_into(&mut slot, self.union, chunk, pieces, self.observer).and_then(|()| {
+                self.for_each(worker, &mut slot, &lacking, |worker, slot, out| {
+                    self.direct_chunk(worker, slot, chunk, out)
+                })
+            });
+            worker.slot = slot;
+            result
+        })
+    }
+
+    fn direct_chunk(&self, worker: &mut Worker, slot: &Slot, chunk: Chunk, out: usize) -> Result<()> {
+        let own = &self.outs[out];
+        let plan = own.plan;
+        let data = Loaded { plan, chunk, slot };
+        let counted = self.put(worker, (out, chunk, slot), (Vec::new(), None), |worker, sink| {
+            match &plan.tensors[chunk.tensor as usize].action {
+                Action::Copy { source, compared } if plan.is_raw_copy(chunk.tensor) => {
+                    let same = worker.copy(slot, *source, compared, sink, chunk.start)?;
+                    if !same {
+                        lock(&self.counts[out]).differing.insert(chunk.tensor);
+                    }
+                    return Ok(same);
+                }
+                Action::Copy { source, .. } => worker.convert(data, *source, sink)?,
+                Action::Merge { .. } => {
+                    let cuts = tensor_cuts(plan, chunk, &vec![Cut::NonZero; plan.models()], &[]);
+                    worker.merge(data, &cuts, &mut vec![0; cuts.len()], &Known::default(), sink)?;
+                }
+            }
+            Ok(true)
+        });
+        counted.map(drop)
+    }
+
+    /// Lets `work` make a chunk of output `out`, and takes the result; `slot` shows what it is made from. `work` says
+    /// whether the versions that it compared are the same. Returns what was counted.
+    fn put(
+        &self,
+        worker: &mut Worker,
+        (out, chunk, slot): (usize, Chunk, &Slot),
+        (ties, unit): (TieCounts, Option<UnitDone>),
+        work: impl FnOnce(&mut Worker, Sink<'_>) -> Result<bool>,
+    ) -> Result<Tally> {
+        match self.outs[out].target {
+            Target::Shards(writer) => {
+                let mut target = writer.chunk(chunk);
+                let same = work(worker, &mut |offset, bytes| target.write(offset, bytes))?;
+                let counted = self.count(worker, out, chunk);
+                target.done(counted.clone(), ties, !same, unit)?;
+                Ok(counted)
+            }
+            Target::Packed(spool) => {
+                let idle = lock(&self.framers).pop();
+                let width = || self.outs.iter().map(|out| Spool::width(out.plan)).max().unwrap_or(1);
+                let mut framer = idle.map_or_else(|| Framer::new(width()), Ok)?;
+                let mut target = spool.chunk(chunk, slot, &mut framer);
+                work(worker, &mut |_, bytes| target.write(bytes))?;
+                self.compared.fetch_add(target.done()?, Ordering::Relaxed);
+                lock(&self.framers).push(framer);
+                Ok(self.count(worker, out, chunk))
+            }
+        }
+    }
+}
+
+impl Ready {
+    fn new(
+        out: &Out<'_>,
+        unit: &Unit,
+        goals: &[crate::plan::Goal],
+        found: &[Option<crate::sketch::Threshold>],
+        known: Known,
+    ) -> Self {
+        let cuts = cuts(out.plan, goals, found);
+        let chain = TieChain::of(cuts.len());
+        let kept_ties = out.kept.ties_before(out.plan, &unit.tensors);
+        Self { chain, known, thresholds: UnitThresholds::new(unit, goals, found), kept_ties, cuts }
+    }
+
+    /// The journal's entry.
+    fn done(&self, bytes_read: u64) -> UnitDone {
+        let UnitThresholds { tensor, found } = &self.thresholds;
+        let (majority, facts) = (self.known.majority as i8, Vec::new());
+        UnitDone { tensor: *tensor, found: found.clone(), majority, bytes_read, facts }
+    }
+
+    /// Ties before the chunk, and in it.
+    fn ties(
+        &self,
+        out: &Out<'_>,
+        worker: &mut Worker,
+        ordinal: usize,
+        data: Loaded<'_>,
+        cuts: &[Cut],
+    ) -> Result<(TieCounts, TieCounts)> {
+        let (mut seen, own) = ties_before(worker, &self.chain, ordinal, data, cuts)?;
+        if let Some(before) = self.kept_ties.get(&data.chunk.tensor) {
+            seen.iter_mut().zip(before).for_each(|(seen, before)| *seen += before);
+            out.kept.add_ties_in_tensor(data.chunk, &mut seen);
+        }
+        Ok((seen, own))
+    }
+
+    /// Passes a chunk that is done already: its ties are known from elsewhere.
+    fn skip(&self, ordinal: usize) -> Result<()> {
+        if self.cuts.iter().any(|cut| matches!(cut, Cut::Lowest { .. })) {
+            self.chain.pass(ordinal, &vec![0; self.cuts.len()])?;
+        }
+        Ok(())
+    }
+}

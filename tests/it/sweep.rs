@@ -1,0 +1,282 @@
+//! Sweeps: every output is what a merge of its own gives, bit for bit, from shared reads.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use serde_json::Value;
+
+use crate::support::family::{Deltas, Family, Saved, Spec, text};
+use crate::support::files::{self, read_checkpoint, read_tree};
+use crate::support::run::{Outcome, tiesmith};
+use crate::support::tensor::{Tensor, differences};
+
+fn inputs(saved: &Saved) -> Vec<String> {
+    let mut args = vec!["--base".to_owned(), text(&saved.base)];
+    args.extend(saved.models.iter().flat_map(|model| ["--model".to_owned(), text(model)]));
+    args
+}
+
+fn sweep(saved: &Saved, out: &Path, extra: &[&str]) -> Outcome {
+    let mut args = vec!["sweep".to_owned()];
+    args.extend(inputs(saved));
+    args.extend(["--out".to_owned(), text(out), "--json".into(), "--progress".into(), "none".into()]);
+    args.extend(extra.iter().map(|arg| (*arg).to_owned()));
+    tiesmith(args)
+}
+
+/// A finished output but for what tells how it came about.
+fn lasting(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = read_tree(dir);
+    let manifest = files.get_mut(Path::new("tiesmith.json")).expect("an output has a manifest");
+    let mut value: Value = serde_json::from_slice(manifest).unwrap();
+    value["run"].take();
+    let report = value["report"].as_object_mut().unwrap();
+    for field in ["out", "wall_seconds", "peak_memory_bytes", "bytes_read", "resumed", "chunks_reused"] {
+        report.remove(field);
+    }
+    *manifest = value.to_string().into_bytes();
+    files
+}
+
+/// What is varied, and what is not.
+struct Case {
+    grid: &'static [&'static str],
+    fixed: &'static [&'static str],
+    outputs: usize,
+    /// How many of them are made together.
+    shared: usize,
+}
+
+/// The options of `merge` for an output of the sweep, models included.
+fn merge_args(saved: &Saved, entry: &Value, fixed: &[&str]) -> Vec<String> {
+    let mut args = vec!["--base".to_owned(), text(&saved.base)];
+    let mut models: Vec<usize> = (1..=saved.models.len()).collect();
+    for setting in entry["settings"].as_array().unwrap() {
+        let (key, value) = (setting[0].as_str().unwrap(), setting[1].as_str().unwrap());
+        match key {
+            "models" => models = value.split('+').map(|number| number.parse().unwrap()).collect(),
+            _ => args.push(format!("--{key}={value}")),
+        }
+    }
+    args.extend(models.iter().flat_map(|model| ["--model".to_owned(), text(&saved.models[model - 1])]));
+    args.extend(fixed.iter().map(|arg| (*arg).to_owned()));
+    args
+}
+
+fn check(saved: &Saved, case: &Case, run: &[&str], what: &str) -> Value {
+    let out = saved.path("sweep");
+    let _ = fs::remove_dir_all(&out);
+    let report = sweep(saved, &out, &[case.grid, case.fixed, run].concat()).succeeded().json();
+    let outputs = report["outputs"].as_array().unwrap();
+    assert_eq!(outputs.len(), case.outputs, "{what}");
+    assert_eq!(outputs.iter().filter(|entry| entry["shared"] == true).count(), case.shared, "{what}");
+    for entry in outputs {
+        let name = entry["name"].as_str().unwrap();
+        let alone = saved.path("alone");
+        let mut args = vec!["merge".to_owned(), "--out".into(), text(&alone), "--force".into()];
+        args.extend(merge_args(saved, entry, case.fixed));
+        tiesmith(args).succeeded();
+        let (found, expected) = (lasting(&out.join(name)), lasting(&alone));
+        assert!(found.keys().eq(expected.keys()), "{what}, {name}: {:?}", found.keys());
+        for (file, bytes) in &expected {
+            assert!(found[file] == *bytes, "{what}, {name}: {} differs", file.display());
+        }
+        tiesmith(["verify", &text(&out.join(name))]).succeeded();
+    }
+    report
+}
+
+fn families() -> Vec<Family> {
+    let spec = |seed, dtype, deltas| Spec { seed, base: dtype, models: vec![dtype; 3], deltas, ..Spec::default() };
+    let mut families: Vec<Family> =
+        [spec(1, Dtype::F32, Deltas::HeavyTailed), spec(2, Dtype::BF16, Deltas::Stepped)].map(|s| s.family()).into();
+    families.push(Family::adversarial());
+    let ids = |value: i32| Tensor::raw(Dtype::I32, &[1], value.to_le_bytes().to_vec());
+    families[0].base.insert("ids".into(), ids(1));
+    families[0].models.iter_mut().for_each(|model| drop(model.insert("ids".into(), ids(2))));
+    families
+}
+
+const CASES: [Case; 6] = [
+    Case { grid: &["--lambda=0.8:1.2:0.2", "--density=0,0.2,50%,1"], fixed: &[], outputs: 12, shared: 12 },
+    Case { grid: &["--subset=pairs,all,2", "--density=0.1,0.3"], fixed: &["--scope=tensor"], outputs: 10, shared: 10 },
+    Case {
+        grid: &["--method=ties,task_arithmetic,linear,dare_ties", "--lambda=0.5,-1"],
+        fixed: &["--zero-sum=majority"],
+        outputs: 7,
+        shared: 7,
+    },
+    Case {
+        grid: &["--density=0.2,0.4", "--subset=leave-one-out"],
+        fixed: &["--trim-ties=lowest", "--zero-sum=majority"],
+        outputs: 6,
+        shared: 6,
+    },
+    Case {
+        grid: &["--density=0.2,0.4", "--subset=sizes"],
+        fixed: &["--trim-ties=lowest", "--scope=tensor", "--dtype=bf16", "--max-shard-size=500B"],
+        outputs: 4,
+        shared: 4,
+    },
+    Case {
+        grid: &["--method=breadcrumbs_ties,ties,karcher", "--density=0.3,0.6"],
+        fixed: &["--trim-ties=sample", "--seed=4", "--exclude=*mlp*"],
+        outputs: 5,
+        shared: 4,
+    },
+];
+
+#[test]
+fn every_output_is_a_merge_of_its_own() {
+    for (number, family) in families().iter().enumerate() {
+        let saved = family.save();
+        for (at, case) in CASES.iter().enumerate() {
+            for run in [&["--threads=1"][..], &["--threads=3", "--io=mmap"]] {
+                let report = check(&saved, case, run, &format!("family {number}, case {at}, {run:?}"));
+                let (read, separate) = (&report["bytes_read"], &report["separate_bytes_read"]);
+                assert!(read.as_u64().unwrap() < separate.as_u64().unwrap() / 2, "{read} of {separate}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_model_that_does_not_fit_into_memory_is_read_as_often_as_by_one_merge() {
+    let shapes = vec![("a", vec![3000, 1000]), ("b", vec![2600, 1003]), ("c", vec![77])];
+    let spec = Spec { shapes, base: Dtype::BF16, models: vec![Dtype::BF16; 2], ..Spec::default() };
+    let saved = spec.family().save();
+    let run = ["--memory=96MiB", "--threads=2"];
+    let grid: &[&str] = &["--lambda=0.8,1.0,1.2", "--density=0.1,0.2"];
+    for (fixed, limit) in [(&["--trim-ties=lowest"][..], 1.05), (&["--scope=tensor"][..], 1.05)] {
+        let case = Case { grid, fixed: Box::leak(fixed.to_vec().into_boxed_slice()), outputs: 6, shared: 6 };
+        let report = check(&saved, &case, &run, &format!("{fixed:?}"));
+        let alone = sweep(&saved, &saved.path("one"), &[fixed, &run, &["--lambda=1", "--force"]].concat());
+        let alone = alone.succeeded().json()["bytes_read"].as_u64().unwrap() as f64;
+        let read = report["bytes_read"].as_u64().unwrap() as f64;
+        assert!(read <= limit * alone, "{fixed:?}: {read} against {alone}");
+    }
+}
+
+#[test]
+fn the_table_says_what_is_where_and_finished_outputs_stay() {
+    let saved = Spec::default().family().save();
+    let out = saved.path("sweep");
+    let first = sweep(&saved, &out, &["--lambda", "0.5,1", "--method", "ties,task_arithmetic"]).succeeded().json();
+    let names: Vec<&str> = first["outputs"].as_array().unwrap().iter().map(|e| e["name"].as_str().unwrap()).collect();
+    let expected = ["ties_lambda-0.5", "ties_lambda-1", "task_arithmetic_lambda-0.5", "task_arithmetic_lambda-1"];
+    assert_eq!(names, expected);
+    assert_eq!(files::read_json(&out.join("sweep.json"))["outputs"].as_array().unwrap().len(), 4);
+    let table = fs::read_to_string(out.join("sweep.md")).unwrap();
+    for name in expected {
+        assert!(table.contains(&format!("| `{name}` |")), "{table}");
+    }
+    // A wider grid in the same place makes what is lacking.
+    fs::remove_dir_all(out.join("ties_lambda-1")).unwrap();
+    let before = fs::metadata(out.join("ties_lambda-0.5/model.safetensors")).unwrap().modified().unwrap();
+    let second = sweep(&saved, &out, &["--lambda", "0.5,1,2", "--method", "ties,task_arithmetic"]).succeeded().json();
+    let found: Vec<bool> = second["outputs"].as_array().unwrap().iter().map(|entry| entry["found"] == true).collect();
+    assert_eq!(found, [true, false, false, true, true, false]);
+    assert_eq!(fs::metadata(out.join("ties_lambda-0.5/model.safetensors")).unwrap().modified().unwrap(), before);
+    let third = sweep(&saved, &out, &["--lambda", "0.5,1,2", "--method", "ties,task_arithmetic"]).succeeded().json();
+    assert_eq!((&third["bytes_read"], &third["separate_bytes_read"]), (&0.into(), &0.into()));
+    // Other inputs in the same place are refused.
+    let line = sweep(&saved, &out, &["--lambda", "0.5", "--method", "ties,task_arithmetic", "--seed", "9"]);
+    assert!(line.refusal().contains("--force"), "{}", line.stderr);
+}
+
+#[test]
+fn what_cannot_be_swept_is_refused() {
+    let saved = Spec::default().family().save();
+    let out = saved.path("sweep");
+    let refused = |extra: &[&str], part: &str| {
+        let outcome = sweep(&saved, &out, extra);
+        assert!(outcome.refusal().contains(part), "{part}: {}", outcome.stderr);
+        assert!(!out.exists(), "{part}");
+    };
+    refused(&["--lambda", "1:2"], "first:last:step");
+    refused(&["--lambda", "1,1"], "two outputs");
+    refused(&["--density", "20"], "20");
+    refused(&["--subset", "1+9"], "no model 9");
+    refused(&["--subset", "some"], "leave-one-out");
+    refused(&["--method", "ties,magic"], "magic");
+    refused(&["--lambda", "0:100000:1"], "10000");
+    refused(&["--lambda", "0.1,0.2", "--memory", "21MB"], "at least");
+    refused(&["--method", "slerp", "--subset", "all"], "slerp");
+}
+
+#[test]
+fn a_recipe_file_can_be_swept() {
+    let saved = Spec::default().family().save();
+    let recipe = saved.path("recipe.yml");
+    let model = |model: &Path| format!("  - model: {}\n    parameters: {{weight: 1, density: 0.5}}\n", text(model));
+    let models: String = saved.models.iter().map(|path| model(path)).collect();
+    let base = text(&saved.base);
+    fs::write(&recipe, format!("merge_method: ties\nbase_model: {base}\nmodels:\n{models}dtype: float32\n")).unwrap();
+    let out = saved.path("sweep");
+    let argument = text(&recipe);
+    tiesmith(["sweep", &argument, "--density", "0.1,0.5", "--lambda", "1,2", "--out", &text(&out)]).succeeded();
+    for (density, lambda) in [("0.1", "1"), ("0.1", "2"), ("0.5", "1"), ("0.5", "2")] {
+        let alone = saved.path(&format!("alone{density}{lambda}"));
+        tiesmith(["merge", &argument, "--density", density, "--lambda", lambda, "--out", &text(&alone)]).succeeded();
+        let name = format!("density-{density}_lambda-{lambda}");
+        assert_eq!(differences(&read_checkpoint(&alone), &read_checkpoint(&out.join(name))), "");
+    }
+}
+
+#[test]
+fn packed_outputs_are_the_merges_bit_for_bit() {
+    let shapes = vec![("a", vec![600, 1000]), ("b", vec![3, 5]), ("c", vec![0]), ("d", vec![1 << 18])];
+    let spec = |dtype| Spec { shapes: shapes.clone(), base: dtype, models: vec![dtype; 2], ..Spec::default() };
+    let mut family = spec(Dtype::BF16).family();
+    let ids = |value: i64| Tensor::raw(Dtype::I64, &[300_000], value.to_le_bytes().repeat(300_000));
+    family.base.insert("ids".into(), ids(1));
+    family.models.iter_mut().for_each(|model| drop(model.insert("ids".into(), ids(1))));
+    let saved = family.save();
+    let cases: [(&[&str], &[&str]); 4] = [
+        (&["--lambda=0.8,1.3", "--density=0.1,1"], &[]),
+        (&["--density=0.1,0.2", "--subset=1,all"], &["--scope=tensor", "--trim-ties=lowest", "--exclude=b"]),
+        (&["--method=ties,linear"], &["--zero-sum=majority"]),
+        (&["--density=0.3"], &["--dtype=float32"]),
+    ];
+    for (number, (grid, fixed)) in cases.iter().enumerate() {
+        let (folders, files) = (saved.path(&format!("folders{number}")), saved.path(&format!("files{number}")));
+        let whole = sweep(&saved, &folders, &[*grid, *fixed].concat()).succeeded().json();
+        let mut bytes = Vec::new();
+        for run in [&["--threads=1", "--memory=64MiB"][..], &["--threads=4"]] {
+            let packed = sweep(&saved, &files, &[*grid, *fixed, &["--packed", "--force"], run].concat()).succeeded();
+            let packed = packed.json();
+            assert!(packed["bytes_written"].as_u64() < whole["bytes_written"].as_u64());
+            for (entry, other) in packed["outputs"].as_array().unwrap().iter().zip(whole["outputs"].as_array().unwrap())
+            {
+                for field in ["kept_fraction", "sign_conflict_fraction", "tensors", "elements"] {
+                    assert_eq!(entry["report"][field], other["report"][field], "case {number}, {field}");
+                }
+                let name = entry["name"].as_str().unwrap();
+                let (file, out) = (files.join(format!("{name}.tvz")), saved.path("out"));
+                bytes.push((name.to_owned(), fs::read(&file).unwrap()));
+                tiesmith(["diff", &text(&file), &text(&folders.join(name))]).succeeded();
+                tiesmith(["unpack", &text(&file), "--out", &text(&out), "--force"]).succeeded();
+                let (found, expected) = (read_tree(&out), read_tree(&folders.join(name)));
+                for (path, data) in expected.iter().filter(|(path, _)| path.extension() != Some("json".as_ref())) {
+                    let same = path.ends_with("README.md") || found[path] == *data;
+                    assert!(same, "case {number}, {name}: {}", path.display());
+                }
+                assert_eq!(found[Path::new("config.json")], expected[Path::new("config.json")]);
+            }
+        }
+        let (one, other) = bytes.split_at(bytes.len() / 2);
+        assert!(one == other, "case {number}: threads or memory show in a packed output");
+        // What is there stays.
+        let again = sweep(&saved, &files, &[*grid, *fixed, &["--packed"]].concat()).succeeded().json();
+        assert!(again["outputs"].as_array().unwrap().iter().all(|entry| entry["found"] == true));
+    }
+    let refused = |extra: &[&str], part: &str| {
+        let out = saved.path("refused");
+        let outcome = sweep(&saved, &out, &[extra, &["--packed"]].concat());
+        assert!(outcome.refusal().contains(part), "{part}: {}", outcome.stderr);
+        assert!(!out.exists());
+    };
+    refused(&["--method=ties,karcher"], "karcher");
+}
