@@ -333,12 +333,14 @@ fn searches<'a>(plans: impl Iterator<Item = &'a Plan>) -> u64 {
     for plan in plans.filter(|plan| plan.selects()) {
         for set in &plan.params {
             for (model, density) in set.density.iter().enumerate() {
-                kinds.insert(format!("{density} {:?} {}", set.merger.sparsify(model), plan.bounds()));
+                // Outliers take a second threshold.
+                for bound in 0..plan.bounds() {
+                    kinds.insert(format!("{density} {:?} {bound}", set.merger.sparsify(model)));
+                }
             }
         }
     }
-    // Outliers take a second threshold.
-    2 * kinds.len().max(1) as u64
+    kinds.len().max(1) as u64
 }
 
 /// Whether `plan` can be merged from what `union` loads, chunk by chunk.

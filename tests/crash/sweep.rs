@@ -31,7 +31,8 @@ fn sweep(base: &Recipe, packed: bool, memory: &Memory) -> Result<SweepReport, Er
 /// What does not depend on how often a run was disturbed.
 fn lasting(memory: &Memory) -> BTreeMap<String, Vec<u8>> {
     let files = memory.tree(OUT).into_iter().map(|(name, (_, data))| (name, data));
-    let mut files: BTreeMap<String, Vec<u8>> = files.filter(|(name, _)| !name.starts_with("sweep.")).collect();
+    let mut files: BTreeMap<String, Vec<u8>> =
+        files.filter(|(name, _)| !name.starts_with("sweep.") && !name.ends_with(".tiesmith/lock")).collect();
     for (_, manifest) in files.iter_mut().filter(|(name, _)| name.ends_with("/tiesmith.json")) {
         let mut value: Value = serde_json::from_slice(manifest).unwrap();
         let report = value["report"].as_object_mut().unwrap();

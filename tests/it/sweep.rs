@@ -147,7 +147,7 @@ fn a_model_that_does_not_fit_into_memory_is_read_as_often_as_by_one_merge() {
     let shapes = vec![("a", vec![3000, 1000]), ("b", vec![2600, 1003]), ("c", vec![77])];
     let spec = Spec { shapes, base: Dtype::BF16, models: vec![Dtype::BF16; 2], ..Spec::default() };
     let saved = spec.family().save();
-    let run = ["--memory=96MiB", "--threads=2"];
+    let run = ["--memory=192MiB", "--threads=2"];
     let grid: &[&str] = &["--lambda=0.8,1.0,1.2", "--density=0.1,0.2"];
     for (fixed, limit) in [(&["--trim-ties=lowest"][..], 1.05), (&["--scope=tensor"][..], 1.05)] {
         let case = Case { grid, fixed: Box::leak(fixed.to_vec().into_boxed_slice()), outputs: 6, shared: 6 };

@@ -26,7 +26,7 @@ fn opened(names: &[&str]) -> String {
     let found = found.unwrap();
     assert_eq!((found.hub, found.warnings), (None, Vec::new()));
     assert_eq!(found.dir, dir.path().join(""));
-    let (Source::File(path) | Source::Index(path)) = found.source;
+    let (Source::File(path) | Source::Index(path) | Source::Packed(path)) = found.source;
     path.file_name().unwrap().to_str().unwrap().to_owned()
 }
 

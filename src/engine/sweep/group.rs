@@ -183,13 +183,16 @@ impl Sweep<'_> {
     }
 }
 
+/// Shards that are open for writing, and what earlier attempts left of them.
+type Opened<'a> = (&'a ShardWriter<'a>, &'a Kept);
+
 /// Opens the shards of all `targets`, lets `work` write them, and adds what sealing said, the last target's first.
 fn with_writers(
     targets: &[(&Plan, &OutputDir)],
-    opened: &[(&ShardWriter<'_>, &Kept)],
+    opened: &[Opened<'_>],
     observer: &dyn Observer,
     sealed: &mut Vec<Vec<SealedShard>>,
-    work: &mut dyn FnMut(&[(&ShardWriter<'_>, &Kept)]) -> Result<()>,
+    work: &mut dyn FnMut(&[Opened<'_>]) -> Result<()>,
 ) -> Result<()> {
     let Some((&(plan, dir), rest)) = targets.split_first() else { return work(opened) };
     let shards = write_shards(plan, dir, observer, |writer, kept| {

@@ -18,7 +18,7 @@ use crate::engine::slot::Slot;
 use crate::error::{Error, Result};
 use crate::limits::WRITE_BEHIND_BYTES;
 use crate::plan::{Action, Chunk, Piece, Plan};
-use crate::storage::{InputFile, Lock, OutputFile, Storage};
+use crate::storage::{Lock, OutputFile, Storage};
 
 /// Bytes copied at a time when an output is put in order.
 const COPY_BYTES: usize = 1 << 20;
