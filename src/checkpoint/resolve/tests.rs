@@ -60,6 +60,8 @@ fn in_a_directory_the_usual_names_come_first() {
         opened(&["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"]),
         "pytorch_model.bin.index.json"
     );
+    assert_eq!(opened(&["x.tvz"]), "x.tvz");
+    assert_eq!(opened(&["model.safetensors", "x.tvz"]), "model.safetensors");
 }
 
 #[test]
@@ -109,7 +111,7 @@ fn files_are_taken_by_name() {
     let (found, dir) = resolve_in(&[("model.bin", b"")], "model.bin");
     assert_eq!(found.unwrap().source, Source::File(dir.path().join("model.bin")));
     refused(&["model.gguf"], "model.gguf", &["a GGUF file, not safetensors"]);
-    refused(&["config.json"], "config.json", &["not a .safetensors, .bin or .index.json file"]);
+    refused(&["config.json"], "config.json", &["not a .safetensors, .bin, .index.json or .tvz file"]);
     refused(&[], "none.safetensors", &["no such file or directory"]);
     assert!(resolve("", &*disk(), &no_env).is_err());
     assert!(resolve("a\0b", &*disk(), &no_env).is_err());
