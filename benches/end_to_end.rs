@@ -7,6 +7,7 @@
 
 mod child;
 mod family;
+mod packed;
 mod reference;
 mod tiny;
 
@@ -27,7 +28,7 @@ cargo bench --bench end_to_end -- [OPTIONS]
 
   --dir DIR       Where data and outputs go: choose the file system to measure [default: a temporary directory]
   --full          1.5 billion parameters (20 GB free in DIR) instead of 30 million
-  --only PART     One of merge, scaling, start-up, cold (cold only runs when named)
+  --only PART     One of merge, scaling, start-up, packed, cold (the last two only run when named)
   --memory SIZE   Limit given to every merge [default: 1GB]
   --threads N     Threads of merges and reference [default: 2]
   --io MODE       How merges read: auto, mmap, read [default: auto]
@@ -81,7 +82,7 @@ fn main() -> io::Result<()> {
     let bench = Bench { out: options.out.clone().unwrap_or_else(|| dir.join("out")), dir, options };
     println!("{}\n", bench.machine());
     for (part, run) in PARTS {
-        if bench.options.only.as_deref().map_or(part != "cold", |only| only == part) {
+        if bench.options.only.as_deref().map_or(!["cold", "packed"].contains(&part), |only| only == part) {
             run(&bench)?;
         }
     }
@@ -91,8 +92,13 @@ fn main() -> io::Result<()> {
 /// A part of the benchmark: its name for `--only`, and what it does.
 type Part = (&'static str, fn(&Bench) -> io::Result<()>);
 
-const PARTS: [Part; 4] =
-    [("merge", Bench::merge), ("scaling", Bench::scaling), ("start-up", Bench::start_up), ("cold", Bench::cold)];
+const PARTS: [Part; 5] = [
+    ("merge", Bench::merge),
+    ("scaling", Bench::scaling),
+    ("start-up", Bench::start_up),
+    ("packed", Bench::packed),
+    ("cold", Bench::cold),
+];
 
 struct Options {
     dir: Option<PathBuf>,

@@ -210,3 +210,39 @@ fn very_many_tensors_stay_within_the_least_that_works() {
         fs::remove_dir_all(&out).unwrap();
     }
 }
+
+/// What is packed, read from packed files, and made together is in the sum too.
+#[test]
+fn packing_and_sweeping_stay_within_the_budget() {
+    const LIMIT: u64 = 96_000_000;
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let place = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    for (seed, (name, block)) in [("base", 262_147), ("one", 262_151), ("two", 131_101)].into_iter().enumerate() {
+        fs::create_dir(place(name)).unwrap();
+        write_checkpoint(&dir.path().join(name).join("model.safetensors"), seed as u32 + 1, block);
+    }
+    let [base, one, two, packed] = ["base", "one", "two", "one.tvz"].map(place);
+    let models = ["--base", &base, "--model", &one, "--model", &two];
+    let run = |verb: &[&str], flags: &[&str], out: &str| {
+        let limit = LIMIT.to_string();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tiesmith"));
+        command.args(verb).args(flags).args(["--memory", &limit, "--progress=none", "--json", "--out", out]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let peak = watch(&mut child);
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{verb:?} {flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let peak = peak.max(report["peak_memory_bytes"].as_u64().unwrap());
+        eprintln!("{} {flags:?}: a peak of {peak} bytes", verb[0]);
+        assert!(peak > 0 && peak <= LIMIT, "{verb:?} {flags:?}: a peak of {peak} bytes");
+        let _ = fs::remove_dir_all(out);
+    };
+    let out = place("out");
+    run(&["pack", &one, "--base", &base], &["--threads=2", "--scope=tensor", "--force"], &packed);
+    run(&["pack", &one, "--base", &base], &["--threads=4", "--trim-ties=lowest", "--force"], &packed);
+    run(&["unpack", &packed], &["--threads=4"], &out);
+    run(&["merge", "--base", &base, "--model", &packed, "--model", &two], &["--threads=2"], &out);
+    let sweep = [&["sweep"][..], &models].concat();
+    run(&sweep, &["--threads=2", "--lambda=0.5,1", "--density=0.2,0.4", "--io=mmap"], &out);
+    run(&sweep, &["--threads=2", "--lambda=1,2", "--scope=tensor", "--packed"], &out);
+}

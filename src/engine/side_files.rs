@@ -221,7 +221,13 @@ fn model_card(plan: &Plan, report: &Report) -> String {
     } else if let Some(base) = &plan.recipe.base {
         card.push_str(&format!("base_model: {}\n", json!(base_name(base))));
     }
-    card.push_str("library_name: transformers\ntags:\n- merge\n- tiesmith\n---\n\n# Merged model\n\n");
+    card.push_str("library_name: transformers\ntags:\n- merge\n- tiesmith\n---\n\n");
+    if !plan.tensors.iter().any(|tensor| matches!(tensor.action, Action::Merge { .. })) {
+        let source = printable(&base_name(&plan.template().spec)).replace('|', "\\|");
+        card.push_str(&format!("# Copied model\n\nThe tensors of `{source}`, written by {PROGRAM}.\n"));
+        return card;
+    }
+    card.push_str("# Merged model\n\n");
     card.push_str(&format!(
         "A merge of {} models by `{}`, made with {PROGRAM}.\n\n{}\n({})\n\n",
         plan.models(),

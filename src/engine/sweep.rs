@@ -244,6 +244,10 @@ impl Sweep<'_> {
         let (mut count, mut longest) = (0u64, 0u64);
         for variant in open {
             if self.packed {
+                let [journal, ..] = spool::leftovers(&spool::file(&self.output.dir, &variant.name));
+                if self.storage.identity(&journal)?.is_some() {
+                    continue;
+                }
                 let most = packed_bytes_max(&variant.plan);
                 longest = longest.max(most);
                 needed = needed.saturating_add(most);

@@ -107,6 +107,7 @@ fn what_differs_at_all_comes_back_bit_for_bit() {
     let config = files::read_json(&out.join("config.json"));
     assert_eq!((&config["hidden_size"], &config["torch_dtype"]), (&8.into(), &"bfloat16".into()));
     tiesmith(["verify", &text(&out)]).succeeded();
+    assert!(fs::read_to_string(out.join("README.md")).unwrap().contains("The tensors of `x.tvz`"));
     // It is the checkpoint for every other command too.
     tiesmith(["diff", &text(&file), &text(&odd.path("model"))]).succeeded();
     tiesmith(["diff", &text(&file), &text(&odd.path("base"))]).exited(1);

@@ -126,20 +126,40 @@ impl Sweep<'_> {
 
     /// Makes the outputs of `variants` together, packed; their reports, in order.
     pub(super) fn pack_group(&mut self, variants: &[&Variant], schedule: &Schedule) -> Result<Vec<Report>> {
-        let begin = Instant::now();
         let storage = &**self.storage;
-        let path = |variant: &Variant| spool::file(&self.output.dir, &variant.name);
-        let spools = variants.iter().map(|variant| Spool::new(&variant.plan, path(variant), storage));
-        let spools = spools.collect::<Result<Vec<_>>>()?;
-        let nothing: Vec<Kept> = variants.iter().map(|variant| Kept::new(&variant.plan)).collect();
+        let mut spools = Vec::with_capacity(variants.len());
+        let mut kept = Vec::with_capacity(variants.len());
+        let result = variants.iter().try_for_each(|variant| {
+            let path = spool::file(&self.output.dir, &variant.name);
+            let opened = Spool::open(&variant.plan, path, self.output.restart, storage, self.observer)?;
+            spools.push(opened.0);
+            kept.push(opened.1);
+            Ok(())
+        });
+        let result = result.and_then(|()| self.pack_opened(variants, &spools, &kept, schedule));
+        // An input that cannot be used leaves nothing to resume.
+        if result.as_ref().is_err_and(|e| !matches!(e.kind(), ErrorKind::Failed | ErrorKind::Interrupted)) {
+            spools.into_iter().for_each(Spool::abandon);
+        }
+        result
+    }
+
+    fn pack_opened(
+        &mut self,
+        variants: &[&Variant],
+        spools: &[Spool<'_>],
+        kept: &[Kept],
+        schedule: &Schedule,
+    ) -> Result<Vec<Report>> {
+        let begin = Instant::now();
         let mut outs = Vec::with_capacity(variants.len());
-        for ((variant, spool), kept) in variants.iter().zip(&spools).zip(&nothing) {
+        for ((variant, spool), kept) in variants.iter().zip(spools).zip(kept) {
             let places = places(&variant.plan, self.union).expect("what is made together fits");
             outs.push(Out { plan: &variant.plan, kept, target: Target::Packed(spool), places });
         }
         let (made, read) = Group::new(self.union, schedule, self.observer, &outs).run()?;
         self.bytes_read = self.bytes_read.saturating_add(read);
-        storage.check_mapped()?;
+        self.storage.check_mapped()?;
         check_inputs_unchanged(self.union)?;
         let mut reports = Vec::with_capacity(variants.len());
         for ((variant, spool), made) in variants.iter().zip(spools).zip(made) {
@@ -147,10 +167,11 @@ impl Sweep<'_> {
             let bytes_written = spool.finish()?;
             let mut warnings = variant.plan.warnings.clone();
             warnings.extend(made.warnings);
-            let place = (&*path(variant), false);
+            let path = spool::file(&self.output.dir, &variant.name);
+            let place = (&*path, spool.resumed());
             let report = report(&variant.plan, schedule, place, &made.tally, &made.thresholds, warnings);
-            let wall_seconds = begin.elapsed().as_secs_f64();
-            reports.push(Report { shards: 0, bytes_written, wall_seconds, ..report });
+            let (wall_seconds, chunks_reused) = (begin.elapsed().as_secs_f64(), made.reused);
+            reports.push(Report { shards: 0, bytes_written, wall_seconds, chunks_reused, ..report });
         }
         Ok(reports)
     }
@@ -283,8 +304,10 @@ impl<'a> Group<'a> {
         let mut ready: Vec<Ready> = ready.into_iter().flatten().collect();
         self.vote(unit, passes, &mut resident, &new, &mut ready)?;
         for &out in &new {
-            if let Target::Shards(writer) = self.outs[out].target {
-                writer.keep(ready[out].done(0))?;
+            let done = ready[out].done(0);
+            match self.outs[out].target {
+                Target::Shards(writer) => writer.keep(done)?,
+                Target::Packed(spool) => spool.keep(done)?,
             }
         }
         passes.announce("merge", passes.pass_bytes("merge"));
@@ -585,10 +608,12 @@ impl<'a> Group<'a> {
                 let width = || self.outs.iter().map(|out| Spool::width(out.plan)).max().unwrap_or(1);
                 let mut framer = idle.map_or_else(|| Framer::new(width()), Ok)?;
                 let mut target = spool.chunk(chunk, slot, &mut framer);
-                work(worker, &mut |_, bytes| target.write(bytes))?;
-                self.compared.fetch_add(target.done()?, Ordering::Relaxed);
+                let same = work(worker, &mut |_, bytes| target.write(bytes))?;
+                let counted = self.count(worker, out, chunk);
+                let read = target.done(chunk, counted.clone(), ties, same, unit)?;
+                self.compared.fetch_add(read, Ordering::Relaxed);
                 lock(&self.framers).push(framer);
-                Ok(self.count(worker, out, chunk))
+                Ok(counted)
             }
         }
     }
