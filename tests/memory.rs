@@ -246,3 +246,48 @@ fn packing_and_sweeping_stay_within_the_budget() {
     run(&sweep, &["--threads=2", "--lambda=0.5,1", "--density=0.2,0.4", "--io=mmap"], &out);
     run(&sweep, &["--threads=2", "--lambda=1,2", "--scope=tensor", "--packed"], &out);
 }
+
+/// Vocabularies are read before anything is planned; what that takes is in the sum too.
+#[test]
+fn vocabularies_are_in_the_sum() {
+    const TOKENS: usize = 60_000;
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut recipe = String::from("merge_method: ties\nbase_model: m0\nmodels:\n");
+    for model in 0..4 {
+        let path = dir.path().join(format!("m{model}"));
+        // Most are in all of them; the others are added to the union.
+        let token = |i: usize| match i < TOKENS / 6 * 5 {
+            true => format!(r#""a token {i}":{i}"#),
+            false => format!(r#""a token {i} of {model}":{i}"#),
+        };
+        let vocabulary: Vec<String> = (0..TOKENS).map(token).collect();
+        let bytes = TOKENS * 4 * 2;
+        let header = format!(
+            r#"{{"model.embed_tokens.weight":{{"dtype":"BF16","shape":[{TOKENS},4],"data_offsets":[0,{bytes}]}}}}"#
+        );
+        fs::create_dir(&path).unwrap();
+        let data = vec![0; bytes];
+        let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat();
+        fs::write(path.join("model.safetensors"), file).unwrap();
+        let tokenizer = format!(r#"{{"added_tokens":[],"model":{{"vocab":{{{}}}}}}}"#, vocabulary.join(","));
+        fs::write(path.join("tokenizer.json"), tokenizer).unwrap();
+        if model > 0 {
+            recipe.push_str(&format!("- model: m{model}\n  parameters: {{weight: 1, density: 0.5}}\n"));
+        }
+    }
+    recipe.push_str("tokenizer_source: union\n");
+    fs::write(dir.path().join("recipe.yml"), recipe).unwrap();
+    let run = |verb: &str, more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tiesmith"));
+        command.current_dir(dir.path()).args([verb, "recipe.yml", "--threads=1", "--json"]).args(more).output().unwrap()
+    };
+    let refused = String::from_utf8(run("plan", &["--memory=1MB"]).stderr).unwrap();
+    let least = refused.split("at least ").nth(1).and_then(|rest| rest.split(' ').next()).expect(&refused).to_owned();
+    let output = run("merge", &["--progress=none", "--memory", &least, "--out=out"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let (least, peak): (u64, u64) = (least.parse().unwrap(), report["peak_memory_bytes"].as_u64().unwrap());
+    eprintln!("a peak of {peak} bytes, {least} promised");
+    assert!(peak <= least, "a peak of {peak} bytes, but {least} were promised");
+}

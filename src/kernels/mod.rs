@@ -104,7 +104,11 @@ fn assert_weighted(taus: &[&[f32]], weights: &[f32], elements: usize) {
 /// Widens stored values to f32: exact, but for f64, which rounds to nearest even.
 pub fn load(isa: Isa, float: Float, bytes: &[u8], out: &mut [f32]) {
     assert_stored(float, bytes, out.len());
-    isa::load(isa, float, bytes, out);
+    match float {
+        // Stored as they are held: bytes are copied, wherever they lie.
+        Float::F32 if cfg!(target_endian = "little") => bytemuck::cast_slice_mut(out).copy_from_slice(bytes),
+        _ => isa::load(isa, float, bytes, out),
+    }
 }
 
 /// Hints that `bytes` will be loaded soon.

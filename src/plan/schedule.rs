@@ -7,6 +7,9 @@
 //!
 //! Nothing here changes an output byte: only how often inputs are read, and how fast.
 
+#[cfg(test)]
+mod tests;
+
 use super::summary::PassSummary;
 use super::upkeep::{account_bytes, catalogue_bytes};
 use super::{Action, Plan, Wanted};
@@ -494,63 +497,4 @@ fn held_bytes(bytes: u64, windows: u64) -> u64 {
 /// Most keys that a worker with windows of `slot_elements` lists near one threshold.
 pub fn near_keys(slot_elements: u64) -> u64 {
     NEAR_KEYS.min(slot_elements / NEAR_SHARE).max(1)
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    prop_compose! {
-        fn demand()(
-            widths in prop::collection::vec(1u64..=8, 1..6),
-            models in 1u64..20,
-            longest in 1u64..(1 << 33),
-            unit_share in 0u64..=4,
-            (trims, tensor_scope, exact) in any::<(bool, bool, bool)>(),
-            (catalogue_bytes, account_bytes) in (0u64..50_000_000, 0u64..50_000_000),
-            units in 0u32..1000,
-            scratch_bytes in prop::sample::select(vec![0, 1 << 20]),
-            (bounds, tile, sums, ranks) in (1u64..=2, 1024u64..=OUT_ELEMENTS, 0u64..9_000, prop::sample::select(vec![0, 3])),
-        ) -> Demand {
-            Demand {
-                widths,
-                out_width: 4,
-                models,
-                bounds,
-                tile,
-                granule: if sums + ranks > 0 { MIN_CHUNK_ELEMENTS.next_multiple_of(tile) } else { 0 },
-                sums,
-                ranks,
-                longest,
-                longest_unit: if tensor_scope { longest * unit_share / 4 } else { 0 },
-                trims,
-                tensor_scope,
-                exact: exact && trims,
-                catalogue_bytes,
-                account_bytes,
-                scratch_bytes,
-                direct: Vec::new(),
-                grouped: (0..units).collect(),
-            }
-        }
-    }
-
-    proptest! {
-        /// Whatever is asked for, what is promised fits; and what is named as the smallest is enough, and no less is.
-        #[test]
-        fn the_sum_never_exceeds_the_limit(demand in demand(), threads in 1usize..65, extra in 0u64..(1 << 36)) {
-            let smallest = demand.smallest();
-            prop_assert!(demand.fit(1, smallest - 1).is_none());
-            for limit in [smallest, smallest + extra % 1_000_000, smallest + extra] {
-                let cut = (1..=threads).rev().find_map(|threads| demand.fit(threads, limit));
-                let cut = cut.expect("one thread fits into the smallest");
-                let sum: u64 = cut.terms.iter().map(|(_, bytes)| bytes).sum();
-                prop_assert!(sum <= limit, "{sum} of {limit}");
-                prop_assert!(cut.slot_elements >= MIN_CHUNK_ELEMENTS.min(demand.longest));
-                prop_assert!(cut.bins.is_power_of_two() && cut.bins >= SKETCH_BINS_MIN);
-            }
-        }
-    }
 }

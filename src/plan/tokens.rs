@@ -27,6 +27,8 @@ pub(super) struct Tokens {
     known: u32,
     /// The next number.
     next: u32,
+    /// Length of the file.
+    file_bytes: u64,
 }
 
 #[derive(Deserialize)]
@@ -108,7 +110,7 @@ impl Tokens {
         };
         let ids: HashMap<String, u32> = all.into_iter().map(small).collect::<Result<_>>()?;
         let known = ids.values().max().map_or(0, |last| last + 1);
-        Ok(Some(Self { ids, added, known, next: known }))
+        Ok(Some(Self { ids, added, known, next: known, file_bytes: text.len() as u64 }))
     }
 
     /// The number that the model has for `token`.
@@ -126,6 +128,19 @@ impl Tokens {
         self.ids.insert(token.to_owned(), self.next);
         self.next += 1;
         Some(definition)
+    }
+
+    /// Memory that all of `tokens` took while they were read and joined, and `written` of them added to a file, in bytes.
+    pub(super) fn read_bytes(tokens: &[Option<Self>], written: usize) -> u64 {
+        // A name, its number, and a map that may be half empty; in lists of rows besides.
+        const TOKEN_BYTES: u64 = 160;
+        // A definition as JSON, and again in the file that is made of it.
+        const ADDED_BYTES: u64 = 4_000;
+        // The text, and what is parsed of it, are held for one file at a time.
+        let longest = tokens.iter().flatten().map(|tokens| 3 * tokens.file_bytes).max().unwrap_or(0);
+        tokens.iter().flatten().map(|tokens| tokens.ids.len() as u64 * TOKEN_BYTES).sum::<u64>()
+            + written as u64 * ADDED_BYTES
+            + longest
     }
 
     /// The `tokenizer.json` in `dir` with `added` appended to its added tokens; all else stays as it is.

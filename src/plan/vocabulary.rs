@@ -34,7 +34,7 @@ pub struct TokenizerFiles {
     pub json: Option<Vec<u8>>,
     /// Number of rows of embeddings and heads.
     pub rows: u64,
-    /// Memory that this and the views of rows hold, in bytes.
+    /// Memory that this and the views of rows hold, and that finding them took, in bytes.
     pub held_bytes: u64,
 }
 
@@ -78,7 +78,7 @@ pub(super) fn reconcile(
     let rules = rules(recipe, checkpoints, &output.ids, &of)?;
     let rows = (count as u64).next_multiple_of(recipe.vocabulary_multiple.unwrap_or(1));
     let views = Wanted { owned, rules, rows }.views(recipe, checkpoints, warnings)?;
-    let mut held_bytes = 0;
+    let mut held_bytes = Tokens::read_bytes(&tokens, added.len());
     for (checkpoint, entry, rows) in views {
         held_bytes += rows.held_bytes();
         let checkpoint = &mut checkpoints[checkpoint];
