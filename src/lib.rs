@@ -45,15 +45,16 @@ mod limits;
 mod method;
 mod plan;
 mod recipe;
+mod report;
 mod sketch;
 mod storage;
 
 pub use checkpoint::Checkpoint;
 pub use dtype::{Dtype, Float, dtype_name};
 pub use engine::{
-    Change, Damage, DamagedFile, DiffOptions, DiffReport, DtypeTotal, InspectReport, Observer, OutputOptions,
-    PackOutput, PackReport, Report, SweepEntry, SweepOptions, SweepReport, TensorDiff, TensorStats, ValueStats,
-    Variant, VerifyReport, diff, inspect, is_finished, merge, pack, sweep, verify,
+    AnalysisReport, Change, Damage, DamagedFile, DiffOptions, DiffReport, DtypeTotal, InspectReport, Observer,
+    OutputOptions, PackOutput, PackReport, Report, Study, SweepEntry, SweepOptions, SweepReport, TensorDiff,
+    TensorStats, ValueStats, Variant, VerifyReport, analyze, diff, inspect, is_finished, merge, pack, sweep, verify,
 };
 pub use error::{Error, ErrorKind, Result, printable};
 pub use method::{METHODS, Method, ParamKind, ParamSpec, Value};
@@ -63,6 +64,7 @@ pub use recipe::{
     BaseLayers, Case, ChatTemplate, Filter, LayerSource, Missing, ModelInput, NonFinite, Overflow, Params, Recipe,
     Scope, Setting, Slice, ThresholdKind, TrimTies, Vocabulary,
 };
+pub use report::{Analysis, Line, Remark, remarks};
 pub use storage::{Disk, Identity, InputFile, IoMode, Lock, OutputFile, Storage, Window};
 
 /// What the benchmarks measure. No part of the API: it changes without notice.

@@ -17,9 +17,22 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("recipe", &["method", "dtype", "limits", "error"]),
     ("plan", &["recipe", "checkpoint", "method", "storage", "dtype", "limits", "error"]),
     ("journal", &["storage", "limits", "error"]),
+    ("report", &["error"]),
     (
         "engine",
-        &["plan", "checkpoint", "method", "kernels", "sketch", "storage", "journal", "dtype", "limits", "error"],
+        &[
+            "plan",
+            "checkpoint",
+            "method",
+            "kernels",
+            "sketch",
+            "storage",
+            "journal",
+            "report",
+            "dtype",
+            "limits",
+            "error",
+        ],
     ),
 ];
 

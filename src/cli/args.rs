@@ -13,6 +13,7 @@ use tiesmith::{
     Float, IoMode, METHODS, Missing, ModelInput, NonFinite, Overflow, ParamKind, Scope, ThresholdKind, TrimTies, Value,
 };
 
+use super::analyze::AnalyzeArgs;
 use super::parse;
 use super::progress::Mode;
 use super::sweep;
@@ -68,6 +69,13 @@ Examples:
   A packed task vector is trimmed already
     tiesmith merge --base llama --model chat.tvz --model code.tvz --density 1 --out merged";
 
+const ANALYZE_EXAMPLES: &str = "\
+Examples:
+  Will these two get along, and at which density?
+    tiesmith analyze --base llama --model chat --model code --out report
+  One threshold per tensor, three densities
+    tiesmith analyze --base llama --model chat --model code --scope tensor --densities 10%,20%,40% --out report";
+
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Merge models into a new checkpoint
@@ -78,6 +86,14 @@ pub enum Command {
     /// Takes the arguments of 'merge'. Only headers are read.
     #[command(after_help = "Example:\n  tiesmith plan --base llama --model chat --model code --memory 1GiB")]
     Plan(Box<MergeArgs>),
+    /// Show how models would get in each other's way, in a report with figures; no model is written
+    ///
+    /// Measures, per tensor, kind of layer, layer and overall: what the trim keeps at several densities, where signs
+    /// conflict and how that grows with the number of models, how alike the task vectors are, and what of each model a
+    /// merge would hold. Writes report.html, report.json and figures as SVG. Reads inputs twice, in bounded memory; the same
+    /// command goes on with an interrupted run.
+    #[command(after_help = ANALYZE_EXAMPLES)]
+    Analyze(Box<AnalyzeArgs>),
     /// Show what is in a checkpoint
     #[command(after_help = "Examples:\n  tiesmith inspect llama\n  tiesmith inspect merged --stats")]
     Inspect(InspectArgs),
@@ -583,14 +599,16 @@ fn choice<T: Copy + Send + Sync + 'static>(
         .map(|word| values.iter().find(|(known, ..)| *known == word).expect("clap checked the word").2)
 }
 
-fn scopes() -> impl TypedValueParser<Value = Scope> {
+/// Where one threshold applies.
+pub fn scopes() -> impl TypedValueParser<Value = Scope> {
     choice(&[
         ("model", "one per task vector over the whole model (the paper)", Scope::Model),
         ("tensor", "one per tensor (mergekit); inputs are read only once", Scope::Tensor),
     ])
 }
 
-fn thresholds() -> impl TypedValueParser<Value = ThresholdKind> {
+/// How thresholds are found.
+pub fn thresholds() -> impl TypedValueParser<Value = ThresholdKind> {
     choice(&[
         ("exact", "the true k-th largest magnitude", ThresholdKind::Exact),
         ("sketch", "an approximation with a certified interval, in less memory", ThresholdKind::Sketch),

@@ -4,7 +4,9 @@
 //! - Results go to stdout; progress, warnings and the one error go to stderr (see `output`).
 //! - Uses the crate's public API only.
 
+mod analyze;
 mod args;
+mod bars;
 mod completions;
 mod diff;
 mod human;
@@ -65,6 +67,7 @@ fn dispatch(command: Command) -> Result<u8> {
         Command::Sweep(_) => unreachable!("it is dealt with above"),
         Command::Merge(args) => merge::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Analyze(args) => analyze::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Diff(args) => diff::run(args),
         Command::Verify(args) => verify::run(args),

@@ -1,8 +1,10 @@
 //! The engine: the only place that holds a plan and tensor bytes at once.
 //!
+//! - [`analyze()`] looks at the models of a plan and writes a report, no model.
 //! - [`merge`]: takes the output directory, runs the passes, publishes shards and side files.
 //! - [`diff()`] and [`inspect()`] stream checkpoints without a plan; [`verify()`] checks a finished output.
 
+mod analyze;
 mod cut;
 mod diff;
 mod elements;
@@ -26,6 +28,7 @@ mod turns;
 mod verify;
 mod worker;
 
+pub use analyze::{AnalysisReport, Study, analyze};
 pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};
 pub use inspect::{DtypeTotal, InspectReport, TensorStats, ValueStats, inspect};
 pub use pack::{PackOutput, PackReport, pack};

@@ -25,11 +25,11 @@ use crate::plan::Plan;
 use crate::storage::{Identity, Lock, Storage};
 
 /// Name of the folder that holds unfinished work.
-const WORK_DIR: &str = ".tiesmith";
-const LOCK: &str = "lock";
+pub(super) const WORK_DIR: &str = ".tiesmith";
+pub(super) const LOCK: &str = "lock";
 /// The journal of unfinished work, in the output directory.
 pub(super) const JOURNAL_PATH: &str = ".tiesmith/journal";
-const JOURNAL: &str = "journal";
+pub(super) const JOURNAL: &str = "journal";
 /// Name of the manifest: its presence marks a finished output of this program.
 pub(super) const MANIFEST: &str = "tiesmith.json";
 /// Name of the index of a sharded checkpoint.
@@ -547,7 +547,7 @@ fn check_space(bytes: u64, dir: &Path, storage: &dyn Storage) -> Result<()> {
 
 /// An output directory that is an input's directory would be overwritten while it is read, and one that holds a file of
 /// an input, by whatever path that was named, would lose it.
-fn refuse_inputs(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<()> {
+pub(super) fn refuse_inputs(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<()> {
     let Some(out) = storage.identity(dir)? else { return Ok(()) };
     let refuse = |what: String| Err(Error::input(what).at(dir).help("choose another --out"));
     for checkpoint in &plan.checkpoints {

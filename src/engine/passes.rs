@@ -78,6 +78,18 @@ impl<'a> Passes<'a> {
         kept: &'a Kept,
     ) -> Self {
         let workers = (0..schedule.threads).map(|_| Worker::new(plan, schedule)).collect();
+        Self::with_workers(plan, schedule, observer, writer, kept, workers)
+    }
+
+    /// With workers that there are already.
+    pub(super) fn with_workers(
+        plan: &'a Plan,
+        schedule: &'a Schedule,
+        observer: &'a dyn Observer,
+        writer: Option<&'a ShardWriter<'a>>,
+        kept: &'a Kept,
+        workers: Vec<Worker>,
+    ) -> Self {
         Self {
             plan,
             schedule,

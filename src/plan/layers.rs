@@ -22,7 +22,7 @@ const INPUT_SIDE: &[&str] = &["embed", "wte", "wpe", "tok_", "shared"];
 const HEADS: &[&str] = &["lm_head", "embed_out", "output_projection"];
 
 /// `name` at its layer number: the stack before it, the number, and what follows, dots excluded.
-pub(super) fn split(name: &str) -> Option<(&str, u64, &str)> {
+pub fn split(name: &str) -> Option<(&str, u64, &str)> {
     let mut from = 0;
     while let Some(dot) = name[from..].find('.').map(|at| from + at) {
         let rest = &name[dot + 1..];

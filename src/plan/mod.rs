@@ -20,8 +20,9 @@ mod vocabulary;
 use std::sync::Arc;
 
 pub use layers::LAYER_COUNT_KEYS;
+pub(crate) use layers::split as split_layer;
 pub(crate) use schedule::near_keys;
-pub use schedule::{Chunk, Run, Schedule, Together, Unit, UnitKind};
+pub use schedule::{Chunk, Run, Schedule, Study, Together, Unit, UnitKind};
 pub use summary::{InputSummary, PassSummary, PlanSummary, Spread};
 
 pub use vocabulary::TokenizerFiles;

@@ -40,6 +40,21 @@ pub struct Run {
     pub threads: usize,
 }
 
+/// What a look at a family asks of memory beyond what a merge of it does.
+#[derive(Debug, Clone, Copy)]
+pub struct Study {
+    /// Thresholds per model.
+    pub densities: u64,
+    /// Elements over which sums run in one go: chunks hold whole ones.
+    pub block_elements: u64,
+    /// Sums of a block.
+    pub sums: u64,
+    /// Buffers of each thread, in bytes.
+    pub thread_bytes: u64,
+    /// What is held once, in bytes.
+    pub held_bytes: u64,
+}
+
 /// A run of elements of one tensor (of bytes, for a tensor that is copied as it is).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunk {
@@ -129,6 +144,17 @@ impl Schedule {
             demand.out_width = demand.out_width.max(own.out_width);
             demand.tile = demand.tile.max(own.tile);
         }
+        Self::cut(plan, run, demand)
+    }
+
+    /// Cuts a look at the models of `plan` for `run`: nothing is written, and no unit is held in memory by all workers.
+    pub fn of_study(plan: &Plan, run: Run, study: Study) -> Result<Self> {
+        let mut demand = Demand::of(plan);
+        demand.bounds = study.densities.max(1);
+        demand.granule = study.block_elements;
+        demand.sums = study.sums;
+        demand.direct.clear();
+        demand.study = Some(study);
         Self::cut(plan, run, demand)
     }
 
@@ -302,6 +328,8 @@ struct Demand {
     direct: Vec<u32>,
     /// Tensors that belong to units, in the order of work.
     grouped: Vec<u32>,
+    /// What is asked for beyond that by a look at the models, which is no merge.
+    study: Option<Study>,
 }
 
 /// A division of memory that fits.
@@ -357,6 +385,7 @@ impl Demand {
             widths,
             direct,
             grouped,
+            study: None,
         }
     }
 
@@ -376,9 +405,11 @@ impl Demand {
         let mut bins = SKETCH_BINS_MIN;
         if self.exact {
             // Narrow bins spare looks at the data; in tensor scope, windows that hold whole tensors spare more.
-            let (most, share) = match self.tensor_scope {
-                true => (SKETCH_BINS_MAX / 4, limit / 8),
-                false => (SKETCH_BINS_MAX, limit),
+            // A look at several densities has as many sketches more, which are to be emptied and added up.
+            let (most, share) = match (self.tensor_scope, &self.study) {
+                (true, _) => (SKETCH_BINS_MAX / 4, limit / 8),
+                (false, Some(_)) => (SKETCH_BINS_MAX / 4, limit / 4),
+                (false, None) => (SKETCH_BINS_MAX, limit),
             };
             let sketches = |bins| total(slot, bins) - total(slot, 0);
             while bins < most && sketches(bins * 2) <= share && total(slot, bins * 2) <= limit / 4 * 3 {
@@ -450,6 +481,9 @@ impl Demand {
             let sketches = (n + 1) * self.ranks * SKETCH_BINS_MIN as u64 * 8;
             terms.push(("sums and scores of tensors".to_string(), (n * granules + 2) * self.sums * 8 + sketches));
         }
+        if let Some(study) = &self.study {
+            terms.push(("figures of tensors, layers and kinds".to_string(), n * study.thread_bytes + study.held_bytes));
+        }
         terms
     }
 
@@ -464,8 +498,8 @@ impl Demand {
             let chunks = Schedule::chunks(plan, &self.grouped, streamed_chunk);
             let windows = chunks.take(RESIDENT_WINDOWS as usize + 1).count() as u64 * self.widths.len() as u64;
             let bytes = bytes_of(plan, &self.grouped, Wanted::All);
-            let fits =
-                bytes <= RESIDENT_BYTES && windows <= RESIDENT_WINDOWS && used + held_bytes(bytes, windows) <= limit;
+            let small = bytes <= RESIDENT_BYTES && windows <= RESIDENT_WINDOWS;
+            let fits = self.study.is_none() && small && used + held_bytes(bytes, windows) <= limit;
             return vec![Unit {
                 elements: elements(&self.grouped),
                 tensors: self.grouped.clone(),
@@ -480,7 +514,7 @@ impl Demand {
             let share = length.div_ceil(cut.threads as u64);
             let (kind, chunk_elements) = match length {
                 n if n <= cut.slot_elements.min(SOLO_ELEMENTS) => (UnitKind::Solo, n.max(1)),
-                _ if share + spare <= cut.slot_elements => (UnitKind::Resident, share + spare),
+                _ if self.study.is_none() && share + spare <= cut.slot_elements => (UnitKind::Resident, share + spare),
                 _ => (UnitKind::Streamed, streamed_chunk),
             };
             Unit { tensors: vec![t], elements: length, kind, chunk_elements }

@@ -214,6 +214,7 @@ prop_compose! {
             scratch_bytes,
             direct: Vec::new(),
             grouped: (0..units).collect(),
+            study: None,
         }
     }
 }

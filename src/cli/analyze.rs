@@ -1,0 +1,245 @@
+//! `tiesmith analyze`: what a family's task vectors have in common and where they disagree.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+use tiesmith::{
+    Analysis, AnalysisReport, Error, Line, Observer, OutputOptions, Plan, Recipe, Result, Run, Scope, Study,
+    ThresholdKind, Value, printable,
+};
+
+use super::args::{InputArgs, RunArgs, scopes, thresholds};
+use super::bars::bar;
+use super::progress::Progress;
+use super::table::Table;
+use super::{disk, human, parse, print, print_json, signals};
+
+/// Characters of a bar.
+const BAR: usize = 16;
+/// Layers that the summary names.
+const LAYERS: usize = 8;
+/// Models that the summary names.
+const MODELS: usize = 24;
+/// Most numbers of models with a line of their own.
+const SIZES: usize = 8;
+
+#[derive(Debug, Args)]
+pub struct AnalyzeArgs {
+    #[command(flatten)]
+    pub inputs: InputArgs,
+    #[command(flatten)]
+    pub look: LookArgs,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "What is looked at")]
+pub struct LookArgs {
+    /// Directory of the report: report.html, report.json and the figures as SVG
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+
+    /// Fraction of each task vector that the merge would keep: 0.2 or 20% [default: 0.2]
+    ///
+    /// What is said of trimmed task vectors is about this density. A model can have its own: '--model CKPT,density=D'.
+    #[arg(long, value_name = "FRACTION", allow_negative_numbers = true, value_parser = parse::fraction)]
+    pub density: Option<f64>,
+
+    /// Further densities to compare, separated by commas; 1 is always looked at
+    #[arg(
+        long,
+        value_name = "FRACTION,...",
+        value_delimiter = ',',
+        default_value = "0.05,0.1,0.2,0.3,0.5,0.7",
+        value_parser = parse::fraction
+    )]
+    pub densities: Vec<f64>,
+
+    /// Where one threshold applies
+    #[arg(long, value_name = "SCOPE", default_value = "model", value_parser = scopes())]
+    pub scope: Scope,
+
+    /// How thresholds are found
+    #[arg(long, value_name = "KIND", default_value = "exact", value_parser = thresholds())]
+    pub threshold: ThresholdKind,
+
+    /// Seed of the draw of subsets of models, where there are more than ten of a size
+    #[arg(long, value_name = "N", default_value = "0", value_parser = parse::whole)]
+    pub seed: u64,
+
+    /// Replace a finished report
+    #[arg(long)]
+    pub force: bool,
+
+    /// Throw an unfinished run's work away instead of going on with it
+    #[arg(long)]
+    pub restart: bool,
+}
+
+/// Runs the command.
+pub fn run(args: &AnalyzeArgs) -> Result<u8> {
+    signals::install();
+    let recipe = recipe(args)?;
+    let dir = args.look.out.clone().ok_or_else(|| {
+        Error::usage("no output directory is given").help("add '--out DIR': the report is written there")
+    })?;
+    let storage = disk(args.run.io);
+    let progress = Progress::new(args.run.report.progress);
+    let plan = Plan::new(&recipe, &storage)?;
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    let run = Run { memory_bytes: args.run.memory, threads: args.run.threads.unwrap_or_else(cores) };
+    let study = Study::new(plan, &args.look.densities, run)?;
+    let output = OutputOptions { dir, force: args.look.force, restart: args.look.restart };
+    let report = tiesmith::analyze(&study, &output, &storage, &progress)?;
+    for warning in &report.analysis.warnings {
+        progress.warn(warning);
+    }
+    drop(progress);
+    if args.run.report.json {
+        return print_json(&report);
+    }
+    print(&render(&report))
+}
+
+fn recipe(args: &AnalyzeArgs) -> Result<Recipe> {
+    let inputs = &args.inputs;
+    if inputs.models.is_empty() {
+        return Err(Error::usage("nothing to analyze: no --model is given")
+            .help("name the base and the fine-tuned models, as in 'tiesmith analyze --base BASE --model A --model B --out DIR'"));
+    }
+    let mut recipe = Recipe {
+        base: inputs.base.clone(),
+        models: inputs.models.clone(),
+        scope: args.look.scope,
+        threshold: args.look.threshold,
+        seed: args.look.seed,
+        include: inputs.include.clone(),
+        exclude: inputs.exclude.clone(),
+        missing: inputs.missing,
+        non_finite: inputs.non_finite,
+        ..Recipe::default()
+    };
+    if let Some(density) = args.look.density {
+        recipe.params.insert("density".into(), Value::Number(density).into());
+    }
+    Ok(recipe)
+}
+
+fn line(text: &mut String, label: &str, value: &str) {
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "{label:<15} {value}");
+}
+
+/// What was found, for people.
+fn render(report: &AnalysisReport) -> String {
+    let analysis = &report.analysis;
+    let mut text = String::new();
+    let models = human::plural(analysis.models.len() as u64, "model");
+    let tensors = human::plural(report.tensors, "tensor");
+    let parameters = human::count(analysis.overall.elements);
+    line(&mut text, "analyzed", &format!("{models}, {tensors}, {parameters} parameters"));
+    let out = printable(&report.out);
+    line(&mut text, "report", &format!("{out}/report.html, report.json and {} figures", report.files.len() - 2));
+    if report.resumed {
+        line(&mut text, "resumed", &format!("{} taken over", human::plural(report.tensors_reused, "tensor")));
+    }
+    line(&mut text, "read", &human::bytes(report.bytes_read));
+    line(&mut text, "time", &human::duration(report.wall_seconds));
+    if let Some(bytes) = report.peak_memory_bytes {
+        line(&mut text, "peak memory", &human::bytes(bytes));
+    }
+    if analysis.models.len() > 1 {
+        let chosen = analysis.chosen().conflict_fraction.unwrap_or(0.0);
+        let chance = analysis.chance_of_conflict().unwrap_or(0.0);
+        let conflicts =
+            format!("{} of the parameters, {} if signs were drawn", human::percent(chosen), human::percent(chance));
+        line(&mut text, "sign conflicts", &conflicts);
+    }
+    text.push_str(&models_table(analysis));
+    text.push_str(&densities_table(analysis));
+    if analysis.models.len() > 1 {
+        text.push_str(&sizes_table(analysis));
+        text.push_str(&layers_table(analysis));
+    }
+    text
+}
+
+/// A share with its bar, `whole` being a full one.
+fn with_bar(share: Option<f64>, whole: f64) -> [String; 2] {
+    match share {
+        Some(share) => [human::percent(share), bar(share / whole, BAR)],
+        None => ["–".into(), String::new()],
+    }
+}
+
+fn models_table(analysis: &Analysis) -> String {
+    let two = analysis.models.len() > 1;
+    let mut table = Table::new("  ", "lrlrlrl");
+    let heads = ["model", "kept", "", "of norm", "", if two { "survives" } else { "" }, ""];
+    table.row(heads);
+    let at = analysis.chosen();
+    for (model, name) in analysis.models.iter().enumerate().take(MODELS) {
+        let mut row = vec![printable(name)];
+        row.extend(with_bar(at.kept_fraction[model], 1.0));
+        row.extend(with_bar(at.norm_kept[model], 1.0));
+        if two {
+            row.extend(with_bar(analysis.overall.survival[model].of_kept, 1.0));
+        }
+        table.row(row);
+    }
+    let more = analysis.models.len().saturating_sub(MODELS);
+    let more = if more > 0 { format!("  and {more} more\n") } else { String::new() };
+    format!("\nModels, trimmed\n{}{more}", table.render())
+}
+
+fn densities_table(analysis: &Analysis) -> String {
+    let two = analysis.models.len() > 1;
+    let mut table = Table::new("  ", "rrlrl");
+    table.row(["density", "of norm", "", if two { "conflict" } else { "" }, ""]);
+    let most = analysis.overall.densities.iter().filter_map(|at| at.conflict_fraction).fold(0.0, f64::max);
+    for (density, at) in analysis.settings.densities.iter().zip(&analysis.overall.densities) {
+        let norms: Vec<f64> = at.norm_kept.iter().flatten().copied().collect();
+        let norm = (!norms.is_empty()).then(|| norms.iter().sum::<f64>() / norms.len() as f64);
+        let mut row = vec![density.map_or("planned".into(), human::percent)];
+        row.extend(with_bar(norm, 1.0));
+        if two {
+            row.extend(with_bar(at.conflict_fraction, most.max(f64::MIN_POSITIVE)));
+        }
+        table.row(row);
+    }
+    format!("\nWhat each density keeps, mean over the models\n{}", table.render())
+}
+
+fn sizes_table(analysis: &Analysis) -> String {
+    let sizes = analysis.conflicts_by_size();
+    let mean = |rates: &[f64]| rates.iter().sum::<f64>() / rates.len() as f64;
+    let most = sizes.iter().map(|(_, rates)| mean(rates)).fold(0.0, f64::max);
+    let mut table = Table::new("  ", "rrl");
+    table.row(["models", "conflict", ""]);
+    let step = sizes.len().div_ceil(SIZES).max(1);
+    let shown = sizes.iter().enumerate().filter(|(at, _)| (sizes.len() - 1 - at).is_multiple_of(step));
+    for (_, (size, rates)) in shown {
+        let [share, bar] = with_bar(Some(mean(rates)), most.max(f64::MIN_POSITIVE));
+        table.row([size.to_string(), share, bar]);
+    }
+    format!("\nConflicts by number of models merged\n{}", table.render())
+}
+
+fn layers_table(analysis: &Analysis) -> String {
+    if analysis.layers.len() < 2 {
+        return String::new();
+    }
+    let lines = analysis.layers.iter().map(|group| (&group.name, Line::of(&group.measured, analysis.settings.chosen)));
+    let mut lines: Vec<(&String, Line)> = lines.collect();
+    lines.sort_by(|a, b| b.1.conflicts.unwrap_or(0.0).total_cmp(&a.1.conflicts.unwrap_or(0.0)));
+    let most = lines.iter().filter_map(|(_, line)| line.conflicts).fold(f64::MIN_POSITIVE, f64::max);
+    let mut table = Table::new("  ", "lrlr");
+    table.row(["layer", "conflict", "", "of norm"]);
+    for (name, line) in lines.iter().take(LAYERS) {
+        let [share, bar] = with_bar(line.conflicts, most);
+        table.row([printable(name), share, bar, line.norm_share.map_or("–".into(), human::percent)]);
+    }
+    format!("\nLayers with the most conflicts\n{}", table.render())
+}

@@ -1,0 +1,383 @@
+//! A look at a family of models before it is merged: what of the task vectors is kept, where they disagree, and what of
+//! each model a merge would hold.
+//!
+//! - One sketch pass finds the thresholds of all densities, one pass over the tensors measures everything else; in tensor
+//!   scope one reading serves both.
+//! - Counts are integers. Sums run over fixed blocks of elements in the order of the tensors, so that neither threads nor
+//!   chunks nor memory change a digit.
+//! - Finished tensors are recorded: a look that was interrupted goes on where it was.
+
+mod describe;
+mod gather;
+mod measures;
+mod meter;
+mod study;
+mod work;
+
+pub use study::Study;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::kept::Kept;
+use super::passes::{Passes, lookahead, prefetch};
+use super::pool;
+use super::select::solo_thresholds;
+use super::turns::{Ordered, Pending, Turns};
+use super::worker::Worker;
+use super::{Observer, OutputOptions, check_inputs_unchanged, peak_memory_bytes};
+use crate::error::{Error, ErrorKind, Result};
+use crate::plan::{Chunk, Goal, Plan, Unit, UnitKind, Wanted};
+use crate::report::{self, Analysis, Line, Row};
+use crate::sketch::Threshold;
+use crate::storage::Storage;
+use gather::{Entry, Gathered, Gatherer};
+use meter::{BLOCK_ELEMENTS, Cuts, Meter};
+use work::{REPORT, WorkDir};
+
+/// Name and version of the report's format.
+const FORMAT: &str = "tiesmith analysis 1";
+/// How a report begins.
+const MARK: &str = "{\n\"format\":\"tiesmith analysis";
+/// Bytes of a report that are written at once.
+const WRITE_BYTES: usize = 1 << 20;
+
+/// What a look found, and how it went.
+#[derive(Debug, Clone, Serialize)]
+pub struct AnalysisReport {
+    /// Output directory.
+    pub out: String,
+    /// Files written.
+    pub files: Vec<String>,
+    /// Tensors looked at.
+    pub tensors: u64,
+    /// Tensor bytes read from inputs in this run.
+    pub bytes_read: u64,
+    /// Duration.
+    pub wall_seconds: f64,
+    /// Peak resident memory of the process, where the system tells.
+    pub peak_memory_bytes: Option<u64>,
+    /// Whether work of an earlier run was taken over.
+    pub resumed: bool,
+    /// Tensors taken over.
+    pub tensors_reused: u64,
+    /// All numbers but those of single tensors.
+    #[serde(flatten)]
+    pub analysis: Analysis,
+}
+
+/// Looks at all models of `study` and writes the report to `output.dir`.
+pub fn analyze(
+    study: &Study,
+    output: &OutputOptions,
+    storage: &Arc<dyn Storage>,
+    observer: &dyn Observer,
+) -> Result<AnalysisReport> {
+    let begin = Instant::now();
+    let work = WorkDir::open(study, output, storage).map_err(Error::as_input)?;
+    let outcome = run(study, &work, storage, observer);
+    let (mut report, staged) = match outcome {
+        Ok(done) => done,
+        Err(error) => {
+            // An input that cannot be used leaves nothing to resume.
+            if !matches!(error.kind(), ErrorKind::Failed | ErrorKind::Interrupted) {
+                work.abandon();
+            }
+            return Err(error);
+        }
+    };
+    let figures = report::FIGURES.map(|name| format!("{name}.svg"));
+    let all: Vec<&str> = figures.iter().map(String::as_str).chain([report::PAGE, REPORT]).collect();
+    work.publish(&staged, &all)?;
+    report.wall_seconds = begin.elapsed().as_secs_f64();
+    report.peak_memory_bytes = peak_memory_bytes();
+    Ok(report)
+}
+
+fn run(
+    study: &Study,
+    work: &WorkDir,
+    storage: &Arc<dyn Storage>,
+    observer: &dyn Observer,
+) -> Result<(AnalysisReport, Vec<String>)> {
+    let gathered = taken_over(study, work)?;
+    let reused = gathered.done;
+    let mut looker = Looker::new(study, observer);
+    let (mut gatherer, outcome) = looker.look(Gatherer::new(study, work, &**storage, gathered));
+    // What was finished is kept, whatever ended the look.
+    let flushed = gatherer.flush();
+    outcome?;
+    flushed?;
+    check_inputs_unchanged(&study.plan)?;
+    observer.go_on()?;
+    let analysis = study.describe(&gatherer.gathered);
+    let rows = write_report(study, work, &gatherer.gathered, &analysis)?;
+    let mut staged = vec![REPORT.to_owned(), report::PAGE.to_owned()];
+    work.stage(report::PAGE, report::page(&analysis, &rows).as_bytes())?;
+    for figure in report::figures(&analysis) {
+        let name = format!("{}.svg", figure.name);
+        work.stage(&name, figure.file().as_bytes())?;
+        staged.push(name);
+    }
+    staged.sort();
+    let report = AnalysisReport {
+        out: work.dir.display().to_string(),
+        files: staged.clone(),
+        tensors: study.tensors.len() as u64,
+        bytes_read: looker.bytes_read(),
+        wall_seconds: 0.0,
+        peak_memory_bytes: None,
+        resumed: work.resumes,
+        tensors_reused: reused as u64,
+        analysis,
+    };
+    Ok((report, staged))
+}
+
+/// What earlier attempts measured.
+fn taken_over(study: &Study, work: &WorkDir) -> Result<Gathered> {
+    let mut gathered = Gathered::new(study);
+    if work.resumes {
+        work.each_done(|payload| {
+            let taken = gather::decode(payload, study, |entry| match gathered.take(study, entry) {
+                true => Ok(()),
+                false => Err(work.senseless()),
+            })?;
+            taken.ok_or_else(|| work.senseless())
+        })?;
+    }
+    Ok(gathered)
+}
+
+/// Writes all numbers, tensor by tensor, as the journal has them. Returns the rows of the page's table.
+fn write_report(study: &Study, work: &WorkDir, gathered: &Gathered, analysis: &Analysis) -> Result<Vec<Row>> {
+    let file = work.create(REPORT)?;
+    let (mut at, mut text) = (0, describe::open_json(analysis)?);
+    let mut rows = Vec::new();
+    text.push_str(",\n\"tensors\":[");
+    let mut put = |text: &mut String, least: usize| -> Result<()> {
+        if text.len() >= least {
+            file.write_at(text.as_bytes(), at)?;
+            at += text.len() as u64;
+            text.clear();
+        }
+        Ok(())
+    };
+    work.each_done(|payload| {
+        let mut result = Ok(());
+        let entries = gather::decode(payload, study, |entry| {
+            let Entry::Tensor { place, found, measures } = entry else { return Ok(()) };
+            let entry = study.entry(place as usize, &found, &measures, &gathered.overall);
+            text.push_str(if place == 0 { "\n" } else { ",\n" });
+            text.push_str(&describe::json(&entry)?);
+            rows.push(Row { name: entry.name, layer: entry.layer, line: Line::of(&entry.measured, study.aim.chosen) });
+            result = put(&mut text, WRITE_BYTES);
+            Ok(())
+        })?;
+        result?;
+        entries.ok_or_else(|| work.senseless())
+    })?;
+    text.push_str("\n]\n}\n");
+    put(&mut text, 0)?;
+    file.sync()?;
+    Ok(rows)
+}
+
+/// One thread's buffers.
+struct Hand {
+    /// Lent to the passes that find thresholds.
+    worker: Option<Worker>,
+    meter: Meter,
+    /// Sums of the chunk's blocks, one after the other.
+    blocks: Vec<f64>,
+}
+
+/// Everything that a look shares.
+struct Looker<'a> {
+    study: &'a Study,
+    observer: &'a dyn Observer,
+    hands: Vec<Hand>,
+}
+
+impl<'a> Looker<'a> {
+    fn new(study: &'a Study, observer: &'a dyn Observer) -> Self {
+        let hand = |_| Hand {
+            worker: Some(Worker::new(&study.plan, &study.schedule)),
+            meter: Meter::new(&study.aim.shape),
+            blocks: Vec::new(),
+        };
+        Self { study, observer, hands: (0..study.schedule.threads).map(hand).collect() }
+    }
+
+    fn bytes_read(&self) -> u64 {
+        self.hands.iter().filter_map(|hand| hand.worker.as_ref()).map(|worker| worker.tally.bytes_read).sum()
+    }
+
+    /// Measures all tensors that are not done.
+    fn look(&mut self, mut gatherer: Gatherer<'a>) -> (Gatherer<'a>, Result<()>) {
+        let study = self.study;
+        let done = gatherer.gathered.done;
+        if !study.plan.per_tensor() {
+            let unit = &study.schedule.units[0];
+            let goals = study.goals(unit);
+            let found = match self.model_thresholds(unit, &goals, &mut gatherer) {
+                Ok(found) => found,
+                Err(error) => return (gatherer, Err(error)),
+            };
+            self.observer.stage("measure", study.bytes_from(done));
+            let cuts = study.cuts(&goals, &found);
+            return self.stream(&study.tensors[done..], &cuts, &[], unit.chunk_elements, gatherer);
+        }
+        self.observer.stage("measure", study.bytes_from(done));
+        let tensors: Vec<u32> = study.tensors[done..].to_vec();
+        let unit_of = |tensor: u32| {
+            let place = study.schedule.units.partition_point(|unit| unit.tensors[0] < tensor);
+            &study.schedule.units[place]
+        };
+        let mut rest: Vec<&Unit> = tensors.iter().map(|&tensor| unit_of(tensor)).collect();
+        while !rest.is_empty() {
+            let alone = rest.iter().take_while(|unit| unit.kind == UnitKind::Solo).count();
+            let outcome;
+            (gatherer, outcome) = match alone {
+                0 => self.streamed_tensor(rest[0], gatherer),
+                _ => self.alone(&rest[..alone], gatherer),
+            };
+            if outcome.is_err() {
+                return (gatherer, outcome);
+            }
+            rest.drain(..alone.max(1));
+        }
+        (gatherer, Ok(()))
+    }
+
+    /// Thresholds of the whole model, found now or by an earlier attempt.
+    fn model_thresholds(
+        &mut self,
+        unit: &Unit,
+        goals: &[Goal],
+        gatherer: &mut Gatherer<'a>,
+    ) -> Result<Vec<Option<Threshold>>> {
+        if let Some(found) = gatherer.gathered.thresholds.clone() {
+            return if fit(goals, &found) { Ok(found) } else { Err(gatherer.senseless()) };
+        }
+        if gatherer.gathered.done > 0 {
+            return Err(gatherer.senseless());
+        }
+        let found = self.thresholds(unit, goals)?;
+        gatherer.thresholds(found.clone())?;
+        Ok(found)
+    }
+
+    /// Sketches a unit that is not held in memory.
+    fn thresholds(&mut self, unit: &Unit, goals: &[Goal]) -> Result<Vec<Option<Threshold>>> {
+        let study = self.study;
+        let kept = Kept::new(&study.plan);
+        let workers = self.hands.iter_mut().filter_map(|hand| hand.worker.take()).collect();
+        let mut passes = Passes::with_workers(&study.plan, &study.schedule, self.observer, None, &kept, workers);
+        let found = passes.shared_thresholds(unit, goals, &mut None);
+        self.hands.iter_mut().zip(passes.workers).for_each(|(hand, worker)| hand.worker = Some(worker));
+        found
+    }
+
+    fn streamed_tensor(&mut self, unit: &Unit, gatherer: Gatherer<'a>) -> (Gatherer<'a>, Result<()>) {
+        let goals = self.study.goals(unit);
+        match self.thresholds(unit, &goals) {
+            Ok(found) => {
+                let cuts = self.study.cuts(&goals, &found);
+                self.stream(&unit.tensors, &cuts, &found, unit.chunk_elements, gatherer)
+            }
+            Err(error) => (gatherer, Err(error)),
+        }
+    }
+
+    /// Measures tensors chunk by chunk.
+    fn stream(
+        &mut self,
+        tensors: &[u32],
+        cuts: &Cuts,
+        found: &[Option<Threshold>],
+        chunk_elements: u64,
+        gatherer: Gatherer<'a>,
+    ) -> (Gatherer<'a>, Result<()>) {
+        let (study, observer) = (self.study, self.observer);
+        let plan = &study.plan;
+        let turns = Turns::new(gatherer);
+        let ordered: &dyn Ordered = &turns;
+        let lookahead = lookahead(&study.schedule, chunk_elements);
+        let ahead = |chunk: &Chunk| prefetch(plan, *chunk, Wanted::All);
+        let chunks = chunks(plan, tensors, chunk_elements);
+        let outcome = pool::run(&mut self.hands, chunks, lookahead, ahead, |hand, ordinal, chunk| {
+            let mut pending = Pending::new(ordered, ordinal);
+            let Hand { worker: Some(worker), meter, blocks } = hand else { unreachable!("the worker is back") };
+            blocks.clear();
+            worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
+                meter.measure(worker, data, &study.aim, cuts, |sums| blocks.extend_from_slice(sums))
+            })?;
+            turns.take(ordinal, |gatherer| {
+                gatherer.part(&meter.counts, blocks.chunks_exact(study.aim.shape.sums()));
+                let last = chunk.start + chunk.count == plan.length(chunk.tensor);
+                if last { gatherer.finish(found) } else { Ok(()) }
+            })??;
+            pending.complete();
+            Ok(())
+        });
+        (turns.into_inner(), outcome)
+    }
+
+    /// Measures tensors that one worker each holds in memory.
+    fn alone(&mut self, units: &[&Unit], gatherer: Gatherer<'a>) -> (Gatherer<'a>, Result<()>) {
+        let (study, observer) = (self.study, self.observer);
+        let plan = &study.plan;
+        let turns = Turns::new(gatherer);
+        let ordered: &dyn Ordered = &turns;
+        let whole = |unit: &Unit| Chunk { tensor: unit.tensors[0], start: 0, count: unit.elements };
+        let ahead = |unit: &&&Unit| prefetch(plan, whole(unit), Wanted::All);
+        let outcome = pool::run(&mut self.hands, units.iter(), 1, ahead, |hand, ordinal, unit| {
+            let mut pending = Pending::new(ordered, ordinal);
+            let (chunk, goals) = (whole(unit), study.goals(unit));
+            let Hand { worker: Some(worker), meter, blocks } = hand else { unreachable!("the worker is back") };
+            blocks.clear();
+            blocks.resize(study.aim.shape.sums(), 0.0);
+            let mut found = Vec::new();
+            worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
+                found = solo_thresholds(worker, data, &goals, study.schedule.sketch_bins)?;
+                let cuts = study.cuts(&goals, &found);
+                meter.measure(worker, data, &study.aim, &cuts, |sums| {
+                    blocks.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
+                })
+            })?;
+            turns.take(ordinal, |gatherer| {
+                gatherer.part(&meter.counts, std::iter::once(&blocks[..]));
+                gatherer.finish(&found)
+            })??;
+            pending.complete();
+            Ok(())
+        });
+        (turns.into_inner(), outcome)
+    }
+}
+
+/// The chunks of `tensors`, in order: whole blocks, at most `chunk_elements` long where that is a block at least.
+fn chunks<'p>(plan: &'p Plan, tensors: &'p [u32], chunk_elements: u64) -> impl Iterator<Item = Chunk> + 'p {
+    let step = (chunk_elements / BLOCK_ELEMENTS).max(1) * BLOCK_ELEMENTS;
+    tensors.iter().flat_map(move |&tensor| {
+        let length = plan.length(tensor);
+        let starts = (0..length.div_ceil(step)).map(move |at| at * step);
+        starts.map(move |start| Chunk { tensor, start, count: step.min(length - start) })
+    })
+}
+
+/// Whether thresholds from a journal can be those of `goals`.
+fn fit(goals: &[Goal], found: &[Option<Threshold>]) -> bool {
+    let one = |(goal, found): (&Goal, &Option<Threshold>)| match (goal, found) {
+        (Goal::Keep { keep, elements }, Some(threshold)) => {
+            let reached = threshold.above.checked_add(threshold.tied);
+            threshold.above < *keep && reached.is_some_and(|reached| *keep <= reached && reached <= *elements)
+        }
+        (Goal::All | Goal::Nothing, None) => true,
+        _ => false,
+    };
+    goals.len() == found.len() && goals.iter().zip(found).all(one)
+}
