@@ -116,7 +116,7 @@ fn plot(series: &[String]) -> Canvas {
         x += width;
     }
     let legend = if series.is_empty() { 0.0 } else { rows * 18.0 + 8.0 };
-    Canvas::new(WIDTH, PLOT_HEIGHT + 42.0 + legend, [26.0, 14.0, 42.0 + legend, 52.0])
+    Canvas::new(WIDTH, PLOT_HEIGHT + 42.0 + legend, [28.0, 24.0, 42.0 + legend, 52.0])
 }
 
 fn legend_at() -> f64 {
@@ -198,7 +198,7 @@ fn conflicts_by_density(analysis: &Analysis) -> Figure {
 }
 
 /// Bars of three ways to merge in each class.
-fn classes(analysis: &Analysis, classes: &[Class], label: &str) -> Canvas {
+fn classes(classes: &[Class], label: &str) -> Canvas {
     let names: Vec<String> = ["plain mean", "trimmed mean", "TIES"].map(String::from).into();
     let ways = |class: &Class| [class.plain_mean, class.trimmed_mean, class.ties];
     let reach = |m: &Moments| m.mean.unwrap_or(0.0) + m.deviation.unwrap_or(0.0);
@@ -230,12 +230,11 @@ fn classes(analysis: &Analysis, classes: &[Class], label: &str) -> Canvas {
         }
     }
     canvas.legend(&names, legend_at(), NAMED);
-    let _ = analysis;
     canvas
 }
 
 fn influence(analysis: &Analysis) -> Figure {
-    let canvas = classes(analysis, &analysis.overall.classes, "models in which the parameter survives the trim");
+    let canvas = classes(&analysis.overall.classes, "models in which the parameter survives the trim");
     let caption =
         "Where a parameter matters to one model only, the plain mean shrinks it by the models in which it does \
                    not; trimming first keeps its size. Whiskers are one standard deviation."
@@ -244,7 +243,7 @@ fn influence(analysis: &Analysis) -> Figure {
 }
 
 fn agreement(analysis: &Analysis) -> Figure {
-    let canvas = classes(analysis, &analysis.overall.agreement, "sign agreement among the models in which it survives");
+    let canvas = classes(&analysis.overall.agreement, "sign agreement among the models in which it survives");
     let caption = "Of parameters that survive in two models or more: 0.5 means half of them pull each way, 1 that all \
                    agree. Where they disagree, averaging cancels; electing a sign first keeps the size."
         .to_owned();
@@ -488,8 +487,11 @@ fn last_part(name: &str) -> String {
     if last.bytes().all(|b| b.is_ascii_digit()) { last.to_owned() } else { "other".into() }
 }
 
-/// Columns of the map of layers: name, value, whether 1 is full shade.
-pub fn map_columns() -> [(&'static str, fn(&Line) -> Option<f64>); 6] {
+/// A column of the map of layers: its name, and the value of a line.
+type Column = (&'static str, fn(&Line) -> Option<f64>);
+
+/// Columns of the map of layers.
+fn map_columns() -> [Column; 6] {
     [
         ("kept", |line| line.kept),
         ("conflict", |line| line.conflicts),

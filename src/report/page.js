@@ -127,8 +127,13 @@
           if (column[2] && value !== null && most[place] > 0 && rows.length > 1) {
             const shade = Math.abs(value) / most[place];
             const colour = value < 0 ? "var(--c1)" : "var(--c0)";
-            cell.style.background = `color-mix(in srgb, ${colour} ${(shade * 82).toFixed(0)}%, transparent)`;
-            if (shade > 0.68) cell.className = "on";
+            if (id === "layers" || id === "kinds") {
+              cell.style.background = `color-mix(in srgb, ${colour} ${(shade * 62).toFixed(0)}%, transparent)`;
+            } else {
+              const tint = `color-mix(in srgb, ${colour} 72%, transparent)`;
+              const end = (shade * 100).toFixed(1);
+              cell.style.background = `linear-gradient(90deg, ${tint} ${end}%, transparent ${end}%) bottom/100% 3px no-repeat`;
+            }
           }
           line.append(cell);
         });

@@ -34,7 +34,12 @@ pub fn page(analysis: &Analysis, rows: &[Row]) -> String {
     out.push_str(&format!("<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"));
     head(&mut out, analysis);
     summary(&mut out, analysis);
-    models(&mut out, analysis);
+    section(
+        &mut out,
+        "models",
+        "Models",
+        "Kept and surviving entries at the chosen density; bars run to the largest of a column.",
+    );
     drawings(&mut out, analysis);
     section(
         &mut out,
@@ -101,11 +106,6 @@ fn summary(out: &mut String, analysis: &Analysis) {
         out.push_str(&format!("<p class=\"warning\">{}</p>\n", escape(warning)));
     }
     out.push_str("</section>\n");
-}
-
-fn models(out: &mut String, analysis: &Analysis) {
-    section(out, "models", "Models", "Kept and surviving entries at the chosen density.");
-    let _ = analysis;
 }
 
 fn drawings(out: &mut String, analysis: &Analysis) {

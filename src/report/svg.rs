@@ -17,14 +17,15 @@ pub const STYLE: &str = include_str!("figure.css");
 /// `text` fit for SVG and HTML, its unprintable characters made visible.
 pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
-    for c in printable(text).chars() {
+    for c in text.chars() {
         match c {
             '&' => out.push_str("&amp;"),
             '<' => out.push_str("&lt;"),
             '>' => out.push_str("&gt;"),
             '"' => out.push_str("&quot;"),
             '\'' => out.push_str("&#39;"),
-            c => out.push(c),
+            c if c == ' ' || c.is_ascii_graphic() || c.is_alphanumeric() => out.push(c),
+            c => out.push_str(&printable(c.encode_utf8(&mut [0; 4]))),
         }
     }
     out
@@ -44,7 +45,7 @@ pub fn number(value: f64) -> String {
     let magnitude = value.abs();
     if value == 0.0 {
         "0".into()
-    } else if magnitude >= 1e6 || magnitude < 1e-3 {
+    } else if !(1e-3..1e6).contains(&magnitude) {
         let text = format!("{value:.1e}");
         text.replace(".0e", "e")
     } else {
@@ -54,9 +55,9 @@ pub fn number(value: f64) -> String {
     }
 }
 
-/// A share as a percentage.
+/// A share as a percentage; the space before the sign does not break.
 pub fn percent(share: f64) -> String {
-    format!("{} %", number(share * 100.0))
+    format!("{}\u{a0}%", number(share * 100.0))
 }
 
 /// From values to places.
@@ -312,7 +313,7 @@ mod tests {
     fn numbers_are_as_long_as_needed() {
         assert_eq!([0.0, 0.134, 13.42, 100.0, 1234.5].map(number), ["0", "0.134", "13.4", "100", "1234"]);
         assert_eq!([2.5e-5, 3e7, -0.5, 0.2].map(number), ["2.5e-5", "3e7", "-0.5", "0.2"]);
-        assert_eq!([0.2, 1.0, 0.0123].map(percent), ["20 %", "100 %", "1.23 %"]);
+        assert_eq!([0.2, 1.0, 0.0123].map(percent), ["20\u{a0}%", "100\u{a0}%", "1.23\u{a0}%"]);
     }
 
     #[test]

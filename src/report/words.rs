@@ -3,6 +3,7 @@
 use super::data::{Analysis, Group, Line};
 use super::figures::chosen_density;
 use super::svg::{number, percent};
+use crate::error::printable;
 
 /// A density is said to keep nearly all from this share of Σ τ² on.
 const NEARLY_ALL: f64 = 0.9;
@@ -49,14 +50,14 @@ fn conflicts(analysis: &Analysis) -> Option<String> {
     );
     let full = analysis.settings.densities.iter().position(|k| *k == Some(1.0));
     let untrimmed = full.and_then(|at| analysis.overall.densities[at].conflict_fraction).or(untrimmed);
-    if let Some(untrimmed) = untrimmed.filter(|_| full != Some(analysis.settings.chosen)) {
-        text.push_str(&format!("; without a trim it would be {}", percent(untrimmed)));
-    }
     text.push('.');
+    if let Some(untrimmed) = untrimmed.filter(|_| full != Some(analysis.settings.chosen)) {
+        text.push_str(&format!(" Without a trim it would be {}.", percent(untrimmed)));
+    }
     if contested > 0 {
         let of_contested = analysis.chosen().conflicts as f64 / contested as f64;
         text.push_str(&format!(
-            " That is {} of the parameters that matter to two models or more.",
+            " Of the parameters that survive in two models or more, {} are in conflict.",
             percent(of_contested)
         ));
     }
@@ -68,7 +69,10 @@ fn conflicts(analysis: &Analysis) -> Option<String> {
             r if r <= 1.1 => "the signs look unrelated",
             _ => "the models pull against each other more than chance would have it",
         };
-        text.push_str(&format!(" Signs drawn at random would give {}: {judgement}.", percent(chance)));
+        text.push_str(&format!(
+            " Signs drawn at random would put {} of all in conflict: {judgement}.",
+            percent(chance)
+        ));
     }
     Some(text)
 }
@@ -79,7 +83,8 @@ fn likeness(analysis: &Analysis) -> Option<String> {
         analysis.pairs().into_iter().zip(cosines).filter_map(|(pair, cosine)| Some((pair, (*cosine)?))).collect();
     pairs.sort_by(|a, b| a.1.total_cmp(&b.1));
     let (least, most) = (pairs.first()?, pairs.last()?);
-    let name = |(a, b): (usize, usize)| format!("{} and {}", analysis.models[a], analysis.models[b]);
+    let name =
+        |(a, b): (usize, usize)| format!("{} and {}", printable(&analysis.models[a]), printable(&analysis.models[b]));
     if pairs.len() == 1 {
         return Some(format!("The cosine of the two task vectors is {}; 0 is unrelated.", number(most.1)));
     }
@@ -135,7 +140,7 @@ fn ties(analysis: &Analysis) -> Option<String> {
     Some(format!(
         "Many entries equal the threshold: of {}, {} are kept where {} were asked for. '--trim-ties sample' keeps an even \
          share of them.",
-        analysis.models[model],
+        printable(&analysis.models[model]),
         percent(kept),
         percent(asked)
     ))
@@ -149,9 +154,9 @@ fn survival(analysis: &Analysis) -> Option<String> {
     Some(format!(
         "Of what the trim keeps, {} comes through the election best ({} of its entries point the merged way) and {} worst \
          ({}).",
-        analysis.models[most.0],
+        printable(&analysis.models[most.0]),
         percent(most.1),
-        analysis.models[least.0],
+        printable(&analysis.models[least.0]),
         percent(least.1)
     ))
 }
@@ -164,8 +169,12 @@ fn layers(analysis: &Analysis) -> Option<String> {
     let ranked = |value: fn(&Line) -> Option<f64>| {
         let mut all: Vec<(&Group, f64)> =
             analysis.layers.iter().filter_map(|g| Some((g, value(&Line::of(&g.measured, chosen))?))).collect();
+        all.retain(|(_, value)| *value > 0.0);
         all.sort_by(|a, b| b.1.total_cmp(&a.1));
-        let named = all.iter().take(NAMED_LAYERS).map(|(group, value)| format!("{} ({})", group.name, percent(*value)));
+        let named = all
+            .iter()
+            .take(NAMED_LAYERS)
+            .map(|(group, value)| format!("{} ({})", printable(&group.name), percent(*value)));
         named.collect::<Vec<_>>().join(", ")
     };
     let norms = ranked(|line| line.norm_share);

@@ -8,6 +8,7 @@
 //!
 //! Afterwards the same command must give the same files. Before it, nothing may look like a model that is not one.
 
+mod analyze;
 mod memory;
 mod packed;
 mod sweep;

@@ -10,6 +10,7 @@
 //! | `formats` | stored types and every way to name a checkpoint |
 //! | `golden` | outputs of the paper's own code and of mergekit |
 //! | `digits` | accuracies of a real, tiny family |
+//! | `analyze` | every number of a report against its definition |
 //! | `bad_input` | one line, exit code 2, nothing written |
 //! | `cli` | verbs, help, reports, exit codes |
 //! | `properties` | what must hold for every method of the registry |
@@ -24,6 +25,7 @@
 
 mod support;
 
+mod analyze;
 mod bad_input;
 mod cli;
 mod determinism;

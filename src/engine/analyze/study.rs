@@ -89,7 +89,7 @@ impl Study {
         let subsets = subsets(plan.models(), plan.seed);
         let aim = Aim { shape: Shape::new(plan.models(), densities.len(), subsets.len()), chosen, subsets };
         let layers = group(&plan, &tensors, layer_of);
-        let kinds = group(&plan, &tensors, |name| kind_of(name));
+        let kinds = group(&plan, &tensors, kind_of);
         let numbers = aim.shape.bytes();
         let names: usize = layers.names.iter().chain(&kinds.names).map(|name| name.len() + 64).sum();
         let demand = Demand {

@@ -112,20 +112,18 @@ impl WorkDir {
                 .at(&self.dir)
                 .help("finish or remove it, or use another --out"));
             }
-            if !options.restart {
-                if let (Some(journal), Some(Some(first))) = (opened?, first) {
-                    first.begin.admit(&study.plan).map_err(|e| e.at(&self.dir))?;
-                    if first.densities != densities {
-                        let text =
-                            format!("the unfinished analysis looks at densities {}, now {densities}", first.densities);
-                        return Err(Error::input(text)
-                            .at(&self.dir)
-                            .help("use --restart to start over, or another --out"));
-                    }
-                    self.journal = Mutex::new(Some(journal));
-                    self.resumes = true;
-                    return Ok(());
+            if let (false, Some(Some(first))) = (options.restart, first)
+                && let Some(journal) = opened?
+            {
+                first.begin.admit(&study.plan).map_err(|e| e.at(&self.dir))?;
+                if first.densities != densities {
+                    let then = first.densities;
+                    let text = format!("the unfinished analysis looks at densities {then}, now {densities}");
+                    return Err(Error::input(text).at(&self.dir).help("use --restart to start over, or another --out"));
                 }
+                self.journal = Mutex::new(Some(journal));
+                self.resumes = true;
+                return Ok(());
             }
         }
         self.storage.remove_file(&path)?;
@@ -178,9 +176,11 @@ impl WorkDir {
         for stale in all.iter().filter(|name| !staged.iter().any(|staged| staged == *name)) {
             self.storage.remove_file(&self.dir.join(stale))?;
         }
-        for name in staged.iter().map(String::as_str).filter(|name| *name != REPORT).chain([REPORT]) {
+        for name in staged.iter().filter(|name| *name != REPORT) {
             self.storage.rename(&self.partial(name), &self.dir.join(name))?;
         }
+        self.storage.sync_dir(&self.dir)?;
+        self.storage.rename(&self.partial(REPORT), &self.dir.join(REPORT))?;
         self.storage.sync_dir(&self.dir)?;
         self.clear();
         let _ = self.storage.sync_dir(&self.dir);

@@ -4,6 +4,7 @@
 
 pub mod family;
 pub mod files;
+pub mod interference;
 pub mod numbers;
 pub mod oracle;
 pub mod random;

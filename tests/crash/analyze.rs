@@ -1,0 +1,69 @@
+//! The same for a look at a family: crashes and errors at every operation, and stops.
+
+use super::*;
+use tiesmith::Study;
+
+fn look(memory: &Memory, observer: &dyn Observer) -> Result<bool, Error> {
+    let storage: Arc<dyn Storage> = Arc::new(memory.clone());
+    let plan = Plan::new(&Recipe { scope: Scope::Tensor, ..recipe() }, &storage)?;
+    let study = Study::new(plan, &[0.1, 0.5], Run { memory_bytes: 256 << 20, threads: 1 })?;
+    let output = OutputOptions { dir: OUT.into(), force: false, restart: false };
+    tiesmith::analyze(&study, &output, &storage, observer).map(|report| report.tensors_reused > 0)
+}
+
+fn files(memory: &Memory) -> BTreeMap<String, Vec<u8>> {
+    let lasting = memory.tree(OUT).into_iter().filter(|(name, _)| !name.starts_with(".tiesmith/"));
+    lasting.map(|(name, (_, data))| (name, data)).collect()
+}
+
+/// Runs again, which must succeed unless all was done, and compares.
+fn finish(memory: &Memory, expected: &BTreeMap<String, Vec<u8>>, what: &str) -> bool {
+    if let Some(report) = files(memory).get("report.json") {
+        assert!(*report == expected["report.json"], "{what}: a report that is not one");
+    }
+    let reused = match look(memory, &Silent) {
+        Ok(reused) => reused,
+        Err(error) if error.to_string().contains("a finished analysis is already there") => false,
+        Err(error) => panic!("{what}: {error}"),
+    };
+    let found = files(memory);
+    assert!(found.keys().eq(expected.keys()), "{what}: {:?}", found.keys());
+    expected.iter().for_each(|(name, data)| assert!(found[name] == *data, "{what}: {name} differs"));
+    reused
+}
+
+#[test]
+fn a_look_that_is_disturbed_anywhere_ends_the_same() {
+    let before = inputs();
+    let memory = before.fork(None);
+    look(&memory, &Silent).unwrap();
+    let expected = files(&memory);
+    let (operations, changes) = memory.counts();
+    for at in (1..=changes + 3).step_by(STEP) {
+        for fault in [Fault::CrashBefore, Fault::CrashIn] {
+            let memory = before.fork(Some((at, fault)));
+            let outcome = look(&memory, &Silent);
+            for survives in Survives::EACH {
+                if outcome.is_ok() && survives != Survives::All {
+                    continue;
+                }
+                finish(&memory.reboot(survives), &expected, &format!("{fault:?} {at}, {survives:?}"));
+            }
+        }
+    }
+    for at in (1..=operations).step_by(STEP) {
+        for fault in [Fault::Once(ErrorKind::StorageFull), Fault::FromHere(ErrorKind::PermissionDenied)] {
+            let memory = before.fork(Some((at, fault)));
+            let _ = look(&memory, &Silent);
+            finish(&memory.reboot(Survives::All), &expected, &format!("operation {at}, {fault:?}"));
+        }
+    }
+    let mut reused = 0;
+    for asked in 0..20 {
+        let memory = before.fork(None);
+        if look(&memory, &StopAfter(AtomicI64::new(asked))).is_err() {
+            reused += u32::from(finish(&memory.reboot(Survives::All), &expected, &format!("stopped after {asked}")));
+        }
+    }
+    assert!(reused > 0, "nothing was taken over after a stop");
+}
