@@ -18,18 +18,14 @@ const GROUPS: usize = 400;
 /// Most models with a row of their own.
 const MODELS: usize = 128;
 
+const HEAD: &str = include_str!("head.html");
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
 
 /// The page as text.
 pub fn page(analysis: &Analysis, rows: &[Row]) -> String {
     let mut out = String::with_capacity(1 << 20);
-    out.push_str("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n");
-    out.push_str("<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n");
-    out.push_str(
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; ",
-    );
-    out.push_str("script-src 'unsafe-inline'; img-src data:\">\n<link rel=\"icon\" href=\"data:,\">\n");
+    out.push_str(HEAD);
     out.push_str(&format!("<title>Interference: {}</title>\n", escape(&analysis.base)));
     out.push_str(&format!("<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"));
     head(&mut out, analysis);
