@@ -90,6 +90,13 @@ impl Error {
         self
     }
 
+    /// Says where the user named what the error is about, as `file:line:column`.
+    #[must_use]
+    pub fn named_in(mut self, place: &str) -> Self {
+        self.message.push_str(&format!(", named in {place}"));
+        self
+    }
+
     /// The same facts, seen as a problem of the input rather than of the work.
     #[must_use]
     pub fn as_input(mut self) -> Self {

@@ -13,9 +13,9 @@ pub const MAX_NAME_BYTES: usize = 4096;
 /// Most dimensions a tensor may have.
 pub const MAX_DIMENSIONS: usize = 64;
 /// Longest accepted pickle of a PyTorch checkpoint, in bytes: a tensor takes about 200.
-pub const MAX_PICKLE_BYTES: u64 = 32_000_000;
+pub const MAX_PICKLE_BYTES: u64 = 16_000_000;
 /// Most values that it may make, and most that it may have on its stack or in its memo: a tensor takes about 20.
-pub const MAX_PICKLE_VALUES: usize = 2_000_000;
+pub const MAX_PICKLE_VALUES: usize = 1_000_000;
 /// Longest side file (config, tokenizer) that is copied, in bytes.
 pub const MAX_SIDE_FILE_BYTES: u64 = 256_000_000;
 /// Longest configuration that is parsed, in bytes: those with twenty thousand labels have two million.

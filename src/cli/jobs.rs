@@ -1,9 +1,11 @@
 //! What one command line asks to be merged: one recipe, or the documents of a recipe file, in order.
 
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tiesmith::mergekit::{self, Document};
-use tiesmith::{Error, Recipe, Result, Storage};
+use tiesmith::{Checkpoint, Error, Plan, Recipe, Result, Storage};
 
 use super::args::MergeArgs;
 use super::lower;
@@ -22,6 +24,33 @@ pub struct Job {
     pub part: bool,
     /// What the recipe file's reader has to say.
     pub warnings: Vec<String>,
+    /// Where checkpoints are named in the recipe file.
+    places: HashMap<String, String>,
+}
+
+impl Job {
+    /// The plan, with the reader's warnings.
+    pub fn plan(&mut self, storage: &Arc<dyn Storage>) -> Result<Plan> {
+        let mut plan = Plan::new(&self.recipe, storage).map_err(|error| self.placed(error, storage))?;
+        plan.warnings.splice(0..0, std::mem::take(&mut self.warnings));
+        Ok(plan)
+    }
+
+    /// `error`, with the place in the recipe file if it is one of opening a checkpoint.
+    fn placed(&mut self, error: Error, storage: &Arc<dyn Storage>) -> Error {
+        let text = error.to_string();
+        let (places, mut found) = (&self.places, None);
+        mergekit::sources(&mut self.recipe, |source| {
+            let Some(place) = places.get(source).filter(|_| found.is_none()) else { return };
+            if Checkpoint::open(source, storage).is_err_and(|e| e.to_string() == text) {
+                found = Some(place);
+            }
+        });
+        match found {
+            Some(place) => error.named_in(place),
+            None => error,
+        }
+    }
 }
 
 /// The merges that `args` describe, each after those whose outputs it uses. The last one goes to `--out`.
@@ -29,7 +58,7 @@ pub fn read(args: &MergeArgs, verb: &str, storage: &dyn Storage) -> Result<Vec<J
     let out = args.output.out.clone();
     let Some(file) = &args.recipe else {
         let recipe = lower::recipe(args, verb)?;
-        return Ok(vec![Job { name: None, recipe, out, part: false, warnings: Vec::new() }]);
+        return Ok(vec![Job { name: None, recipe, out, part: false, warnings: Vec::new(), places: HashMap::new() }]);
     };
     let documents = mergekit::parse(&text(file, storage)?, file)?;
     let parts = parts_dir(args);
@@ -38,18 +67,35 @@ pub fn read(args: &MergeArgs, verb: &str, storage: &dyn Storage) -> Result<Vec<J
     let jobs = documents.into_iter().enumerate().map(|(index, mut document)| {
         let last = index + 1 == count;
         if count > 1 {
-            document.sources(|source| {
+            mergekit::sources(&mut document.recipe, |source| {
                 if names.contains(source) {
                     *source = parts.join(&*source).to_string_lossy().into_owned();
                 }
             });
         }
-        let Document { name, mut recipe, warnings } = document;
+        let Document { name, mut recipe, warnings, places } = document;
         lower::override_recipe(&mut recipe, args)?;
         let out = if last { out.clone() } else { name.as_ref().map(|name| parts.join(name)) };
-        Ok(Job { name, recipe, out, part: !last, warnings })
+        Ok(Job { name, recipe, out, part: !last, warnings, places })
     });
     jobs.collect()
+}
+
+/// Opens every checkpoint that the jobs name and that none of them makes: what is missing or broken is said before the
+/// first of them has worked for hours.
+pub fn check(jobs: &mut [Job], storage: &Arc<dyn Storage>) -> Result<()> {
+    let made: HashSet<PathBuf> = jobs.iter().filter_map(|job| job.out.clone()).collect();
+    let mut known = HashSet::new();
+    for job in jobs.iter_mut() {
+        let mut found = Ok(());
+        mergekit::sources(&mut job.recipe, |source| {
+            if found.is_ok() && !made.contains(Path::new(&*source)) && known.insert(source.clone()) {
+                found = Checkpoint::open(source, storage).map(drop);
+            }
+        });
+        found.map_err(|error| job.placed(error, storage))?;
+    }
+    Ok(())
 }
 
 /// The directory of outputs that other documents use.

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
-use tiesmith::{Observer, OutputOptions, Plan, Report, Result, Schedule, Storage, printable};
+use tiesmith::{Observer, OutputOptions, Report, Result, Schedule, Storage, printable};
 
 use super::args::MergeArgs;
 use super::jobs::{self, Job};
@@ -16,13 +16,15 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
     signals::install();
     let mut jobs = jobs::read(args, "merge", &*storage)?;
     let output = lower::output(args)?;
-    let last = jobs.pop().expect("a recipe has a document");
+    if jobs.len() > 1 {
+        jobs::check(&mut jobs, &storage)?;
+    }
+    let mut last = jobs.pop().expect("a recipe has a document");
     for job in jobs {
         part(args, job, &storage)?;
     }
     let progress = Progress::new(args.run.report.progress);
-    let mut plan = Plan::new(&last.recipe, &storage)?;
-    plan.warnings.splice(0..0, last.warnings);
+    let plan = last.plan(&storage)?;
     let recipe = last.recipe;
     // Elsewhere they come with the result: a failed run's one line of error stands alone.
     for warning in plan.warnings.iter().filter(|_| progress.is_watched()) {
@@ -50,10 +52,9 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
 }
 
 /// Makes what later jobs use, unless it is there already.
-fn part(args: &MergeArgs, job: Job, storage: &Arc<dyn Storage>) -> Result<()> {
+fn part(args: &MergeArgs, mut job: Job, storage: &Arc<dyn Storage>) -> Result<()> {
+    let plan = job.plan(storage)?;
     let (Some(dir), Some(name)) = (job.out, job.name) else { return Ok(()) };
-    let mut plan = Plan::new(&job.recipe, storage)?;
-    plan.warnings.splice(0..0, job.warnings);
     let progress = Progress::new(args.run.report.progress);
     if tiesmith::is_finished(&plan, &dir, &**storage)? {
         return Ok(());

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use tiesmith::{InputSummary, Plan, PlanSummary, Result, Schedule, printable};
+use tiesmith::{InputSummary, PlanSummary, Result, Schedule, printable};
 
 use super::args::MergeArgs;
 use super::table::Table;
@@ -15,11 +15,14 @@ const LISTED_SHARDS: usize = 6;
 /// Runs the command.
 pub fn run(args: &MergeArgs) -> Result<u8> {
     let storage = disk(args.run.io);
-    let jobs = jobs::read(args, "plan", &*storage)?;
+    let mut jobs = jobs::read(args, "plan", &*storage)?;
     let alone = jobs.len() == 1;
+    if !alone {
+        jobs::check(&mut jobs, &storage)?;
+    }
     let (mut text, mut pending) = (String::new(), Vec::new());
-    for job in jobs {
-        let name = job.name.unwrap_or_else(|| "the last document".into());
+    for mut job in jobs {
+        let name = job.name.clone().unwrap_or_else(|| "the last document".into());
         // What is made of parts that are not there yet has no headers to plan by.
         let waits = |source: &String| pending.iter().any(|dir: &PathBuf| dir.as_path() == Path::new(source));
         let mut sources = job.recipe.base.iter().chain(job.recipe.models.iter().map(|model| &model.source));
@@ -29,8 +32,7 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
             pending.extend(job.out);
             continue;
         }
-        let mut plan = Plan::new(&job.recipe, &storage)?;
-        plan.warnings.splice(0..0, job.warnings);
+        let plan = job.plan(&storage)?;
         let schedule = Schedule::new(&plan, lower::run(args))?;
         let summary = PlanSummary::new(&plan, &schedule);
         if let (true, Some(dir)) = (job.part, &job.out)

@@ -3,11 +3,13 @@
 //! - Each entry of τ_t is kept with probability K, by a draw of its own: m ~ Bernoulli(K), τ̂_t = m · τ_t / K, which has
 //!   τ_t as its mean. With `rescale l1` (mergekit): τ̂_t = m · τ_t · Σ|τ_t| / Σ m|τ_t| over the tensor. With `rescale none`:
 //!   τ̂_t = m · τ_t.
-//! - `dare_ties` merges the τ̂_t as TIES does, by default as λ Σ_A w_t τ̂_t; `dare_linear` as λ Σ_t w_t τ̂_t.
+//! - `dare_ties` merges the τ̂_t as TIES does, by default as λ Σ_A w_t τ̂_t; `dare_linear` as λ Σ_t w_t τ̂_t, with
+//!   `normalize true` divided by Σ_t w_t.
 //! - The draw of an entry depends on seed, model, tensor and index alone. The paper's p is 1 − K.
 
 use super::described::Described;
 use super::sparse::{RESCALE, SparseMerger, per_model};
+use super::task_arithmetic::NORMALIZE;
 use super::ties::{COMBINE_SUM, ELECT, LAMBDA, TiesMerger, WEIGHT, ZERO_SUM};
 use super::{ParamKind, ParamSpec, Settings, Sparsify};
 
@@ -37,7 +39,7 @@ pub(super) static DARE_LINEAR: Described = Described {
     summary: "drop entries of each task vector at random, rescale the others, add the weighted sum to base",
     formula: "θ = θ0 + λ Σ w_t τ̂_t,  τ̂_t = m_t τ_t / K_t, m_t ~ Bernoulli(K_t)",
     reference: "Yu et al. 2023, arXiv 2311.03099",
-    params: &[WEIGHT, DENSITY, LAMBDA, RESCALE],
+    params: &[WEIGHT, DENSITY, LAMBDA, NORMALIZE, RESCALE],
     trims: true,
     draws: true,
     prepare: |settings, _| Box::new(SparseMerger::drawn(TiesMerger::sum(settings), rules(settings), settings)),

@@ -4,10 +4,12 @@
 //!   smallest first (equal ones by position), is kept with probability p = K − ε + 2ε r / (C − 1), by a draw of its own,
 //!   and divided by p: its mean stays τ_t. Where K ± ε would leave [0, 1], ε is what remains: min(K, 1 − K). A row of one
 //!   entry has p = K; `rescale l1` (mergekit) restores the tensor's Σ|τ_t| instead, `rescale none` divides by nothing; a row longer than 131,072 entries is ranked in pieces of that length.
-//! - `della` merges the result as TIES does, by default by the mean of what agrees; `della_linear` as λ Σ_t w_t τ̂_t.
+//! - `della` merges the result as TIES does, by default by the mean of what agrees; `della_linear` as λ Σ_t w_t τ̂_t
+//!   (divided by Σ_t w_t with `normalize true`).
 
 use super::described::Described;
 use super::sparse::{RESCALE, SparseMerger, per_model};
+use super::task_arithmetic::NORMALIZE;
 use super::ties::{COMBINE, ELECT, LAMBDA, TiesMerger, WEIGHT, ZERO_SUM};
 use super::{ParamKind, ParamSpec, Settings, Sparsify};
 
@@ -44,7 +46,7 @@ pub(super) static DELLA_LINEAR: Described = Described {
     summary: "drop entries at random, small ones more often, rescale the others, add the weighted sum to base",
     formula: "θ = θ0 + λ Σ w_t τ̂_t,  τ̂_t = m_t τ_t / p_t, m_t ~ Bernoulli(p_t), p_t by rank in the row",
     reference: "Deep et al. 2024, arXiv 2406.11617",
-    params: &[WEIGHT, DENSITY, EPSILON, LAMBDA, RESCALE],
+    params: &[WEIGHT, DENSITY, EPSILON, LAMBDA, NORMALIZE, RESCALE],
     trims: true,
     draws: true,
     prepare: |settings, _| Box::new(SparseMerger::drawn(TiesMerger::sum(settings), rules(settings), settings)),

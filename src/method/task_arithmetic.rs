@@ -1,6 +1,7 @@
 //! Task arithmetic: the weighted sum of task vectors (Ilharco et al. 2023, arXiv 2212.04089).
 //!
-//! τ = λ Σ_t w_t τ_t, with `normalize true` divided by Σ_t w_t (unless that is nearly zero). Negative weights forget a task. The TIES paper uses λ = 0.4 where there is no validation data.
+//! τ = λ Σ_t w_t τ_t, with `normalize true` divided by Σ_t w_t (unless that is nearly zero). Negative weights forget a
+//! task. The TIES paper uses λ = 0.4 where there is no validation data.
 
 use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Tile};
 use crate::kernels;
@@ -39,18 +40,33 @@ impl Method for TaskArithmetic {
                 kind: ParamKind::ANY,
                 help: "scale of the sum (the TIES paper without validation data: 0.4)",
             },
-            ParamSpec {
-                name: "normalize",
-                per_model: false,
-                kind: ParamKind::Choice(&["false", "true"]),
-                help: "divide the sum by the sum of the weights, or not",
-            },
+            NORMALIZE,
         ]
     }
 
     fn prepare(&self, settings: &Settings, _base: bool) -> Box<dyn Merger> {
-        let normalize = settings.word("normalize") == "true";
-        Box::new(TaskArithmeticMerger { lambda: settings.number("lambda") as f32, normalize })
+        Box::new(TaskArithmeticMerger { lambda: settings.number("lambda") as f32, normalize: normalizes(settings) })
+    }
+}
+
+/// Whether a sum of weighted task vectors is divided by the weights.
+pub(super) const NORMALIZE: ParamSpec = ParamSpec {
+    name: "normalize",
+    per_model: false,
+    kind: ParamKind::Choice(&["false", "true"]),
+    help: "divide the sum by the sum of the weights, or not",
+};
+
+/// What [`NORMALIZE`] is set to.
+pub(super) fn normalizes(settings: &Settings) -> bool {
+    settings.word("normalize") == "true"
+}
+
+/// Divides the sum in `out` by the weights, unless they nearly cancel.
+pub(super) fn normalize(tile: &Tile<'_>, out: &mut [f32]) {
+    let sum: f32 = tile.weights.iter().sum();
+    if sum.abs() >= LEAST_SUM {
+        kernels::divide(tile.isa, out, sum);
     }
 }
 
@@ -69,9 +85,8 @@ impl Merger for TaskArithmeticMerger {
 
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {
         kernels::combine_sum(tile.isa, tile.inputs, tile.weights, None, out);
-        let sum: f32 = tile.weights.iter().sum();
-        if self.normalize && sum.abs() >= LEAST_SUM {
-            kernels::divide(tile.isa, out, sum);
+        if self.normalize {
+            normalize(tile, out);
         }
         kernels::scale(tile.isa, out, self.lambda);
     }

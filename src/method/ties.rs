@@ -8,6 +8,7 @@
 //!   the w_t τ̂_t of largest magnitude in A (`max`); 0 where A is empty;
 //! - the merged task vector is λ times that.
 
+use super::task_arithmetic::{normalize, normalizes};
 use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Tile};
 use crate::kernels;
 
@@ -122,6 +123,8 @@ pub(super) struct TiesMerger {
     combine: Combine,
     zero_sum: ZeroSum,
     lambda: f32,
+    /// The sum of all survivors is divided by all weights.
+    normalize: bool,
 }
 
 impl TiesMerger {
@@ -142,13 +145,14 @@ impl TiesMerger {
             "positive" => ZeroSum::Sign(1.0),
             _ => ZeroSum::Majority,
         };
-        Self { elect, combine, zero_sum, lambda: settings.number("lambda") as f32 }
+        Self { elect, combine, zero_sum, lambda: settings.number("lambda") as f32, normalize: false }
     }
 
-    /// λ Σ w τ̂: no election.
+    /// λ Σ w τ̂, divided by Σ w where `normalize` says so: no election.
     pub(super) fn sum(settings: &Settings) -> Self {
         let lambda = settings.number("lambda") as f32;
-        Self { elect: Elect::None, combine: Combine::Sum, zero_sum: ZeroSum::Sign(0.0), lambda }
+        let normalize = normalizes(settings);
+        Self { elect: Elect::None, combine: Combine::Sum, zero_sum: ZeroSum::Sign(0.0), lambda, normalize }
     }
 
     /// Elects signs into `gamma` without regard to exact cancellation. False if every survivor takes part.
@@ -186,6 +190,9 @@ impl Merger for TiesMerger {
             Combine::Mean => kernels::combine_mean(tile.isa, tile.inputs, tile.weights, gamma, out),
             Combine::Sum => kernels::combine_sum(tile.isa, tile.inputs, tile.weights, gamma, out),
             Combine::Max => kernels::combine_max(tile.isa, tile.inputs, tile.weights, gamma, out),
+        }
+        if self.normalize {
+            normalize(tile, out);
         }
         kernels::scale(tile.isa, out, self.lambda);
     }

@@ -159,6 +159,17 @@ fn della_shrinks_epsilon_where_a_probability_would_leave_its_range() {
 }
 
 #[test]
+fn normalized_sums_are_divided_by_all_weights() {
+    let saved = family(2).save();
+    for method in ["--method=dare_linear", "--method=della_linear"] {
+        let flags = [method, "--density=0.5", "--param=rescale=none", "--seed=3"];
+        let (sum, _) = draw(&saved, &flags);
+        let (mean, _) = draw(&saved, &[&flags[..], &["--param=normalize=true"]].concat());
+        assert!(sum.iter().zip(&mean).all(|(sum, mean)| sum / 2.0 == *mean), "{method}");
+    }
+}
+
+#[test]
 fn l1_restores_the_sum_of_magnitudes_of_each_model() {
     let saved = family(1).save();
     for method in ["--method=dare_linear", "--method=della_linear"] {

@@ -71,6 +71,22 @@ fn cases() -> Vec<Case> {
             ..CASE
         },
         Case {
+            method: "breadcrumbs",
+            flags: &[
+                "--scope=tensor",
+                "--trim-ties=lowest",
+                "--density=0.6",
+                "--param=gamma=0",
+                "--param=normalize=true",
+            ],
+            suffixes: WEIGHTED,
+            reference: |unit| {
+                let weights = WEIGHTS.map(|w| w / WEIGHTS.iter().sum::<f64>());
+                reference::consensus(unit, &tails(unit, 0.6, 0.0), &weights, false)
+            },
+            ..CASE
+        },
+        Case {
             method: "breadcrumbs_ties",
             flags: PER_TENSOR_ELECTED,
             golden: Some("breadcrumbs_ties"),

@@ -392,7 +392,10 @@ fn what_cannot_be_planned_is_refused_with_its_place() {
     for (recipe, message) in [
         (slice("[1, 4]"), "error: recipe.yml:3:37: layer_range [1, 4] of a, but \"model.layers\" has 3 layers"),
         (slice("[7, 9]"), "the range must lie within [0, 3]"),
-        (slice("[0, 2]").replace("model: a", "model: none"), "none: no such file or directory"),
+        (
+            slice("[0, 2]").replace("model: a", "model: none"),
+            "none: no such file or directory, named in recipe.yml:3:21;",
+        ),
         (ties("scope: model\nparameters: {density: [0.1, 0.5]}"), "the density differs between tensors"),
         (ties("parameters: {zero_sum: [positive, majority]}"), "must be the same for all tensors"),
         (
@@ -460,6 +463,17 @@ fn a_document_uses_the_output_of_another() {
     assert_eq!(value(&place.merge(&changed, &["--force"])), ((a + 3.0 * b) / 4.0 + c) / 2.0);
     place.merge(CHAIN, &["--parts", "elsewhere"]);
     assert!(place.path("elsewhere/first/model.safetensors").exists());
+}
+
+#[test]
+fn a_checkpoint_that_a_later_document_lacks_is_missed_before_the_first_is_merged() {
+    let place = Place::new();
+    for (seed, name) in [(1, "a"), (2, "b")] {
+        place.model(name, 1, seed);
+    }
+    let refusal = place.refusal(CHAIN, &[]);
+    assert!(refusal.contains("c: no such file or directory, named in recipe.yml:4:11"), "{refusal}");
+    assert!(!place.path("out.parts").exists());
 }
 
 #[test]

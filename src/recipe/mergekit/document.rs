@@ -1,8 +1,10 @@
 //! One document: its keys, and the recipe that they make.
 
+use std::collections::HashMap;
+
 use super::Document;
 use super::models::{Inputs, model_ref};
-use super::node::Node;
+use super::node::{Content, Node};
 use super::reader::{Fields, Reader};
 use super::settings::{self, Scope, Settings};
 use super::templates::TEMPLATES;
@@ -112,7 +114,27 @@ pub(super) fn read(reader: Reader<'_>, node: &Node) -> Result<Document> {
     inputs.recipe.chat_template = fields.get("chat_template").map(|node| chat_template(reader, node)).transpose()?;
     tokenizer::read(reader, &fields, &mut inputs.recipe)?;
     let name = fields.get("name").map(|node| name(reader, node)).transpose()?;
-    Ok(Document { name, recipe: inputs.recipe, warnings: inputs.warnings })
+    let mut places = HashMap::new();
+    note_places(reader, node, &mut places);
+    Ok(Document { name, recipe: inputs.recipe, warnings: inputs.warnings, places })
+}
+
+/// Notes where checkpoints are named. The document was read before, so it is neither deep nor large.
+fn note_places(reader: Reader<'_>, node: &Node, places: &mut HashMap<String, String>) {
+    match &node.content {
+        Content::Scalar { .. } => {}
+        Content::List(items) => items.iter().for_each(|item| note_places(reader, item, places)),
+        Content::Map(entries) => {
+            for (key, value) in entries {
+                match value.text() {
+                    Some(text) if matches!(&*key.text, "model" | "base_model" | "path") => {
+                        places.entry(text.to_owned()).or_insert_with(|| reader.spot(value.place));
+                    }
+                    _ => note_places(reader, value, places),
+                }
+            }
+        }
+    }
 }
 
 fn method(reader: Reader<'_>, fields: &Fields<'_>) -> Result<&'static dyn Method> {

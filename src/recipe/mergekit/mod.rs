@@ -34,6 +34,8 @@ pub struct Document {
     pub recipe: Recipe,
     /// What the user should know.
     pub warnings: Vec<String>,
+    /// Where each checkpoint is first named, as `file:line:column`.
+    pub places: HashMap<String, String>,
 }
 
 /// Reads the text of a recipe file called `file`. Documents come in an order in which each finds its inputs made.
@@ -76,18 +78,15 @@ pub fn parse(text: &str, file: &str) -> Result<Vec<Document>> {
     Ok(order.into_iter().filter_map(|index| documents[index].take()).collect())
 }
 
-impl Document {
-    /// Calls `f` with every checkpoint that the document names.
-    pub fn sources(&mut self, mut f: impl FnMut(&mut String)) {
-        let recipe = &mut self.recipe;
-        recipe.base.iter_mut().for_each(&mut f);
-        recipe.sign_from.iter_mut().for_each(&mut f);
-        recipe.models.iter_mut().for_each(|model| f(&mut model.source));
-        if let Some(Vocabulary::Model(model)) = &mut recipe.vocabulary {
-            f(model);
-        }
-        recipe.token_rules.iter_mut().filter_map(|rule| rule.source.as_mut()?.model_mut()).for_each(f);
+/// Calls `f` with every checkpoint that `recipe` names.
+pub fn sources(recipe: &mut Recipe, mut f: impl FnMut(&mut String)) {
+    recipe.base.iter_mut().for_each(&mut f);
+    recipe.sign_from.iter_mut().for_each(&mut f);
+    recipe.models.iter_mut().for_each(|model| f(&mut model.source));
+    if let Some(Vocabulary::Model(model)) = &mut recipe.vocabulary {
+        f(model);
     }
+    recipe.token_rules.iter_mut().filter_map(|rule| rule.source.as_mut()?.model_mut()).for_each(f);
 }
 
 /// The indexes of `documents`, each after those whose outputs it uses.

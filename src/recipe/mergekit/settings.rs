@@ -56,13 +56,9 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("t", &["slerp", "nearswap"]),
 ];
 
-/// What `normalize` and `rescale` are in methods that do not ask: their defaults in mergekit.
-const FIXED: &[(&str, bool, &[&str])] = &[
-    ("normalize", false, &["task_arithmetic", "dare_linear", "breadcrumbs", "della_linear"]),
-    ("normalize", true, &["linear"]),
-    ("nuslerp_row_wise", false, &["nuslerp"]),
-    ("rescale", false, &["task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties"]),
-];
+/// Switches of mergekit that methods here do not have: their defaults, which are all that is supported.
+const FIXED: &[(&str, bool, &[&str])] =
+    &[("nuslerp_row_wise", false, &["nuslerp"]), ("rescale", false, &["ties", "breadcrumbs", "breadcrumbs_ties"])];
 
 /// Where parameters are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,8 +171,9 @@ impl Settings<'_> {
             })
         };
         match name {
-            // It never changed a result.
+            // It never changed a result; and where nothing is dropped, there is nothing to rescale.
             "int8_mask" => return Some(("int8_mask", Kind::Idle)),
+            "rescale" if self.method.name() == "task_arithmetic" => return Some(("rescale", Kind::Idle)),
             "rescale" => {
                 let on = words("rescale").and_then(|words| words.iter().find(|word| **word != "none").copied());
                 let on = if words("rescale").is_some_and(|words| words.contains(&"l1")) { Some("l1") } else { on };

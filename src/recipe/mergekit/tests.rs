@@ -284,6 +284,40 @@ models:
 }
 
 #[test]
+fn types_may_have_torchs_prefix_and_the_outputs_goes_first() {
+    for (text, dtype) in [
+        ("dtype: torch.bfloat16", Some(Float::BF16)),
+        ("dtype: float16\nout_dtype: torch.float32", Some(Float::F32)),
+        ("out_dtype: bfloat16", Some(Float::BF16)),
+        ("dtype: null", None),
+    ] {
+        assert_eq!(recipe(&format!("{TIES}{text}\n")).dtype, dtype, "{text}");
+    }
+    let error = parse(&format!("{TIES}out_dtype: torch.float8\n"), "r.yml").unwrap_err().to_string();
+    assert!(error.starts_with("r.yml:6:12: unknown out_dtype"), "{error}");
+}
+
+/// The parameter `name` as `value`, for the whole merge.
+fn shared(method: &str, name: &str, value: &str) -> Recipe {
+    recipe(&format!("{}parameters: {{ {name}: {value} }}\n", TIES.replace("ties", method)))
+}
+
+#[test]
+fn switches_of_mergekit_mean_what_they_mean_there() {
+    for method in ["task_arithmetic", "dare_linear", "della_linear", "breadcrumbs"] {
+        assert_eq!(shared(method, "normalize", "true").params["normalize"], Value::Word("true".into()), "{method}");
+    }
+    for method in ["ties", "della", "dare_ties", "breadcrumbs_ties"] {
+        assert_eq!(shared(method, "normalize", "true").params["combine"], Value::Word("mean".into()), "{method}");
+        assert_eq!(shared(method, "normalize", "no").params["combine"], Value::Word("sum".into()), "{method}");
+    }
+    assert_eq!(shared("linear", "normalize", "false").params["normalize"], Value::Word("false".into()));
+    // Where nothing is dropped there is nothing to rescale.
+    assert!(!shared("task_arithmetic", "rescale", "true").params.contains_key("rescale"));
+    assert_eq!(shared("dare_ties", "rescale", "false").params["rescale"], Value::Word("none".into()));
+}
+
+#[test]
 fn what_has_no_effect_is_warned_of() {
     for (text, warning) in [
         (format!("{TIES}parameters: {{ gamma: 0.1 }}\n"), "r.yml:6:15: ties has no parameter gamma: it is ignored"),
