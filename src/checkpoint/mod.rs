@@ -126,6 +126,14 @@ impl Checkpoint {
         })
     }
 
+    /// The directory of what `spec` names, for the sake of files beside the weights, which need not be there.
+    pub fn directory(spec: &str, storage: &dyn Storage) -> Result<PathBuf> {
+        match storage.is_dir(Path::new(spec)) {
+            true => Ok(spec.into()),
+            false => Ok(resolve::resolve(spec, storage, &|name| std::env::var_os(name))?.dir),
+        }
+    }
+
     /// The tensor called `name`.
     pub fn get(&self, name: &str) -> Option<&TensorEntry> {
         self.tensors.binary_search_by(|t| (*t.name).cmp(name)).ok().map(|i| &self.tensors[i])

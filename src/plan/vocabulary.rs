@@ -48,13 +48,21 @@ pub(super) fn reconcile(
     let Some(wanted) = &recipe.vocabulary else { return Ok(None) };
     let mut tokens: Vec<Option<Tokens>> =
         checkpoints.iter().map(|c| Tokens::read(&c.dir, storage)).collect::<Result<_>>()?;
-    let source = match wanted {
-        Vocabulary::Base | Vocabulary::Union => 0,
-        Vocabulary::Model(spec) => find(spec, checkpoints)?,
+    let (source, dir) = match wanted {
+        Vocabulary::Base | Vocabulary::Union => (0, checkpoints[0].dir.clone()),
+        Vocabulary::Model(spec) => match checkpoints.iter().position(|c| c.spec == *spec) {
+            Some(source) => (source, checkpoints[source].dir.clone()),
+            None => {
+                // A tokenizer of its own: it comes behind those of the models.
+                let dir = Checkpoint::directory(spec, storage)?;
+                tokens.push(Tokens::read(&dir, storage)?);
+                (checkpoints.len(), dir)
+            }
+        },
     };
     if tokens[0].is_none() || tokens[source].is_none() {
-        let lacking = if tokens[0].is_none() { &checkpoints[0] } else { &checkpoints[source] };
-        let text = format!("no tokenizer.json in {}", printable(&lacking.dir.to_string_lossy()));
+        let lacking = if tokens[0].is_none() { &checkpoints[0].dir } else { &dir };
+        let text = format!("no tokenizer.json in {}", printable(&lacking.to_string_lossy()));
         if *wanted == Vocabulary::Base && recipe.token_rules.is_empty() && recipe.vocabulary_multiple.is_none() {
             warnings.push(format!("{text}: the vocabulary is left as it is"));
             return Ok(None);
@@ -89,11 +97,11 @@ pub(super) fn reconcile(
     }
     let json = match added.is_empty() {
         true => None,
-        false => Some(Tokens::file_with(&checkpoints[source].dir, &added, storage)?),
+        false => Some(Tokens::file_with(&dir, &added, storage)?),
     };
     // Once in the plan, and once on its way to the output.
     held_bytes += json.as_ref().map_or(0, |json| 2 * json.len() as u64);
-    Ok(Some(TokenizerFiles { dir: checkpoints[source].dir.clone(), json, rows, held_bytes }))
+    Ok(Some(TokenizerFiles { dir, json, rows, held_bytes }))
 }
 
 /// The checkpoint called `spec`.

@@ -133,7 +133,7 @@ pub enum Vocabulary {
     Base,
     /// Base's, and every token that some model has besides.
     Union,
-    /// That of the model called so.
+    /// That of the model called so, which need not take part otherwise.
     Model(String),
 }
 

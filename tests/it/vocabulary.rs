@@ -191,6 +191,22 @@ fn the_vocabulary_of_base_or_of_a_model() {
 }
 
 #[test]
+fn the_vocabulary_of_a_model_that_is_not_merged() {
+    let place = Place::new();
+    let [base, a, b] = place.family([Dtype::F32; 3]);
+    fs::create_dir(place.path("other")).unwrap();
+    let other = tokenizer(&["two", "<unk>", "four"], &[]).to_string();
+    fs::write(place.path("other/tokenizer.json"), &other).unwrap();
+    let name = "lm_head.weight";
+    let out = place.merge("other", &[]);
+    assert_eq!(out[name].shape, [3, COLUMNS]);
+    assert_eq!(row(&out[name], 0), merged(&row(&base[name], 2), &row(&a[name], 2), &row(&b[name], 2)));
+    assert_eq!(row(&out[name], 1), merged(&row(&base[name], 0), &row(&a[name], 0), &row(&b[name], 0)));
+    assert_eq!(row(&out[name], 2), row(&a[name], 4));
+    assert_eq!(fs::read_to_string(place.path("out/tokenizer.json")).unwrap(), other);
+}
+
+#[test]
 fn a_token_without_a_row_in_any_model_is_zeros_with_a_warning() {
     let place = Place::new();
     let words = ["<unk>", "one", "two"];
@@ -349,7 +365,7 @@ fn tokenizers_that_are_missing_or_broken() {
     place.family([Dtype::F32; 3]);
     place.merge("base", &[]);
     let refusal = place.refusal("other");
-    assert!(refusal.contains("recipe.yml:3:19: the tokenizer source \"other\" is none of the models"), "{refusal}");
+    assert!(refusal.contains("other: no such file or directory, named in recipe.yml:3:19"), "{refusal}");
     let file = place.path("a/tokenizer.json");
     for (text, message) in [
         ("{", "not a tokenizer that can be read"),

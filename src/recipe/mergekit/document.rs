@@ -127,7 +127,9 @@ fn note_places(reader: Reader<'_>, node: &Node, places: &mut HashMap<String, Str
         Content::Map(entries) => {
             for (key, value) in entries {
                 match value.text() {
-                    Some(text) if matches!(&*key.text, "model" | "base_model" | "path") => {
+                    Some(text)
+                        if matches!(&*key.text, "model" | "base_model" | "path" | "tokenizer_source" | "source") =>
+                    {
                         places.entry(text.to_owned()).or_insert_with(|| reader.spot(value.place));
                     }
                     _ => note_places(reader, value, places),

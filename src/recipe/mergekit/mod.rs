@@ -100,7 +100,11 @@ fn in_order(
         .iter()
         .map(|document| {
             let recipe = &document.recipe;
-            let sources = recipe.base.iter().chain(recipe.models.iter().map(|model| &model.source));
+            let tokenizer = match &recipe.vocabulary {
+                Some(Vocabulary::Model(model)) => Some(model),
+                _ => None,
+            };
+            let sources = recipe.base.iter().chain(recipe.models.iter().map(|model| &model.source)).chain(tokenizer);
             sources.filter_map(|source| names.get(source).copied()).collect()
         })
         .collect();

@@ -362,7 +362,7 @@ fn mistakes_are_named_with_their_place() {
         (with("seed: -1"), "r.yml:6:7: seed must be a whole number, not \"-1\""),
         (with("slices: [a]"), "r.yml:6:9: both 'models' and 'slices': give one"),
         (with("base_model: c"), "r.yml:6:1: key \"base_model\" comes twice, first in line 2"),
-        (with("tokenizer_source: other"), "r.yml:6:19: the tokenizer source \"other\" is none of the models"),
+        (with("tokenizer_source: [other]"), "r.yml:6:19: tokenizer source must be a text, not a list"),
         (with("tokenizer_source: base\ntokenizer: {source: base}"), "both 'tokenizer_source' and 'tokenizer'"),
         (with("tokenizer: {pad_to_multiple_of: 0}"), "r.yml:6:33: pad_to_multiple_of is 0, but must lie between 1 and"),
         (with("tokenizer: {pad_to_multiple_of: 1.5}"), "pad_to_multiple_of must be a whole number, not \"1.5\""),

@@ -47,14 +47,14 @@ fn section(reader: Reader<'_>, node: &Node, recipe: &mut Recipe) -> Result<()> {
     Ok(())
 }
 
-/// The name of a model of the recipe, or base.
-fn model(reader: Reader<'_>, node: &Node, what: &str, recipe: &Recipe, others: &str) -> Result<String> {
-    let name = model_ref(reader, node, what)?;
+/// The name of a model of the recipe, or base: a token's row must be among their rows.
+fn model(reader: Reader<'_>, node: &Node, recipe: &Recipe) -> Result<String> {
+    let name = model_ref(reader, node, "token source")?;
     match recipe.base.as_ref() == Some(&name) || recipe.models.iter().any(|input| input.source == name) {
         true => Ok(name),
         false => {
-            let text = format!("the {what} \"{}\" is none of the models", printable(&name));
-            Err(reader.fail(node.place, text).help(format!("{others}a model of this recipe")))
+            let text = format!("the token source \"{}\" is none of the models", printable(&name));
+            Err(reader.fail(node.place, text).help("name a model of this recipe"))
         }
     }
 }
@@ -63,7 +63,7 @@ fn vocabulary(reader: Reader<'_>, node: &Node, recipe: &Recipe) -> Result<Vocabu
     Ok(match node.text() {
         Some("union") => Vocabulary::Union,
         Some("base") => Vocabulary::Base,
-        _ => match model(reader, node, "tokenizer source", recipe, "base, union, or ")? {
+        _ => match model_ref(reader, node, "tokenizer source")? {
             name if recipe.base.as_ref() == Some(&name) => Vocabulary::Base,
             name => Vocabulary::Model(name),
         },
@@ -87,7 +87,7 @@ fn rule(reader: Reader<'_>, node: &Node, recipe: &Recipe) -> Result<(Option<Toke
 fn token_source(reader: Reader<'_>, node: &Node, recipe: &Recipe) -> Result<TokenSource> {
     let has_kind = matches!(&node.content, Content::Map(entries) if entries.iter().any(|(key, _)| key.text == "kind"));
     if !has_kind {
-        return Ok(TokenSource::Model(model(reader, node, "token source", recipe, "")?));
+        return Ok(TokenSource::Model(model(reader, node, recipe)?));
     }
     let fields = reader.fields(node, "a token source", &["kind", "model", "token", "token_id"])?;
     let kind = fields.get("kind").ok_or_else(|| reader.fail(node.place, "a token source without its 'kind'"))?;
@@ -100,7 +100,7 @@ fn token_source(reader: Reader<'_>, node: &Node, recipe: &Recipe) -> Result<Toke
     let Some(name) = fields.get("model") else {
         return Err(reader.fail(node.place, "a token source without 'model'"));
     };
-    let name = model(reader, name, "token source", recipe, "")?;
+    let name = model(reader, name, recipe)?;
     match (fields.get("token"), fields.get("token_id")) {
         (Some(token), None) => Ok(TokenSource::Token(name, reader.text(token, "token")?.to_owned())),
         (None, Some(id)) => Ok(TokenSource::Row(name, reader.whole(id, "token_id")?)),
