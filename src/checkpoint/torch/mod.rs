@@ -66,6 +66,12 @@ fn catalogue(file: &dyn InputFile, index: u32) -> Result<(Header, Option<String>
         return Err(Error::input("the pickle lists it twice").tensor(&twice[0].name));
     }
     let (others, first) = contents.others;
+    if tensors.is_empty() && others > 0 {
+        let first = printable(&first);
+        return Err(
+            Error::input(format!("none of its {others} entries is a tensor: the first is \"{first}\"")).help(SAVE)
+        );
+    }
     let warning = (others > 0).then(|| {
         let path = printable(&file.path().to_string_lossy());
         format!("{path}: left out {others} entries that are no tensors: the first is \"{}\"", printable(&first))
