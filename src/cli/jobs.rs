@@ -39,10 +39,10 @@ impl Job {
     /// `error`, with the place in the recipe file if it is one of opening a checkpoint.
     fn placed(&mut self, error: Error, storage: &Arc<dyn Storage>) -> Error {
         let text = error.to_string();
-        let (places, mut found) = (&self.places, None);
+        let (places, base, mut found) = (&self.places, self.recipe.base.clone(), None);
         mergekit::sources(&mut self.recipe, |source| {
             let Some(place) = places.get(source).filter(|_| found.is_none()) else { return };
-            if Checkpoint::open(source, storage).is_err_and(|e| e.to_string() == text) {
+            if Checkpoint::open_on(source, base.as_deref(), storage).is_err_and(|e| e.to_string() == text) {
                 found = Some(place);
             }
         });
@@ -81,19 +81,22 @@ pub fn read(args: &MergeArgs, verb: &str, storage: &dyn Storage) -> Result<Vec<J
     jobs.collect()
 }
 
-/// Opens every checkpoint that the jobs name and that none of them makes: what is missing or broken is said before the
+/// Opens every checkpoint that the jobs merge and that none of them makes: what is missing or broken is said before the
 /// first of them has worked for hours.
 pub fn check(jobs: &mut [Job], storage: &Arc<dyn Storage>) -> Result<()> {
     let made: HashSet<PathBuf> = jobs.iter().filter_map(|job| job.out.clone()).collect();
     let mut known = HashSet::new();
     for job in jobs.iter_mut() {
-        let mut found = Ok(());
-        mergekit::sources(&mut job.recipe, |source| {
-            if found.is_ok() && !made.contains(Path::new(&*source)) && known.insert(source.clone()) {
-                found = Checkpoint::open(source, storage).map(drop);
-            }
-        });
-        found.map_err(|error| job.placed(error, storage))?;
+        let recipe = &job.recipe;
+        let base = recipe.base.as_deref();
+        // What is made of a base that is not there yet cannot be opened.
+        let waits = base.is_some_and(|base| made.contains(Path::new(base)));
+        let mut sources = base.into_iter().chain(recipe.models.iter().map(|model| &*model.source));
+        let open = |source: &str| match waits || made.contains(Path::new(source)) || !known.insert(source.to_owned()) {
+            true => Ok(()),
+            false => Checkpoint::open_on(source, base, storage).map(drop),
+        };
+        sources.try_for_each(open).map_err(|error| job.placed(error, storage))?;
     }
     Ok(())
 }
