@@ -57,7 +57,7 @@ pub use engine::{
     TensorStats, ValueStats, Variant, VerifyReport, analyze, diff, inspect, is_finished, merge, pack, sweep, verify,
 };
 pub use error::{Error, ErrorKind, Result, printable};
-pub use method::{METHODS, Method, ParamKind, ParamSpec, Value};
+pub use method::{METHODS, Method, ParamKind, ParamSpec, Statistics, Value};
 pub use plan::{InputSummary, PassSummary, Plan, PlanSummary, Run, Schedule, Spread};
 pub use recipe::mergekit;
 pub use recipe::{

@@ -21,6 +21,11 @@ pub const MAX_SIDE_FILE_BYTES: u64 = 256_000_000;
 /// Longest configuration that is parsed, in bytes: those with twenty thousand labels have two million.
 pub const MAX_CONFIG_BYTES: u64 = 4_000_000;
 
+/// Longest accepted configuration of an adapter in bytes: tables of patterns have a line per module.
+pub const MAX_ADAPTER_CONFIG_BYTES: u64 = 4 << 20;
+/// What one read of a tensor that an adapter changes takes beside its result, in bytes: blocks of both factors.
+pub const ADAPTER_SCRATCH_BYTES: u64 = 1 << 20;
+
 /// Longest accepted manifest in bytes: ten thousand listed units of a hundred models, and room to spare.
 pub const MAX_MANIFEST_BYTES: u64 = 256_000_000;
 /// Longest recipe file in bytes.

@@ -65,7 +65,17 @@ pub struct Layout {
     index: Option<String>,
 }
 
+/// The file of an adapter's weights.
+const ADAPTER: &str = "adapter_model.safetensors";
+
 impl Layout {
+    /// The layout of an adapter, which is one file whatever its size.
+    pub fn adapter<'a>(tensors: impl IntoIterator<Item = OutputTensor<'a>>) -> Result<Self> {
+        let mut layout = Self::new(tensors, u64::MAX)?;
+        layout.shards[0].name = ADAPTER.to_owned();
+        Ok(layout)
+    }
+
     /// Lays out `tensors`, whose names must differ.
     pub fn new<'a>(tensors: impl IntoIterator<Item = OutputTensor<'a>>, max_shard_bytes: u64) -> Result<Self> {
         let tensors: Vec<OutputTensor<'a>> = tensors.into_iter().collect();

@@ -1,27 +1,32 @@
 //! Checkpoints: a catalogue of named tensors over a file, a sharded directory or a cached Hub snapshot.
 //!
+//! - A model with a PEFT adapter on it is one too: [`adapter`] shows the tensors that the adapter changes.
 //! - [`Checkpoint::open`] reads headers only; every check that headers allow is made there.
 //! - Entries are sorted by tensor name (byte order of UTF-8), so that catalogues can be joined like sorted lists.
 //! - [`layout`] is the other direction: from names, types and shapes to shards, header bytes and offsets.
 //!
 //! Knows nothing of merging.
 
+mod adapter;
 mod header;
 mod index;
 mod json;
 pub mod layout;
 pub mod packed;
+pub mod regression;
 mod resolve;
 pub mod rows;
 #[cfg(test)]
 mod testing;
 mod torch;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::dtype::Dtype;
-use crate::error::Result;
+use crate::dtype::{Dtype, Float};
+use crate::error::{Error, Result};
+use crate::limits::ADAPTER_SCRATCH_BYTES;
 use crate::storage::{InputFile, Storage};
 use resolve::Source;
 
@@ -88,6 +93,10 @@ pub struct Derived {
     pub scratch_bytes: u64,
     /// Whether the checkpoint is a packed task vector.
     pub packed: bool,
+    /// Memory that all readers of one share, in bytes, and which takes the most.
+    pub shared: Option<(u64, Box<str>)>,
+    /// The types in which a model without them would store them.
+    stored: BTreeMap<Box<str>, Dtype>,
 }
 
 /// A snapshot in the local Hugging Face cache.
@@ -100,18 +109,28 @@ pub struct HubRef {
 }
 
 impl Checkpoint {
-    /// Opens what `spec` names: a directory, a `.safetensors` file or a PyTorch file (`.bin`, `.pt`, `.pth`, `.ckpt`), an index file, or a Hub id in the local cache.
+    /// Opens what `spec` names: a directory, a `.safetensors` file or a PyTorch file (`.bin`, `.pt`, `.pth`, `.ckpt`), an
+    /// index file, a Hub id in the local cache, or one of these and a PEFT adapter on it, `MODEL+ADAPTER`.
     pub fn open(spec: &str, storage: &Arc<dyn Storage>) -> Result<Self> {
         Self::open_on(spec, None, storage)
     }
 
-    /// The same, where `base` is at hand to be that of a packed task vector.
+    /// The same, where an adapter alone is one on the model `base`, which a packed task vector may be against.
     pub fn open_on(spec: &str, base: Option<&str>, storage: &Arc<dyn Storage>) -> Result<Self> {
+        if let Some((model, adapter)) = adapter::split(spec, &**storage)? {
+            return Self::with_adapter(spec, model, adapter, storage);
+        }
         let found = resolve::resolve(spec, &**storage, &|name| std::env::var_os(name))?;
-        let catalogue = match &found.source {
-            Source::File(path) => Catalogue::of_file(path, &**storage)?,
-            Source::Index(path) => index::open(path, &**storage)?,
-            Source::Packed(path) => return packed::open(spec, path, found.warnings, base, storage),
+        let catalogue = match (&found.source, base) {
+            (Source::File(path), _) => Catalogue::of_file(path, &**storage)?,
+            (Source::Index(path), _) => index::open(path, &**storage)?,
+            (Source::Packed(path), _) => return packed::open(spec, path, found.warnings, base, storage),
+            (Source::Adapter, Some(base)) => return Self::with_adapter(spec, base, spec, storage),
+            (Source::Adapter, None) => {
+                return Err(Error::input("a PEFT adapter, which has no weights of its own")
+                    .at(&found.dir)
+                    .help("name the model that it was trained on too, as MODEL+ADAPTER"));
+            }
         };
         let mut warnings = found.warnings;
         warnings.extend(catalogue.warnings);
@@ -128,10 +147,44 @@ impl Checkpoint {
 
     /// The directory of what `spec` names, for the sake of files beside the weights, which need not be there.
     pub fn directory(spec: &str, storage: &dyn Storage) -> Result<PathBuf> {
+        if let Some((model, _)) = adapter::split(spec, storage)? {
+            return Self::directory(model, storage);
+        }
         match storage.is_dir(Path::new(spec)) {
             true => Ok(spec.into()),
             false => Ok(resolve::resolve(spec, storage, &|name| std::env::var_os(name))?.dir),
         }
+    }
+
+    fn with_adapter(spec: &str, model: &str, adapter: &str, storage: &Arc<dyn Storage>) -> Result<Self> {
+        let adapter = adapter::Adapter::open(adapter, &**storage)?;
+        let mut checkpoint = Self::open(model, storage)?;
+        adapter.apply(&mut checkpoint)?;
+        // Adapters on adapters read each other's results.
+        checkpoint.derived.scratch_bytes += ADAPTER_SCRATCH_BYTES;
+        checkpoint.spec = spec.to_owned();
+        Ok(checkpoint)
+    }
+
+    /// Puts a tensor that is computed as `float` in the place of `entry`.
+    fn show(&mut self, entry: &TensorEntry, float: Float, header_hash: [u8; 32], file: Arc<dyn InputFile>) {
+        let index = self.tensors.binary_search_by(|t| t.name.cmp(&entry.name)).expect("it is in its place");
+        let bytes = entry.elements() * float.width() as u64;
+        let number = self.files.len() as u32;
+        self.derived.stored.entry(entry.name.clone()).or_insert(entry.dtype);
+        self.derived.held_bytes += (size_of::<CheckpointFile>() + size_of_val(&*file)) as u64;
+        self.tensors[index] = TensorEntry { dtype: float.dtype(), file: number, offset: 0, bytes, ..entry.clone() };
+        self.files.push(CheckpointFile { file, header_bytes: 0, header_hash });
+    }
+
+    /// How many files there are on disk: what is computed has no header.
+    pub fn stored_files(&self) -> usize {
+        self.files.iter().filter(|file| file.header_bytes > 0).count()
+    }
+
+    /// The type that `tensor` has in an output that follows this checkpoint: as it is stored, or would be.
+    pub fn output_dtype(&self, tensor: &TensorEntry) -> Dtype {
+        self.derived.stored.get(&tensor.name).copied().unwrap_or(tensor.dtype)
     }
 
     /// The tensor called `name`.

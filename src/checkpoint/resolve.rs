@@ -51,6 +51,8 @@ pub(super) enum Source {
     Index(PathBuf),
     /// A packed task vector.
     Packed(PathBuf),
+    /// A PEFT adapter: the directory.
+    Adapter,
 }
 
 /// Finds what `spec` names.
@@ -116,6 +118,7 @@ fn in_directory(dir: &Path, storage: &dyn Storage) -> Result<Found> {
         Choice::File(name) => Source::File(dir.join(name)),
         Choice::Index(name) => Source::Index(dir.join(name)),
         Choice::Packed(name) => Source::Packed(dir.join(name)),
+        Choice::Adapter => Source::Adapter,
     };
     Ok(Found { dir: dir.to_path_buf(), source, hub: None, warnings: Vec::new() })
 }
@@ -124,6 +127,7 @@ enum Choice<'a> {
     File(&'a str),
     Index(&'a str),
     Packed(&'a str),
+    Adapter,
 }
 
 /// The file to open among the `names` of a directory.
@@ -144,8 +148,9 @@ fn choose(names: &[String]) -> Result<Choice<'_>> {
     let packed = ending(PACKED);
     match files[..] {
         _ if files.contains(&SINGLE) => Ok(Choice::File(SINGLE)),
-        [] if adapter => Err(adapter_error()),
-        ["adapter_model.safetensors"] => Err(adapter_error()),
+        [] | ["adapter_model.safetensors"] if adapter => Ok(Choice::Adapter),
+        ["adapter_model.safetensors"] => Err(Error::input("a PEFT adapter without its adapter_config.json")
+            .help("download the adapter again, configuration and weights together")),
         [] if packed.len() == 1 => Ok(Choice::Packed(packed[0])),
         [] => choose_torch(names),
         [only] => match shard_number(only).filter(|&(_, count)| count > 1) {
@@ -170,11 +175,6 @@ fn choose_torch(names: &[String]) -> Result<Choice<'_>> {
         Some((_, count)) => Err(incomplete(&shards, count)),
         None => Err(nothing_to_open(names)),
     }
-}
-
-fn adapter_error() -> Error {
-    Error::input("a PEFT adapter, which is not supported as an input here")
-        .help("merge it into its base model first (peft: merge_and_unload, then save_pretrained)")
 }
 
 fn incomplete(files: &[&str], count: u64) -> Error {

@@ -102,6 +102,22 @@ impl Rows {
         TensorEntry { name: entry.name.clone(), dtype: entry.dtype, shape, file, offset: 0, bytes }
     }
 
+    /// Fills `buffer` with the elements from `element` on.
+    fn elements(&self, mut element: u64, mut buffer: &mut [u8]) -> Result<()> {
+        let width = self.parts[0].float.width() as u64;
+        while !buffer.is_empty() {
+            let row = element / self.columns.max(1);
+            let run = &self.runs[self.runs.partition_point(|run| run.first + run.count <= row)];
+            let start = element - run.first * self.columns;
+            let count = (run.count * self.columns - start).min(buffer.len() as u64 / width);
+            let (part, rest) = buffer.split_at_mut((count * width) as usize);
+            self.fill(run, start, part)?;
+            buffer = rest;
+            element += count;
+        }
+        Ok(())
+    }
+
     /// Fills `buffer` with the elements from `start` on of a run's rows, counted from the run's first element.
     fn fill(&self, run: &Run, start: u64, buffer: &mut [u8]) -> Result<()> {
         let float = self.parts[0].float;
@@ -211,6 +227,33 @@ impl Rows {
     }
 }
 
+/// Fills `buffer` with bytes from `offset` on of elements of `width` bytes, of which `fill` makes whole ones: where bytes
+/// are copied as they are, a range may begin or end within an element.
+pub(super) fn read_elements(
+    buffer: &mut [u8],
+    offset: u64,
+    width: usize,
+    mut fill: impl FnMut(u64, &mut [u8]) -> Result<()>,
+) -> Result<()> {
+    let (mut at, mut buffer) = (offset, buffer);
+    while !buffer.is_empty() {
+        let (element, within) = (at / width as u64, (at % width as u64) as usize);
+        let whole = buffer.len() / width * width;
+        let count = if within == 0 && whole > 0 { whole } else { buffer.len().min(width - within) };
+        let (part, rest) = buffer.split_at_mut(count);
+        if within == 0 && whole > 0 {
+            fill(element, part)?;
+        } else {
+            let mut one = [0; 8];
+            fill(element, &mut one[..width])?;
+            part.copy_from_slice(&one[within..within + count]);
+        }
+        buffer = rest;
+        at += count as u64;
+    }
+    Ok(())
+}
+
 impl InputFile for Rows {
     fn path(&self) -> &Path {
         self.parts[0].file.path()
@@ -224,20 +267,8 @@ impl InputFile for Rows {
         self.parts[0].file.identity_now()
     }
 
-    fn read_at(&self, mut buffer: &mut [u8], offset: u64) -> Result<()> {
-        let width = self.parts[0].float.width() as u64;
-        let mut element = offset / width;
-        while !buffer.is_empty() {
-            let row = element / self.columns.max(1);
-            let run = &self.runs[self.runs.partition_point(|run| run.first + run.count <= row)];
-            let start = element - run.first * self.columns;
-            let count = (run.count * self.columns - start).min(buffer.len() as u64 / width);
-            let (part, rest) = buffer.split_at_mut((count * width) as usize);
-            self.fill(run, start, part)?;
-            buffer = rest;
-            element += count;
-        }
-        Ok(())
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        read_elements(buffer, offset, self.parts[0].float.width(), |element, buffer| self.elements(element, buffer))
     }
 
     fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {

@@ -16,6 +16,7 @@ use tiesmith::{
 use super::analyze::AnalyzeArgs;
 use super::parse;
 use super::progress::Mode;
+use super::statistics::StatisticsArgs;
 use super::sweep;
 
 /// Merge fine-tuned models that do not fit in memory
@@ -31,7 +32,8 @@ pub struct Cli {
 
 const EXAMPLES: &str = "\
 A checkpoint (CKPT) is a directory of .safetensors files with or without an index, one .safetensors file, an \
-.index.json file, or a Hub id (org/name[@revision]) that is in the local Hugging Face cache.
+.index.json file, or a Hub id (org/name[@revision]) that is in the local Hugging Face cache. MODEL+ADAPTER is a \
+checkpoint with a PEFT adapter (LoRA or (IA)3) on it; an adapter alone as a --model is one on --base.
 
 Examples:
   tiesmith plan  --base llama --model chat --model code
@@ -48,6 +50,8 @@ Examples:
     tiesmith merge --base llama --model chat --model code --scope tensor --out merged
   What a recipe file says, in more memory
     tiesmith merge recipe.yml --memory 8GiB --out merged
+  Merge adapters of one base: a directory with adapter_config.json is a model on --base
+    tiesmith merge --base llama --model lora-chat --model lora-code --out merged
   Average three fine-tunes, no base needed
     tiesmith merge --method linear --model a --model b --model c --out soup
   Merge the attention only, in 1 GiB of memory
@@ -195,6 +199,9 @@ pub struct InputArgs {
     #[arg(long = "model", value_name = "CKPT[,weight=W][,density=D]", value_parser = parse::model)]
     pub models: Vec<ModelInput>,
 
+    #[command(flatten)]
+    pub statistics: StatisticsArgs,
+
     /// Merge only tensors whose name matches; repeatable [default: all]
     ///
     /// '*' matches any text, dots included. The other tensors are copied from the base.
@@ -237,8 +244,8 @@ pub struct MethodArgs {
     #[arg(long, value_name = "RULE", value_parser = words("elect"))]
     pub elect: Option<String>,
 
-    /// What becomes of the values that agree with the elected sign: their mean (the paper), their sum, or the largest
-    /// [default: mean] (sum in dare_ties and breadcrumbs_ties)
+    /// What becomes of the values that agree with the elected sign: their mean (the paper), their sum, the largest, or
+    /// mean-all, their sum divided by the weights of all models [default: mean] (sum in dare_ties and breadcrumbs_ties)
     #[arg(long, value_name = "RULE", value_parser = words("combine"))]
     pub combine: Option<String>,
 

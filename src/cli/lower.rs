@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use tiesmith::{Error, OutputOptions, Recipe, Result, Run, Value};
+use tiesmith::{Error, OutputOptions, Recipe, Result, Run, Statistics, Value};
 
 use super::args::MergeArgs;
 
@@ -35,12 +35,30 @@ pub fn recipe(args: &MergeArgs, verb: &str) -> Result<Recipe> {
         max_shard_bytes: args.output.max_shard_size,
         ..Recipe::default()
     };
+    statistics(&mut recipe, Statistics::Fisher, &args.inputs.statistics.fisher)?;
+    statistics(&mut recipe, Statistics::Gram, &args.inputs.statistics.gram)?;
     for (name, value) in method_params(args) {
         if recipe.params.insert(name.to_string(), value.into()).is_some() {
             return Err(Error::usage(format!("{name} is given twice")).help("use --param once for each parameter"));
         }
     }
     Ok(recipe)
+}
+
+/// Gives every model its checkpoint of `kind`, in order.
+fn statistics(recipe: &mut Recipe, kind: Statistics, given: &[String]) -> Result<()> {
+    if !given.is_empty() && given.len() != recipe.models.len() {
+        let (name, models) = (kind.name(), recipe.models.len());
+        return Err(Error::usage(format!("--{name} is given {} times, but there are {models} models", given.len()))
+            .help(format!("give --{name} once per model, in the same order")));
+    }
+    for (model, given) in recipe.models.iter_mut().zip(given) {
+        match kind {
+            Statistics::Fisher => model.fisher = Some(given.clone()),
+            Statistics::Gram => model.gram = Some(given.clone()),
+        }
+    }
+    Ok(())
 }
 
 /// How the work is to be done.
@@ -81,6 +99,8 @@ pub fn override_recipe(recipe: &mut Recipe, args: &MergeArgs) -> Result<()> {
     recipe.non_finite = inputs.non_finite;
     recipe.overflow = output.overflow;
     recipe.max_shard_bytes = output.max_shard_size;
+    statistics(recipe, Statistics::Fisher, &inputs.statistics.fisher)?;
+    statistics(recipe, Statistics::Gram, &inputs.statistics.gram)?;
     for (name, value) in method_params(args) {
         if !recipe.method()?.params().iter().any(|spec| spec.name == name) {
             return Err(Error::usage(format!("the recipe's method {} has no parameter {name}", recipe.method)));
@@ -96,6 +116,8 @@ fn method_params(args: &MergeArgs) -> impl Iterator<Item = (&str, Value)> {
     let given = [
         ("lambda", args.method.lambda.map(Value::Number)),
         ("density", args.trim.density.map(Value::Number)),
+        ("fisher_floor", args.inputs.statistics.fisher_floor.map(Value::Number)),
+        ("alpha", args.inputs.statistics.alpha.map(Value::Number)),
         ("elect", word(&args.method.elect)),
         ("combine", word(&args.method.combine)),
         ("zero_sum", word(&args.method.zero_sum)),

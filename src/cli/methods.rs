@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use clap::CommandFactory;
 use serde_json::{Value, json};
-use tiesmith::{METHODS, Method, ParamKind, ParamSpec, Result};
+use tiesmith::{METHODS, Method, ParamKind, ParamSpec, Result, Statistics};
 
 use super::args::{Cli, MethodsArgs};
 use super::table::Table;
@@ -36,6 +36,7 @@ fn describe(method: &dyn Method) -> Value {
         "needs_base": method.needs_base(),
         "trims": method.trims(),
         "draws": method.draws(),
+        "statistics": method.statistics().map(Statistics::name),
         "models": {
             "min": method.models().0,
             "max": Some(method.models().1).filter(|&most| most < usize::MAX),
@@ -76,7 +77,11 @@ fn render(method: &dyn Method) -> String {
         (fewest, most) if fewest == most => format!("; {most} models"),
         (fewest, most) => format!("; {fewest} to {most} models"),
     };
-    let _ = writeln!(text, "  {base}{models}{trims}");
+    let statistics = match method.statistics() {
+        Some(kind) => format!("; needs --{} of each model", kind.name()),
+        None => String::new(),
+    };
+    let _ = writeln!(text, "  {base}{models}{trims}{statistics}");
     let mut table = Table::new("    ", "llll");
     for spec in method.params() {
         let (default, values) = values(spec.kind);

@@ -22,6 +22,7 @@ mod parse;
 mod plan;
 mod progress;
 mod signals;
+mod statistics;
 mod sweep;
 mod table;
 mod usage;

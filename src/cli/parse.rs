@@ -117,7 +117,7 @@ pub fn model(text: &str) -> Result<ModelInput, String> {
     if source.is_empty() {
         return Err("the checkpoint is missing: write CKPT,weight=W".into());
     }
-    Ok(ModelInput { source: source.to_string(), params })
+    Ok(ModelInput { source: source.to_string(), params, ..ModelInput::default() })
 }
 
 /// `NAME=VALUE` of any method's parameter. What it must be depends on the method, and is checked once that is known.

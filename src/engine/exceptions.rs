@@ -146,6 +146,17 @@ fn non_finite(span: Span<'_>, party: Piece, index: usize) -> Error {
         .help("repair the checkpoint, or use --non-finite copy-base or --non-finite propagate")
 }
 
+/// What weighs the parameters of `model` holds something that is no weight.
+pub(super) fn no_weight(span: Span<'_>, piece: Piece, model: u32) -> Error {
+    let bad = |&i: &usize| !(span.value(piece, i) >= 0.0 && (span.value(piece, i) as f32).is_finite());
+    let index = (0..span.length).find(bad).unwrap_or(0);
+    let (value, element) = (span.value(piece, index), span.element(index));
+    Error::input(format!("{value} in the Fisher information of model {} at element {element}", model + 1))
+        .at(span.data.plan.source(piece).1.path())
+        .tensor(span.data.name())
+        .help("Fisher information is a mean of squares: finite, and nowhere negative")
+}
+
 /// Finite values of `piece` and `base` whose difference (or, without base, which itself) is too large for f32.
 fn too_large(span: Span<'_>, piece: Piece, base: Option<Piece>, index: usize) -> Error {
     let value = span.value(piece, index);

@@ -44,7 +44,7 @@ impl Begin {
         let mut recipe = plan.recipe.clone();
         recipe.base = recipe.base.map(|_| String::new());
         recipe.sign_from = recipe.sign_from.map(|_| String::new());
-        recipe.models.iter_mut().for_each(|model| model.source.clear());
+        recipe.models.iter_mut().for_each(|model| model.rename(|_| String::new()));
         Ok(Self {
             version: JOURNAL_VERSION,
             program: PROGRAM.into(),

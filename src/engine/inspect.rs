@@ -108,7 +108,7 @@ pub fn inspect(checkpoint: &Checkpoint, stats: bool, observer: &dyn Observer) ->
         source: checkpoint.spec.clone(),
         path: checkpoint.dir.display().to_string(),
         hub: checkpoint.hub.as_ref().map(|hub| format!("{}@{}", hub.id, hub.commit)),
-        files: checkpoint.files.len() as u64,
+        files: checkpoint.stored_files() as u64,
         tensors: tensors.len() as u64,
         elements: list.iter().map(|t| t.elements).sum(),
         bytes: list.iter().map(|t| t.bytes).sum(),

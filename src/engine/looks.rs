@@ -29,7 +29,7 @@ impl Worker {
         let (isa, row, models) = (self.isa, span.data.row(), span.data.merge().models);
         let (weights, out) = (&self.weights, &mut self.tiles.out[..span.length]);
         Ok(with_refs(&self.tiles.inputs, models, span.length, |inputs| {
-            let tile = Tile { isa, inputs, weights, oracle: None, majority: 0.0, facts, row };
+            let tile = Tile { isa, inputs, weights, statistics: &[], oracle: None, majority: 0.0, facts, row };
             see(&*span.data.plan.params_of(span.data.chunk.tensor).merger, &tile, out)
         }))
     }

@@ -186,7 +186,7 @@ struct Finished {
 /// Whether `dir` holds the finished output of `plan`.
 pub fn is_finished(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<bool> {
     let path = dir.join(output::MANIFEST);
-    let loadable = ["model.safetensors", output::INDEX].iter().any(|name| storage.is_file(&dir.join(name)));
+    let loadable = output::LOADABLE.iter().any(|name| storage.is_file(&dir.join(name)));
     if !loadable || !storage.is_file(&path) {
         return Ok(false);
     }
@@ -251,6 +251,9 @@ fn report(
         .map(|model| if trims { share(tally.kept[model], plan.merged_elements(model)) } else { 1.0 })
         .collect();
     warnings.extend(tie_warnings(plan, schedule, &tally.kept));
+    let notes: BTreeSet<String> =
+        plan.checkpoints.iter().flat_map(|c| &c.files).filter_map(|file| file.file.note()).collect();
+    warnings.extend(notes);
     Report {
         out: dir.display().to_string(),
         tensors: plan.tensors.len() as u64,

@@ -2,7 +2,7 @@
 //!
 //! - Nothing is decided before the lock is held, but for refusals that spare somebody else's directory.
 //! - Unfinished work lives in `DIR/.tiesmith/`, with a journal of what of it is durable.
-//! - The file that makes the directory loadable (the index, or the single `model.safetensors`) appears last: until
+//! - The file that makes the directory loadable (the index, or the single `model.safetensors` or `adapter_model.safetensors`) appears last: until
 //!   then no loader sees a model.
 //! - Only files that this program wrote are removed, and what is replaced stays whole until its successor is complete.
 //!
@@ -35,6 +35,10 @@ pub(super) const MANIFEST: &str = "tiesmith.json";
 /// Name of the index of a sharded checkpoint.
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
+/// The weights of an adapter.
+const ADAPTER: &str = "adapter_model.safetensors";
+/// What makes a directory loadable.
+pub(super) const LOADABLE: [&str; 3] = [INDEX, SINGLE, ADAPTER];
 /// Room for side files, headers and the file system's own needs, on top of the planned tensor bytes.
 const SPARE_DISK_BYTES: u64 = 32_000_000;
 const COPY_BYTES: usize = 1 << 20;
@@ -105,7 +109,7 @@ impl Found {
     }
 
     fn loadable(&self) -> bool {
-        self.has(INDEX) || self.has(SINGLE)
+        LOADABLE.iter().any(|name| self.has(name))
     }
 
     /// The manifest is written before what makes the directory loadable, so both together are a finished output, even if
@@ -502,7 +506,7 @@ impl OutputDir {
     /// Removes what is left of a replaced output: first what makes it loadable.
     fn remove_stale(&self, plan: &Plan) -> Result<()> {
         let Some(stale) = &self.stale else { return Ok(()) };
-        for name in [INDEX, SINGLE] {
+        for name in LOADABLE {
             self.storage.remove_file(&self.dir.join(name))?;
         }
         self.storage.sync_dir(&self.dir)?;

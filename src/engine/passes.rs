@@ -497,37 +497,42 @@ impl<'a> Passes<'a> {
     /// Copies, and merges that need no thresholds.
     fn direct(&mut self) -> Result<()> {
         let (plan, writer, observer) = (self.plan, self.writer(), self.observer);
-        let chunks = self.kept.left(plan, &self.schedule.direct, self.schedule.chunk_elements);
+        let schedule = self.schedule;
         let no_cuts = vec![Cut::NonZero; plan.models()];
         let differing = Mutex::new(self.kept.differing.clone());
         let lookahead = lookahead(self.schedule, self.schedule.chunk_elements);
-        pool::run(
-            &mut self.workers,
-            chunks,
-            lookahead,
-            |&chunk| prefetch(plan, chunk, Wanted::All),
-            |worker, _, chunk| {
-                worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
-                    let mut out = writer.chunk(chunk);
-                    let mut sink = |offset, bytes: &[u8]| out.write(offset, bytes);
-                    let mut same = true;
-                    match &plan.tensors[chunk.tensor as usize].action {
-                        Action::Copy { source, compared } if plan.is_raw_copy(chunk.tensor) => {
-                            same = worker.copy(data.slot, *source, compared, &mut sink, chunk.start)?;
-                            if !same {
-                                lock(&differing).insert(chunk.tensor);
+        // Tensors that hold much in memory while they are read go one after the other.
+        let alone = |&tensor: &u32| plan.is_exclusive(tensor);
+        for tensors in schedule.direct.chunk_by(|a, b| !alone(a) && !alone(b)) {
+            let chunks = self.kept.left(plan, tensors, schedule.chunk_elements);
+            pool::run(
+                &mut self.workers,
+                chunks,
+                lookahead,
+                |&chunk| prefetch(plan, chunk, Wanted::All),
+                |worker, _, chunk| {
+                    worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
+                        let mut out = writer.chunk(chunk);
+                        let mut sink = |offset, bytes: &[u8]| out.write(offset, bytes);
+                        let mut same = true;
+                        match &plan.tensors[chunk.tensor as usize].action {
+                            Action::Copy { source, compared } if plan.is_raw_copy(chunk.tensor) => {
+                                same = worker.copy(data.slot, *source, compared, &mut sink, chunk.start)?;
+                                if !same {
+                                    lock(&differing).insert(chunk.tensor);
+                                }
+                            }
+                            Action::Copy { source, .. } => worker.convert(data, *source, &mut sink)?,
+                            Action::Merge { .. } => {
+                                let cuts = tensor_cuts(plan, chunk, &no_cuts, &[]);
+                                worker.merge(data, &cuts, &mut vec![0; cuts.len()], &Known::default(), &mut sink)?;
                             }
                         }
-                        Action::Copy { source, .. } => worker.convert(data, *source, &mut sink)?,
-                        Action::Merge { .. } => {
-                            let cuts = tensor_cuts(plan, chunk, &no_cuts, &[]);
-                            worker.merge(data, &cuts, &mut vec![0; cuts.len()], &Known::default(), &mut sink)?;
-                        }
-                    }
-                    out.done(worker.counted(), Vec::new(), !same, None)
-                })
-            },
-        )?;
+                        out.done(worker.counted(), Vec::new(), !same, None)
+                    })
+                },
+            )?;
+        }
         let differing = differing.into_inner().unwrap_or_else(PoisonError::into_inner);
         self.warnings.extend(differing_warning(plan, &differing));
         Ok(())

@@ -103,7 +103,8 @@ pub(super) fn check(plan: &Plan, storage: &dyn Storage) -> Result<()> {
 fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Content)>> {
     let dir = &plan.template().dir;
     let mut files = Vec::new();
-    for &name in COPIED {
+    let adapter = plan.adapter.then_some("adapter_config.json");
+    for &name in COPIED.iter().chain(&adapter) {
         match (&plan.chat_template, name) {
             (Some(template), "chat_template.jinja") => {
                 files.push((name.to_string(), Content::Bytes(template.clone().into_bytes())));
@@ -221,15 +222,16 @@ fn model_card(plan: &Plan, report: &Report) -> String {
     } else if let Some(base) = &plan.recipe.base {
         card.push_str(&format!("base_model: {}\n", json!(base_name(base))));
     }
-    card.push_str("library_name: transformers\ntags:\n- merge\n- tiesmith\n---\n\n");
+    let (library, title) = if plan.adapter { ("peft", "adapter") } else { ("transformers", "model") };
+    card.push_str(&format!("library_name: {library}\ntags:\n- merge\n- tiesmith\n---\n\n"));
     if !plan.tensors.iter().any(|tensor| matches!(tensor.action, Action::Merge { .. })) {
         let source = printable(&base_name(&plan.template().spec)).replace('|', "\\|");
         card.push_str(&format!("# Copied model\n\nThe tensors of `{source}`, written by {PROGRAM}.\n"));
         return card;
     }
-    card.push_str("# Merged model\n\n");
+    card.push_str(&format!("# Merged {title}\n\n"));
     card.push_str(&format!(
-        "A merge of {} models by `{}`, made with {PROGRAM}.\n\n{}\n({})\n\n",
+        "A merge of {} {title}s by `{}`, made with {PROGRAM}.\n\n{}\n({})\n\n",
         plan.models(),
         plan.method.name(),
         plan.method.formula(),
@@ -265,7 +267,7 @@ fn recipe_without_paths(plan: &Plan) -> impl serde::Serialize {
     let mut recipe = plan.recipe.clone();
     recipe.base = recipe.base.map(|s| base_name(&s));
     recipe.sign_from = recipe.sign_from.map(|s| base_name(&s));
-    recipe.models.iter_mut().for_each(|m| m.source = base_name(&m.source));
+    recipe.models.iter_mut().for_each(|m| m.rename(base_name));
     recipe
 }
 

@@ -92,6 +92,8 @@ pub(super) struct Merge<'a> {
     pub base: Option<Piece>,
     pub models: &'a [(u32, Piece)],
     pub oracle: Option<Piece>,
+    /// What each model has besides; empty where that is nothing.
+    pub statistics: &'a [Piece],
 }
 
 /// A chunk of a merged tensor and the windows that show it.
@@ -106,7 +108,9 @@ impl<'a> Loaded<'a> {
     /// What is merged.
     pub(super) fn merge(&self) -> Merge<'a> {
         match &self.plan.tensors[self.chunk.tensor as usize].action {
-            Action::Merge { base, models, oracle } => Merge { base: *base, models, oracle: *oracle },
+            Action::Merge { base, models, oracle, statistics } => {
+                Merge { base: *base, models, oracle: *oracle, statistics }
+            }
             Action::Copy { .. } => unreachable!("copied tensors are not merged"),
         }
     }

@@ -7,7 +7,7 @@
 
 use super::Observer;
 use super::cut::{Cut, TieCounts};
-use super::exceptions::narrow;
+use super::exceptions::{narrow, no_weight};
 use super::slot::{Loaded, Slot, Span};
 use crate::dtype::Float;
 use crate::error::Result;
@@ -36,6 +36,8 @@ pub(super) struct Tiles {
     pub base: Vec<f32>,
     pub inputs: Vec<Vec<f32>>,
     pub oracle: Vec<f32>,
+    /// What each model has besides its weights.
+    pub statistics: Vec<Vec<f32>>,
     pub out: Vec<f32>,
     pub scratch: Vec<f32>,
     /// Elements of the tile that some non-finite input takes out of the merge.
@@ -90,6 +92,7 @@ impl Worker {
                 base: tile(),
                 inputs: (0..plan.models()).map(|_| tile()).collect(),
                 oracle: tile(),
+                statistics: (plan.models()..plan.tile_columns()).map(|_| tile()).collect(),
                 out: tile(),
                 scratch: tile(),
                 exempt: vec![false; longest],
@@ -111,7 +114,7 @@ impl Worker {
     pub(super) fn fit(&mut self, plan: &Plan, schedule: &Schedule) {
         let other = Self::new(plan, schedule);
         let longer = |own: &mut Vec<f32>, other: Vec<f32>| own.resize(own.len().max(other.len()), 0.0);
-        let Tiles { base, inputs, oracle, out, scratch, exempt } = &mut self.tiles;
+        let Tiles { base, inputs, oracle, statistics, out, scratch, exempt } = &mut self.tiles;
         for (own, other) in [
             (base, other.tiles.base),
             (oracle, other.tiles.oracle),
@@ -123,6 +126,8 @@ impl Worker {
         exempt.resize(exempt.len().max(other.tiles.exempt.len()), false);
         inputs.resize_with(inputs.len().max(other.tiles.inputs.len()), Vec::new);
         inputs.iter_mut().zip(other.tiles.inputs).for_each(|(own, other)| longer(own, other));
+        statistics.resize_with(statistics.len().max(other.tiles.statistics.len()), Vec::new);
+        statistics.iter_mut().zip(other.tiles.statistics).for_each(|(own, other)| longer(own, other));
         self.encoded.resize(self.encoded.len().max(other.encoded.len()), 0);
     }
 
@@ -274,7 +279,8 @@ impl Worker {
             with_refs(inputs, merge.models, span.length, |inputs| {
                 let oracle = merge.oracle.is_some().then_some(&oracle[..span.length]);
                 let weights = &self.weights;
-                let tile = Tile { isa: self.isa, inputs, weights, oracle, majority: 0.0, facts: &[], row: data.row() };
+                let (isa, row) = (self.isa, data.row());
+                let tile = Tile { isa, inputs, weights, statistics: &[], oracle, majority: 0.0, facts: &[], row };
                 sum += data.plan.params_of(data.chunk.tensor).merger.sum_of_signs(&tile, &mut scratch[..span.length]);
             });
         }
@@ -457,6 +463,14 @@ impl Worker {
         if let Some(piece) = merge.oracle {
             clean &= self.load_oracle(span, piece)?;
         }
+        for (&(model, _), &piece) in merge.models.iter().zip(merge.statistics) {
+            let (float, bytes) = span.stored(piece);
+            let tile = &mut self.tiles.statistics[model as usize][..span.length];
+            kernels::load(self.isa, float, bytes, tile);
+            if !kernels::all_weights(self.isa, tile) {
+                return Err(no_weight(span, piece, model));
+            }
+        }
         Ok(clean)
     }
 
@@ -477,7 +491,8 @@ impl Worker {
     fn combine(&mut self, span: Span<'_>, known: &Known) {
         let (merge, length) = (span.data.merge(), span.length);
         let merger = &span.data.plan.params_of(span.data.chunk.tensor).merger;
-        let Tiles { inputs, oracle, out, scratch, .. } = &mut self.tiles;
+        let Tiles { inputs, statistics, oracle, out, scratch, .. } = &mut self.tiles;
+        let described = if merge.statistics.is_empty() { &[] } else { merge.models };
         with_refs(inputs, merge.models, length, |inputs| {
             if span.data.plan.needs().inputs != Inputs::Weights {
                 self.tally.conflicts += kernels::conflicts(self.isa, inputs);
@@ -485,8 +500,10 @@ impl Worker {
             let oracle = merge.oracle.is_some().then_some(&oracle[..length]);
             let (isa, weights, row) = (self.isa, &self.weights[..], span.data.row());
             let Known { majority, facts } = known;
-            let tile = Tile { isa, inputs, weights, oracle, majority: *majority, facts, row };
-            merger.merge(&tile, &mut out[..length], &mut scratch[..length]);
+            with_refs(statistics, described, length, |statistics| {
+                let tile = Tile { isa, inputs, weights, statistics, oracle, majority: *majority, facts, row };
+                merger.merge(&tile, &mut out[..length], &mut scratch[..length]);
+            });
         });
     }
 

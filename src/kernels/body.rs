@@ -15,6 +15,8 @@ use super::{Ties, draw};
 use crate::dtype::Float;
 
 pub(super) use super::count::{collect, histogram};
+pub(super) use super::dense::{cholesky, multiply, solve};
+pub(super) use super::fisher::{all_weights, weighted_mean};
 
 /// Elements per block of the kernels that go through several models: large enough not to be unrolled into scalar
 /// code, small enough for accumulators to live in registers or the nearest cache.

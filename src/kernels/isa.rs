@@ -150,6 +150,11 @@ kernels! {
     fn combine_mean(taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]);
     fn combine_sum(taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]);
     fn combine_max(taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]);
+    fn weighted_mean(thetas: &[&[f32]], fishers: &[&[f32]], weights: &[f32], floor: f32, out: &mut [f32]);
+    fn multiply(a: &[f64], stride: usize, panel: &[f64], c: &mut [f64], subtract: bool);
+    fn cholesky(a: &mut [f64], n: usize, tolerance: f64, scratch: &mut [f64]) -> bool;
+    fn solve(l: &[f64], n: usize, p: &mut [f64], scratch: &mut [f64]);
+    fn all_weights(values: &[f32]) -> bool;
     fn dot(a: &[f32], b: &[f32]) -> f64;
     fn scale(values: &mut [f32], factor: f32);
     fn divide(values: &mut [f32], divisor: f32);

@@ -6,6 +6,8 @@
 //! | `body.rs` | each algorithm once, safe and branch-free |
 //! | `count.rs` | the ones that count keys around a threshold |
 //! | `isa.rs` | the bodies compiled per instruction set, and the only unsafe code |
+//! | `dense.rs` | products and systems of matrices in f64 |
+//! | `fisher.rs` | means with a weight per element |
 //! | `convert.rs` | stored floats to and from f32 |
 //! | `naive.rs` | tests only: the equations in f64, one element at a time |
 //!
@@ -26,6 +28,8 @@
 mod body;
 mod convert;
 mod count;
+mod dense;
+mod fisher;
 mod isa;
 #[cfg(test)]
 mod naive;
@@ -33,6 +37,7 @@ mod naive;
 mod tests;
 
 pub use convert::key;
+pub use dense::PANEL;
 pub use isa::Isa;
 
 use crate::dtype::Float;
@@ -303,6 +308,44 @@ pub fn combine_sum(isa: Isa, taus: &[&[f32]], weights: &[f32], gamma: Option<&[f
 pub fn combine_max(isa: Isa, taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]) {
     assert_combine(taus, weights, gamma, out.len());
     isa::combine_max(isa, taus, weights, gamma, out);
+}
+
+/// Σ w max(F, floor) θ / Σ w max(F, floor) per element, in f64, rounded once.
+///
+/// `weights` are finite, not negative and not all zero, `floor` is above zero.
+pub fn weighted_mean(isa: Isa, thetas: &[&[f32]], fishers: &[&[f32]], weights: &[f32], floor: f32, out: &mut [f32]) {
+    assert_weighted(thetas, weights, out.len());
+    assert_weighted(fishers, weights, out.len());
+    isa::weighted_mean(isa, thetas, fishers, weights, floor, out);
+}
+
+/// Whether no value is negative, NaN or infinite.
+pub fn all_weights(isa: Isa, values: &[f32]) -> bool {
+    isa::all_weights(isa, values)
+}
+
+// ---- Matrices -----------------------------------------------------------------------------------------------------
+
+/// c ± a · panel in f64, summed up in the order of the panel's rows: `a` has rows of `stride` entries, of which the first
+/// `panel.len()` / [`PANEL`] count, and `c` as many rows of [`PANEL`] entries.
+pub fn multiply(isa: Isa, a: &[f64], stride: usize, panel: &[f64], c: &mut [f64], subtract: bool) {
+    assert!(c.len().is_multiple_of(PANEL) && panel.len().is_multiple_of(PANEL), "whole rows");
+    isa::multiply(isa, a, stride, panel, c, subtract);
+}
+
+/// Replaces the lower triangle of the symmetric `a`, n × n, by its Cholesky factor. False, and no meaning in `a`, if a
+/// pivot is not above `tolerance` times its diagonal entry. `scratch` has (n + [`PANEL`]) · 2 [`PANEL`] entries.
+pub fn cholesky(isa: Isa, a: &mut [f64], n: usize, tolerance: f64, scratch: &mut [f64]) -> bool {
+    assert!(a.len() == n * n && scratch.len() >= (n + PANEL) * 2 * PANEL, "a square matrix and its scratch");
+    isa::cholesky(isa, a, n, tolerance, scratch)
+}
+
+/// Solves X L Lᵀ = P, P being the rows of `p` before and X after; L is the lower triangle of `l`, n × n, from
+/// [`cholesky`]. `scratch` has (n + rows) · [`PANEL`] entries.
+pub fn solve(isa: Isa, l: &[f64], n: usize, p: &mut [f64], scratch: &mut [f64]) {
+    assert!(l.len() == n * n && p.len().is_multiple_of(n.max(1)), "a square matrix and rows as long");
+    assert!(scratch.len() >= (n + p.len() / n.max(1)) * PANEL, "scratch");
+    isa::solve(isa, l, n, p, scratch);
 }
 
 // ---- Linear -------------------------------------------------------------------------------------------------------

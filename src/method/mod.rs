@@ -10,6 +10,7 @@ mod breadcrumbs;
 mod dare;
 mod della;
 mod described;
+mod fisher;
 mod gram;
 mod karcher;
 mod linear;
@@ -21,6 +22,7 @@ mod params;
 mod passthrough;
 mod ram;
 mod ramplus;
+mod regmean;
 mod sce;
 mod slerp;
 mod sparse;
@@ -37,6 +39,8 @@ pub const METHODS: &[&dyn Method] = &[
     &ties::Ties,
     &task_arithmetic::TaskArithmetic,
     &linear::Linear,
+    &fisher::Fisher,
+    &regmean::RegMean,
     &dare::DARE_TIES,
     &dare::DARE_LINEAR,
     &della::DELLA,
@@ -120,6 +124,28 @@ impl Needs {
     }
 }
 
+/// Checkpoints beside the models' that a method weighs their parameters by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Statistics {
+    /// Diagonal Fisher information: a tensor like the weights', nowhere negative.
+    Fisher,
+    /// Gram matrices XᵀX [in, in] of the inputs of linear layers, named after the layers' weights.
+    Gram,
+}
+
+impl Statistics {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Fisher, Self::Gram];
+
+    /// The option, and the key in a recipe, that names them.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fisher => "fisher",
+            Self::Gram => "gram",
+        }
+    }
+}
+
 /// One look at all of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Look {
@@ -173,6 +199,10 @@ pub trait Method: Sync {
     fn weight_param(&self) -> &'static str {
         "weight"
     }
+    /// What it needs of each model besides the weights, in a checkpoint of its own.
+    fn statistics(&self) -> Option<Statistics> {
+        None
+    }
     /// Fewest and most models that a tensor is merged from, base aside.
     fn models(&self) -> (usize, usize) {
         (1, usize::MAX)
@@ -194,6 +224,9 @@ pub struct Tile<'a> {
     pub inputs: &'a [&'a [f32]],
     /// The weights of those models.
     pub weights: &'a [f32],
+    /// One slice per model of its Fisher information, where the method goes by it and the models have it for this tensor;
+    /// else none.
+    pub statistics: &'a [&'a [f32]],
     /// Signs given from outside (−1, 0 or +1 per element) that replace an election.
     pub oracle: Option<&'a [f32]>,
     /// Sign of the sum of all elected signs, where [`Needs::majority_sign`] asked for it; else 0.

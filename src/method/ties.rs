@@ -5,7 +5,8 @@
 //! - elect: γ = sgn Σ_t w_t τ̂_t (`mass`), sgn(#positive − #negative) (`count`), or no election (`none`); signs given
 //!   from outside replace the election;
 //! - disjoint merge over A = {t : τ̂_t ≠ 0 and sgn τ̂_t = γ}: Σ_A w_t τ̂_t / Σ_A w_t (`mean`), Σ_A w_t τ̂_t (`sum`), or
-//!   the w_t τ̂_t of largest magnitude in A (`max`); 0 where A is empty;
+//!   the w_t τ̂_t of largest magnitude in A (`max`), or Σ_A w_t τ̂_t / Σ_t w_t over all models (`mean-all`: no disjoint
+//!   mean); 0 where A is empty;
 //! - the merged task vector is λ times that.
 
 use super::task_arithmetic::{normalize, normalizes};
@@ -35,16 +36,16 @@ pub(super) const ELECT: ParamSpec = ParamSpec {
 pub(super) const COMBINE: ParamSpec = ParamSpec {
     name: "combine",
     per_model: false,
-    kind: ParamKind::Choice(&["mean", "sum", "max"]),
-    help: "disjoint mean (paper), sum, or entry of largest magnitude",
+    kind: ParamKind::Choice(&["mean", "sum", "max", "mean-all"]),
+    help: "disjoint mean (paper), sum, entry of largest magnitude, or sum over all models' weights",
 };
 
 /// How what agrees is combined, in methods whose authors add it up.
 pub(super) const COMBINE_SUM: ParamSpec = ParamSpec {
     name: "combine",
     per_model: false,
-    kind: ParamKind::Choice(&["sum", "mean", "max"]),
-    help: "sum of what agrees with the elected sign, its mean, or the entry of largest magnitude",
+    kind: ParamKind::Choice(&["sum", "mean", "max", "mean-all"]),
+    help: "sum of what agrees with the elected sign, its mean, the largest magnitude, or sum over all models' weights",
 };
 
 /// What becomes of elections that cancel.
@@ -109,6 +110,7 @@ enum Combine {
     Mean,
     Sum,
     Max,
+    MeanAll,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -138,6 +140,7 @@ impl TiesMerger {
         let combine = match settings.word("combine") {
             "mean" => Combine::Mean,
             "sum" => Combine::Sum,
+            "mean-all" => Combine::MeanAll,
             _ => Combine::Max,
         };
         let zero_sum = match settings.word("zero_sum") {
@@ -190,11 +193,19 @@ impl Merger for TiesMerger {
             Combine::Mean => kernels::combine_mean(tile.isa, tile.inputs, tile.weights, gamma, out),
             Combine::Sum => kernels::combine_sum(tile.isa, tile.inputs, tile.weights, gamma, out),
             Combine::Max => kernels::combine_max(tile.isa, tile.inputs, tile.weights, gamma, out),
+            Combine::MeanAll => {
+                kernels::combine_sum(tile.isa, tile.inputs, tile.weights, gamma, out);
+                kernels::divide(tile.isa, out, tile.weights.iter().sum());
+            }
         }
         if self.normalize {
             normalize(tile, out);
         }
         kernels::scale(tile.isa, out, self.lambda);
+    }
+
+    fn divides_by_weights(&self) -> bool {
+        matches!(self.combine, Combine::MeanAll)
     }
 
     fn sum_of_signs(&self, tile: &Tile<'_>, scratch: &mut [f32]) -> i64 {

@@ -5,14 +5,15 @@ use std::sync::Arc;
 
 use super::assembly::{Assembly, Input, Opened, Source, Target};
 use super::params::{ParamTable, Scopes};
+use super::statistics::Described;
 use super::{Action, ParamSet, Piece, Plan, PlannedTensor, Trim};
-use super::{chat, layers, vocabulary};
+use super::{chat, layers, statistics, vocabulary};
 use crate::checkpoint::layout::{Layout, OutputTensor};
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, Float, dtype_name};
 use crate::error::{Error, Result, printable};
 use crate::limits::{MAX_CONFIG_BYTES, MAX_MODELS};
-use crate::method::{Inputs, Method};
+use crate::method::{Inputs, Method, Statistics};
 use crate::recipe::{Filter, Missing, ModelInput, NonFinite, Recipe, TensorFilter};
 use crate::storage::Storage;
 
@@ -48,12 +49,17 @@ fn build_from(recipe: &Recipe, storage: &Arc<dyn Storage>, open_one: Open<'_>) -
     let method = recipe.method()?;
     let recipe = &base_as_model(recipe, method);
     let filter = recipe.filter()?;
-    check_request(recipe)?;
+    let adapters = adapters(recipe, method, storage).map_err(Error::as_input)?;
+    check_request(recipe, adapters.is_some())?;
     // Whatever keeps an input from being opened, nothing has been written yet.
-    let mut checkpoints = open(recipe, open_one).map_err(Error::as_input)?;
-    let base = recipe.base.is_some().then_some(0);
+    let adapter = adapters.is_some();
+    let mut checkpoints = match adapters {
+        Some(adapters) => adapters,
+        None => open(recipe, open_one).map_err(Error::as_input)?,
+    };
+    let base = (recipe.base.is_some() || adapter && method.needs_base()).then_some(0);
     let first_model = usize::from(base.is_some());
-    let oracle = recipe.sign_from.is_some().then(|| checkpoints.len() - 1);
+    let oracle = recipe.sign_from.is_some().then_some(first_model + recipe.models.len());
     let mut warnings = Vec::new();
     for checkpoint in &checkpoints {
         warnings.extend(checkpoint.warnings.iter().cloned());
@@ -63,15 +69,26 @@ fn build_from(recipe: &Recipe, storage: &Arc<dyn Storage>, open_one: Open<'_>) -
     let chat_template = chat::template(recipe, &checkpoints, &**storage, &mut warnings)?;
     let opened = Opened { recipe, checkpoints: &checkpoints, base, first_model };
     let Assembly { targets, layers } = opened.assemble(&**storage)?;
-    let reconciler = Reconciler { recipe, filter, opened, checkpoints: &checkpoints, base, first_model, oracle };
+    let reconciler = Reconciler {
+        recipe,
+        filter,
+        opened,
+        checkpoints: &checkpoints,
+        base,
+        first_model,
+        oracle,
+        statistics: method.statistics(),
+    };
     let mut table = ParamTable::new(recipe)?;
-    let tensors = reconciler.tensors(&targets, &mut table, &mut warnings)?;
+    let (tensors, described) = reconciler.tensors(&targets, &mut table, &mut warnings)?;
     if recipe.slices.is_empty() {
         reconciler.report_leftovers(&targets, &mut warnings)?;
     }
     reconciler.report_idle_globs(&mut warnings)?;
     reconciler.report_idle_filters(&targets, &mut warnings);
     drop(targets);
+    let named = checkpoints.len();
+    checkpoints.extend(described.solutions(&checkpoints[first_model], &checkpoints));
     let (params, unused) = table.finish()?;
     warnings.extend(unused);
     let trims = params.iter().flat_map(|set| &set.density).any(|&k| k < 1.0);
@@ -80,7 +97,10 @@ fn build_from(recipe: &Recipe, storage: &Arc<dyn Storage>, open_one: Open<'_>) -
     let float = recipe.dtype.or_else(|| commonest_float(&tensors));
     let cropped = || cropped_rows(&tensors, &checkpoints[base.unwrap_or(first_model)]);
     let vocabulary = tokenizer.as_ref().map(|tokenizer| tokenizer.rows).or_else(cropped);
-    let layout = Layout::new(tensors.iter().map(output_tensor), recipe.max_shard_bytes)?;
+    let layout = match adapter {
+        true => Layout::adapter(tensors.iter().map(output_tensor))?,
+        false => Layout::new(tensors.iter().map(output_tensor), recipe.max_shard_bytes)?,
+    };
     let fingerprint = fingerprint(recipe, &checkpoints, &params, &tensors);
     let parsed_bytes = parsed_bytes(&checkpoints, chat_template.is_some(), &**storage)?;
     Ok(Plan {
@@ -106,6 +126,8 @@ fn build_from(recipe: &Recipe, storage: &Arc<dyn Storage>, open_one: Open<'_>) -
         packing: None,
         warnings,
         fingerprint,
+        named,
+        adapter,
         checkpoints,
     })
 }
@@ -127,7 +149,7 @@ fn base_as_model(recipe: &Recipe, method: &dyn Method) -> Recipe {
     recipe
 }
 
-fn check_request(recipe: &Recipe) -> Result<()> {
+fn check_request(recipe: &Recipe, adapters: bool) -> Result<()> {
     let method = recipe.method()?;
     if recipe.models.is_empty() {
         return Err(Error::usage("no model to merge").help("give at least one --model CKPT"));
@@ -150,7 +172,7 @@ fn check_request(recipe: &Recipe) -> Result<()> {
         return Err(Error::usage(format!("{} merges {wanted} models, but {given} are given", method.name()))
             .help("'tiesmith methods' says what each method takes"));
     }
-    if method.needs_base() && recipe.base.is_none() {
+    if method.needs_base() && recipe.base.is_none() && !adapters {
         return Err(Error::usage(format!("{} works on task vectors and needs a base checkpoint", method.name()))
             .help("give --base CKPT, the checkpoint that the models were fine-tuned from"));
     }
@@ -161,6 +183,7 @@ fn check_request(recipe: &Recipe) -> Result<()> {
     if recipe.non_finite == NonFinite::CopyBase && baseless {
         return Err(Error::usage("--non-finite copy-base needs a base in every slice"));
     }
+    statistics::check(recipe, method)?;
     let elects = method.params().iter().any(|spec| spec.name == "elect");
     if recipe.sign_from.is_some() && !elects {
         return Err(Error::usage(format!("{} elects no signs, so --sign-from has no meaning", method.name())));
@@ -171,13 +194,27 @@ fn check_request(recipe: &Recipe) -> Result<()> {
     Ok(())
 }
 
-/// Opens base, models and oracle, in that order.
+/// The adapters that are merged with each other, after the base of their task vectors, if that is asked for: no model
+/// is given besides.
+fn adapters(recipe: &Recipe, method: &dyn Method, storage: &Arc<dyn Storage>) -> Result<Option<Vec<Checkpoint>>> {
+    let besides =
+        recipe.models.iter().any(|model| Statistics::ALL.iter().any(|&kind| model.statistics(kind).is_some()));
+    if recipe.base.is_some() || !recipe.slices.is_empty() || recipe.sign_from.is_some() || besides {
+        return Ok(None);
+    }
+    let specs: Vec<&str> = recipe.models.iter().map(|model| &*model.source).collect();
+    Checkpoint::open_adapters(&specs, method.needs_base(), storage)
+}
+
+/// Opens base, models, oracle and what models have besides, in that order.
 fn open(recipe: &Recipe, open_one: Open<'_>) -> Result<Vec<Checkpoint>> {
-    // A packed task vector needs the base that it was packed against.
+    // An adapter alone is one on base; a packed task vector needs the base that it was packed against.
     let beside = recipe.base.as_deref().or(recipe.packed_base.as_deref());
+    let kind = recipe.method()?.statistics();
     let base = recipe.base.iter().map(|spec| (spec, None));
     let others = recipe.models.iter().map(|m| &m.source).chain(&recipe.sign_from).map(|spec| (spec, beside));
-    base.chain(others).map(|(spec, beside)| open_one(spec, beside)).collect()
+    let statistics = recipe.models.iter().filter_map(|model| Some((model.statistics(kind?)?, None)));
+    base.chain(others).chain(statistics).map(|(spec, beside)| open_one(spec, beside)).collect()
 }
 
 /// Length of the longest of the configurations that are parsed.
@@ -220,7 +257,7 @@ fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint], params: &[ParamSet],
     let mut nameless = recipe.clone();
     nameless.base = nameless.base.map(|_| String::new());
     nameless.sign_from = nameless.sign_from.map(|_| String::new());
-    nameless.models.iter_mut().for_each(|m| m.source.clear());
+    nameless.models.iter_mut().for_each(|model| model.rename(|_| String::new()));
     let mut hasher = blake3::Hasher::new();
     hasher.update(&NUMERIC_VERSION.to_le_bytes());
     hasher.update(serde_json::to_string(&nameless).expect("a recipe is plain data").as_bytes());
@@ -246,14 +283,15 @@ fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint], params: &[ParamSet],
 }
 
 /// Joins the catalogues.
-struct Reconciler<'a> {
-    recipe: &'a Recipe,
-    filter: TensorFilter,
-    opened: Opened<'a>,
-    checkpoints: &'a [Checkpoint],
-    base: Option<usize>,
-    first_model: usize,
-    oracle: Option<usize>,
+pub(super) struct Reconciler<'a> {
+    pub(super) recipe: &'a Recipe,
+    pub(super) filter: TensorFilter,
+    pub(super) opened: Opened<'a>,
+    pub(super) checkpoints: &'a [Checkpoint],
+    pub(super) base: Option<usize>,
+    pub(super) first_model: usize,
+    pub(super) oracle: Option<usize>,
+    pub(super) statistics: Option<Statistics>,
 }
 
 /// What becomes of a target.
@@ -264,9 +302,9 @@ struct Decided {
 }
 
 /// One party's lack of a usable tensor.
-struct Lack {
-    who: String,
-    why: String,
+pub(super) struct Lack {
+    pub(super) who: String,
+    pub(super) why: String,
 }
 
 impl Reconciler<'_> {
@@ -279,11 +317,15 @@ impl Reconciler<'_> {
     }
 
     /// What users call checkpoint `index`.
-    fn role(&self, index: usize) -> String {
+    pub(super) fn role(&self, index: usize) -> String {
         let spec = printable(&self.checkpoints[index].spec);
         match index {
             i if Some(i) == self.base => format!("base ({spec})"),
             i if Some(i) == self.oracle => format!("sign checkpoint ({spec})"),
+            i if i >= self.first_statistics() => {
+                let kind = self.statistics.map_or("", Statistics::name);
+                format!("{kind} of model {} ({spec})", i - self.first_statistics() + 1)
+            }
             i => format!("model {} ({spec})", i - self.first_model + 1),
         }
     }
@@ -294,21 +336,22 @@ impl Reconciler<'_> {
         targets: &[Target<'_>],
         table: &mut ParamTable<'_>,
         warnings: &mut Vec<String>,
-    ) -> Result<Vec<PlannedTensor>> {
+    ) -> Result<(Vec<PlannedTensor>, Described)> {
         if self.recipe.slices.is_empty() {
             self.check_common_names(&self.checkpoints[self.template()])?;
         }
-        let (mut differing, mut cropped) = (Vec::new(), Vec::new());
+        let (mut differing, mut cropped, mut described) = (Vec::new(), Vec::new(), Described::default());
         let mut tensors = Vec::with_capacity(targets.len());
         for target in targets {
             let (entry, tensor) = self.find(&target.template).expect("a template exists");
-            let Decided { action, params, shape } = self.action(entry, tensor, target, table, &mut differing)?;
+            let Decided { action, params, shape } =
+                self.action(entry, tensor, target, table, &mut differing, &mut described)?;
             if shape != tensor.shape {
                 cropped.push(format!("\"{}\" from {:?} to {shape:?}", printable(&target.name), tensor.shape));
             }
             let dtype = match (self.recipe.dtype, Float::from_dtype(tensor.dtype)) {
                 (Some(float), Some(_)) => float.dtype(),
-                _ => tensor.dtype,
+                _ => self.checkpoints[target.template.checkpoint].output_dtype(tensor),
             };
             tensors.push(PlannedTensor {
                 name: (*target.name).into(),
@@ -323,13 +366,14 @@ impl Reconciler<'_> {
             let count = differing.len();
             warnings.push(format!("{count} tensors are not merged everywhere: {}", list(&differing)));
         }
+        self.report_plain(&described.plain, &tensors, warnings)?;
         if !cropped.is_empty() {
             let text =
                 format!("the vocabularies differ in size, and rows that not all have are cropped: {}", list(&cropped));
             warnings.push(text);
         }
         self.report_longer(targets, &tensors, warnings);
-        Ok(tensors)
+        Ok((tensors, described))
     }
 
     fn find(&self, input: &Input<'_>) -> Option<(u32, &TensorEntry)> {
@@ -365,6 +409,7 @@ impl Reconciler<'_> {
         target: &Target<'_>,
         table: &mut ParamTable<'_>,
         differing: &mut Vec<String>,
+        described: &mut Described,
     ) -> Result<Decided> {
         let template = target.template.checkpoint;
         let source = Piece { checkpoint: template as u32, entry };
@@ -427,7 +472,16 @@ impl Reconciler<'_> {
             return copy(Box::default());
         }
         self.check_weight_sum(tensor, &models, set)?;
-        decided(Action::Merge { base, models: models.into(), oracle }, params, shape)
+        let statistics = self.statistics_of(target, tensor, &models, shape)?;
+        if statistics.is_empty() && self.statistics.is_some() {
+            described.plain.push(format!("\"{}\"", printable(&target.name)));
+        }
+        if let (Some(Statistics::Gram), false) = (self.statistics, statistics.is_empty()) {
+            let solution = described.solve(self, tensor, &models, &statistics, set.settings.number("alpha"));
+            let (models, statistics) = ([(0, solution)].into(), Box::default());
+            return decided(Action::Merge { base: None, models, oracle: None, statistics }, params, shape);
+        }
+        decided(Action::Merge { base, models: models.into(), oracle, statistics }, params, shape)
     }
 
     /// The shape of `target`'s output: the template's, unless vocabularies may be cropped. Then base decides how many rows
@@ -496,7 +550,7 @@ impl Reconciler<'_> {
     }
 
     /// Tensor `name` in checkpoint `index`, if it can be merged with tensors of `shape`.
-    fn usable(&self, index: usize, name: &str, shape: &[u64]) -> Result<Piece, Lack> {
+    pub(super) fn usable(&self, index: usize, name: &str, shape: &[u64]) -> Result<Piece, Lack> {
         let lack = |why: String| Lack { who: self.role(index), why };
         let (entry, other) = self.opened.find(index, name).ok_or_else(|| lack("does not have it".into()))?;
         let longer =
@@ -623,7 +677,7 @@ impl Reconciler<'_> {
 }
 
 /// The first few of `texts`, and how many more there are.
-fn list(texts: &[String]) -> String {
+pub(super) fn list(texts: &[String]) -> String {
     let shown = texts.iter().take(NAMES_LISTED).cloned().collect::<Vec<_>>().join("; ");
     match texts.len().saturating_sub(NAMES_LISTED) {
         0 => shown,

@@ -12,6 +12,7 @@ mod chat;
 mod layers;
 mod params;
 mod schedule;
+mod statistics;
 mod summary;
 mod tokens;
 mod upkeep;
@@ -32,7 +33,7 @@ use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, Float};
 use crate::error::Result;
 use crate::limits::{MIN_CHUNK_ELEMENTS, OUT_ELEMENTS, ROW_ELEMENTS, TILE_ELEMENTS};
-use crate::method::{Merger, Method, Needs, Settings, Sparsify};
+use crate::method::{Merger, Method, Needs, Settings, Sparsify, Statistics};
 use crate::recipe::Recipe;
 pub use crate::recipe::{NonFinite, Overflow, Scope, ThresholdKind, TrimTies};
 use crate::storage::{InputFile, Storage};
@@ -65,6 +66,8 @@ pub enum Action {
         models: Box<[(u32, Piece)]>,
         /// The checkpoint that gives the signs, where asked for.
         oracle: Option<Piece>,
+        /// What [`Method::statistics`] names, one per model; empty where the models have none for this tensor.
+        statistics: Box<[Piece]>,
     },
 }
 
@@ -184,8 +187,12 @@ pub struct Plan {
     pub overflow: Overflow,
     /// Seed of random draws.
     pub seed: u64,
-    /// Base (if any), then the models, then the oracle (if any).
+    /// Base (if any), then the models, then the oracle (if any), then what each model has besides (if anything).
     pub checkpoints: Vec<Checkpoint>,
+    /// How many of them the recipe names; the others are computed from these.
+    pub named: usize,
+    /// Whether adapters are merged with each other, and the output is one.
+    pub adapter: bool,
     /// Index in `checkpoints` of base.
     pub base: Option<usize>,
     /// Index in `checkpoints` of the first model.
@@ -238,9 +245,10 @@ impl Plan {
     pub fn pieces<'a>(&'a self, index: u32, wanted: Wanted<'a>) -> impl Iterator<Item = Piece> + 'a {
         let (first, models, others, last) = match &self.tensors[index as usize].action {
             Action::Copy { source, compared } => (Some(*source), &[][..], &compared[..], None),
-            Action::Merge { base, models, oracle } => (*base, &models[..], &[][..], *oracle),
+            Action::Merge { base, models, oracle, statistics } => (*base, &models[..], &statistics[..], *oracle),
         };
         let last = last.filter(|_| matches!(wanted, Wanted::All));
+        let others = if matches!(wanted, Wanted::All) { others } else { &[] };
         let taken = move |&&(model, _): &&(u32, Piece)| match wanted {
             Wanted::All => true,
             Wanted::TaskVectors(models) => models[model as usize],
@@ -421,6 +429,16 @@ impl Plan {
     /// Merged elements that model `model` takes part in.
     pub fn merged_elements(&self, model: usize) -> u64 {
         self.tensors.iter().filter(|t| t.merges_model(model)).map(|t| t.elements).sum()
+    }
+
+    /// Whether reading tensor `index` holds so much that no other tensor is to be read meanwhile.
+    pub fn is_exclusive(&self, index: u32) -> bool {
+        self.pieces(index, Wanted::All).any(|piece| self.source(piece).1.is_exclusive())
+    }
+
+    /// Columns of inputs that a tile has: the models, and what each has besides.
+    pub fn tile_columns(&self) -> usize {
+        self.models() * if self.method.statistics() == Some(Statistics::Fisher) { 2 } else { 1 }
     }
 
     /// Number of models.

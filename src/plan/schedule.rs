@@ -14,7 +14,7 @@ use super::summary::PassSummary;
 use super::upkeep::{account_bytes, catalogue_bytes};
 use super::{Action, Plan, Wanted};
 use crate::dtype::Float;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::limits::{
     CHUNK_ELEMENTS, LISTED_BYTES, LISTED_THRESHOLDS, MAPPED_BYTES, MIN_CHUNK_ELEMENTS, NEAR_KEYS, NEAR_SHARE,
     OUT_ELEMENTS, PAGE_BYTES, PROBE_BLOCK, PROBE_GROUPS, PROBE_MIN_ELEMENTS, PROBE_SHARE, PROCESS_BYTES,
@@ -172,7 +172,14 @@ impl Schedule {
                 "--memory {} bytes is too little for this plan: at least {smallest} bytes are needed",
                 run.memory_bytes
             ))
-            .help(format!("use --memory {}MB or more", smallest.div_ceil(1_000_000))));
+            .help(match &demand.shared {
+                Some((bytes, tensor)) => format!(
+                    "use --memory {}MB or more: the Gram matrices of \"{}\" and their factor take {bytes} bytes",
+                    smallest.div_ceil(1_000_000),
+                    printable(tensor)
+                ),
+                None => format!("use --memory {}MB or more", smallest.div_ceil(1_000_000)),
+            }));
         };
         let units = demand.units(plan, &cut, run.memory_bytes);
         let mut schedule = Self {
@@ -305,6 +312,8 @@ struct Demand {
     widths: Vec<u64>,
     out_width: u64,
     models: u64,
+    /// Columns of a tile: models, and what they have besides.
+    columns: u64,
     /// Thresholds per model.
     bounds: u64,
     /// Elements of the longest tile, and of the longest granule, if there are any.
@@ -325,6 +334,8 @@ struct Demand {
     account_bytes: u64,
     /// What reading computed tensors takes, in bytes.
     scratch_bytes: u64,
+    /// What all readers of computed tensors share, in bytes, and the tensor that takes the most.
+    shared: Option<(u64, Box<str>)>,
     direct: Vec<u32>,
     /// Tensors that belong to units, in the order of work.
     grouped: Vec<u32>,
@@ -369,6 +380,7 @@ impl Demand {
         Self {
             out_width,
             models: plan.models() as u64,
+            columns: plan.tile_columns() as u64,
             bounds: plan.bounds() as u64,
             tile: (0..plan.tensors.len() as u32).map(|t| plan.tile(t)).max().unwrap_or(TILE_ELEMENTS) as u64,
             granule: (0..plan.tensors.len() as u32).filter_map(|t| plan.granule(t)).max().unwrap_or(0),
@@ -382,6 +394,7 @@ impl Demand {
             catalogue_bytes: catalogue_bytes(plan),
             account_bytes: account_bytes(plan, if tensor_scope { grouped.len() as u64 } else { 1 }),
             scratch_bytes: plan.checkpoints.iter().map(|c| c.derived.scratch_bytes).max().unwrap_or(0),
+            shared: plan.checkpoints.iter().filter_map(|c| c.derived.shared.clone()).max(),
             widths,
             direct,
             grouped,
@@ -449,7 +462,7 @@ impl Demand {
         let n = threads as u64;
         let windows = slot_elements * self.widths.iter().sum::<u64>() + self.widths.len() as u64 * PAGE_BYTES;
         // Inputs, base, signs, results, scratch and exceptions, and the order of a row's entries.
-        let tiles = (self.models + 5) * self.tile * 4 + self.tile * 8;
+        let tiles = (self.columns + 5) * self.tile * 4 + self.tile * 8;
         let out = OUT_ELEMENTS.min(slot_elements.max(1)) * self.out_width;
         let mut terms = vec![
             ("program and allocator".to_string(), PROCESS_BYTES + n * THREAD_BYTES),
@@ -460,6 +473,9 @@ impl Demand {
         ];
         if self.scratch_bytes > 0 {
             terms.push((format!("computed inputs ({threads} threads)"), n * self.scratch_bytes));
+        }
+        if let Some((bytes, _)) = self.shared {
+            terms.push(("Gram matrices of a layer".to_string(), bytes));
         }
         if self.trims {
             // Each worker's sketches, and the sum of them.

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{Action, Plan, Schedule};
 use crate::dtype::dtype_name;
+use crate::method::Statistics;
 
 /// Values of a parameter that are listed where it differs between tensors.
 const VALUES_LISTED: usize = 6;
@@ -13,7 +14,7 @@ const VALUES_LISTED: usize = 6;
 /// One input checkpoint.
 #[derive(Debug, Clone, Serialize)]
 pub struct InputSummary {
-    /// "base", "model" or "signs".
+    /// "base", "model", "signs" or the name of what a model has besides, such as "fisher".
     pub role: &'static str,
     /// As the user named it.
     pub source: String,
@@ -135,7 +136,7 @@ impl PlanSummary {
 
     /// The inputs alone, in the order of [`Plan::checkpoints`].
     pub fn inputs(plan: &Plan) -> impl Iterator<Item = InputSummary> + '_ {
-        (0..plan.checkpoints.len()).map(|index| input(plan, index))
+        (0..plan.named).map(|index| input(plan, index))
     }
 }
 
@@ -187,7 +188,8 @@ fn spread(plan: &Plan, model: usize, name: &str) -> Option<Spread> {
 
 fn input(plan: &Plan, index: usize) -> InputSummary {
     let checkpoint = &plan.checkpoints[index];
-    let model = (index >= plan.first_model && Some(index) != plan.oracle).then(|| index - plan.first_model);
+    let models = plan.first_model..plan.first_model + plan.models();
+    let model = models.contains(&index).then(|| index - plan.first_model);
     let mut elements: HashMap<String, u64> = HashMap::new();
     for tensor in &checkpoint.tensors {
         *elements.entry(dtype_name(tensor.dtype)).or_default() += tensor.elements();
@@ -202,12 +204,13 @@ fn input(plan: &Plan, index: usize) -> InputSummary {
         role: match model {
             Some(_) => "model",
             None if Some(index) == plan.oracle => "signs",
+            None if index > 0 => plan.method.statistics().map_or("base", Statistics::name),
             None => "base",
         },
         source: checkpoint.spec.clone(),
         path: checkpoint.dir.display().to_string(),
         hub: checkpoint.hub.as_ref().map(|hub| format!("{}@{}", hub.id, hub.commit)),
-        files: checkpoint.files.len(),
+        files: checkpoint.stored_files(),
         tensors: checkpoint.tensors.len(),
         elements: checkpoint.tensors.iter().map(|t| t.elements()).sum(),
         bytes: checkpoint.tensors.iter().map(|t| t.bytes).sum(),

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::dtype::Float;
 use crate::error::{Error, Result};
-use crate::method::{self, Method, Value};
+use crate::method::{self, Method, Statistics, Value};
 
 pub use setting::{Case, Filter, Params, Setting};
 
@@ -96,6 +96,12 @@ pub struct ModelInput {
     pub source: String,
     /// Its own parameters (`weight`, `density`, ...), overriding the recipe's.
     pub params: Params,
+    /// The checkpoint of its Fisher information, for methods that weigh by it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fisher: Option<String>,
+    /// The checkpoint of the Gram matrices of its layers' inputs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gram: Option<String>,
 }
 
 /// Layers of the output, taken from layers of the inputs.
@@ -288,6 +294,24 @@ impl Default for Recipe {
             overflow: Overflow::default(),
             max_shard_bytes: 5_000_000_000,
             packed_base: None,
+        }
+    }
+}
+
+impl ModelInput {
+    /// The checkpoint that a method needs besides the weights.
+    pub fn statistics(&self, kind: Statistics) -> Option<&String> {
+        match kind {
+            Statistics::Fisher => self.fisher.as_ref(),
+            Statistics::Gram => self.gram.as_ref(),
+        }
+    }
+
+    /// Changes the name of every checkpoint.
+    pub fn rename(&mut self, mut name: impl FnMut(&str) -> String) {
+        self.source = name(&self.source);
+        for other in [&mut self.fisher, &mut self.gram] {
+            *other = other.as_deref().map(&mut name);
         }
     }
 }

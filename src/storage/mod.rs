@@ -59,6 +59,14 @@ pub trait InputFile: Send + Sync {
     fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()>;
     /// Hints that the range will be read soon. Never fails.
     fn prefetch(&self, offset: u64, length: u64);
+    /// Whether reading it holds so much in memory that no other such file is to be read meanwhile.
+    fn is_exclusive(&self) -> bool {
+        false
+    }
+    /// What reading it found that the user should know.
+    fn note(&self) -> Option<String> {
+        None
+    }
 }
 
 /// An output file being written. Its first failure is sticky: every later operation reports it again.

@@ -10,6 +10,7 @@ use crate::support::family::{Deltas, Family, Output, Saved, Spec, text};
 use crate::support::files::{Layout, read_tree};
 use crate::support::oracle::{Method, Recipe, Scope, TrimTies, ZeroSum};
 use crate::support::run::{Outcome, tiesmith};
+use crate::support::statistics;
 
 /// Everything in an output but the manifest, which also records how long the run took.
 fn bytes(output: &Output) -> BTreeMap<PathBuf, Vec<u8>> {
@@ -120,6 +121,7 @@ fn run_by(verb: &str, saved: &Saved, method: &Value, extra: &[&str]) -> Outcome 
     for model in &saved.models[..most] {
         args.extend(["--model".into(), text(model)]);
     }
+    args.extend(statistics::args(name, &saved.models[..most]));
     args.extend(extra.iter().map(|arg| (*arg).to_owned()));
     tiesmith(args)
 }

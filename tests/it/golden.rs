@@ -195,6 +195,7 @@ fn possible(family: &[Tensors], name: &str, recipe: &Recipe) -> Vec<Vec<f64>> {
             let sum: f64 = agreeing.iter().map(|&t| weight(t) * column[t]).sum();
             let divisor: f64 = match recipe.combine {
                 Combine::Mean => agreeing.iter().map(|&t| weight(t)).sum(),
+                Combine::MeanAll => (0..taus.len()).map(weight).sum(),
                 _ => 1.0,
             };
             let merged = if agreeing.is_empty() { 0.0 } else { sum / divisor };

@@ -2,11 +2,13 @@
 //!
 //! | module | what it holds the program to |
 //! |---|---|
+//! | `adapters` | PEFT adapters as inputs, against PEFT and against models merged by hand |
 //! | `methods` | every option against the oracle, bit for bit |
 //! | `draws` | methods that draw at random: distribution and repetition |
 //! | `merges` | every method against a reference in f64 and against mergekit |
 //! | `mergekit` | its outputs on a family with massive ties |
 //! | `determinism` | bytes do not depend on threads, memory, input mode or layout |
+//! | `fisher` | Fisher-weighted averages |
 //! | `formats` | stored types and every way to name a checkpoint |
 //! | `golden` | outputs of the paper's own code and of mergekit |
 //! | `digits` | accuracies of a real, tiny family |
@@ -20,17 +22,20 @@
 //! | `sweep` | grids of merges, against merges |
 //! | `torch` | PyTorch checkpoints as inputs |
 //! | `verify` | damage to a finished output is found and named |
+//! | `regmean` | regression means of linear layers |
 //! | `recipes` | recipe files, against the outputs of mergekit and against flags |
 //! | `vocabulary` | tokenizers and rows of embeddings that are brought together |
 
 mod support;
 
+mod adapters;
 mod analyze;
 mod bad_input;
 mod cli;
 mod determinism;
 mod digits;
 mod draws;
+mod fisher;
 mod formats;
 mod golden;
 mod mergekit;
@@ -40,6 +45,7 @@ mod output;
 mod packed;
 mod properties;
 mod recipes;
+mod regmean;
 mod resume;
 mod sweep;
 mod torch;

@@ -7,6 +7,7 @@ use crate::support::files::{read_checkpoint, read_file};
 use crate::support::reference::{self, Unit};
 use crate::support::repository;
 use crate::support::run::{Outcome, tiesmith};
+use crate::support::statistics;
 use crate::support::tensor::Tensors;
 
 /// A way to use a method, and what it must give.
@@ -112,6 +113,29 @@ fn cases() -> Vec<Case> {
             models: 2,
             base: false,
             reference: |unit| reference::fusion(&unit.models[0], &unit.models[1], unit.row()),
+            ..CASE
+        },
+        Case {
+            method: "fisher",
+            base: false,
+            reference: |unit| reference::fisher(&unit.models, &magnitudes(unit), &[1.0; 3], 1e-6),
+            ..CASE
+        },
+        Case {
+            method: "fisher",
+            models: 2,
+            suffixes: &[",weight=0.25", ",weight=3"],
+            flags: &["--fisher-floor=0.4"],
+            reference: |unit| reference::fisher(&unit.models, &magnitudes(unit), &[0.25, 3.0], 0.4f32.into()),
+            ..CASE
+        },
+        Case { method: "regmean", base: false, reference: |unit| regressed(unit, 0.9), tolerance: 1e-4, ..CASE },
+        Case {
+            method: "regmean",
+            models: 2,
+            flags: &["--alpha=0.5", "--dtype=float32"],
+            reference: |unit| regressed(unit, 0.5),
+            tolerance: 1e-4,
             ..CASE
         },
         Case {
@@ -249,6 +273,25 @@ fn cases() -> Vec<Case> {
     ]
 }
 
+/// RegMean with what stands for the Gram matrices of the models: see `support::statistics`.
+fn regressed(unit: &Unit, alpha: f64) -> Vec<f64> {
+    if unit.shape.len() != 2 {
+        return reference::weighted(&unit.models, &vec![1.0 / unit.models.len() as f64; unit.models.len()]);
+    }
+    let n = unit.row();
+    let gram = |w: &Vec<f64>| -> Vec<f64> {
+        let sum = |i: usize, j: usize| (0..w.len() / n).map(|k| w[k * n + i] * w[k * n + j]).sum::<f64>();
+        let extra = |i: usize, j: usize| if i == j { 0.01 + 0.001 * i as f64 } else { 0.0 };
+        (0..n * n).map(|at| f64::from((sum(at / n, at % n) + extra(at / n, at % n)) as f32)).collect()
+    };
+    reference::regmean(&unit.models, &unit.models.iter().map(gram).collect::<Vec<_>>(), n, alpha)
+}
+
+/// What stands for the Fisher information of the models: see `support::statistics`.
+fn magnitudes(unit: &Unit) -> Vec<Vec<f64>> {
+    unit.models.iter().map(|model| model.iter().map(|x| x.abs()).collect()).collect()
+}
+
 fn tails(unit: &Unit, density: f64, gamma: f64) -> Vec<Vec<f64>> {
     unit.taus.iter().map(|tau| reference::breadcrumbs(tau, density, gamma)).collect()
 }
@@ -282,6 +325,7 @@ impl Case {
         for (t, model) in models[..self.models].iter().enumerate() {
             args.extend(["--model".into(), model.clone() + self.suffixes.get(t).unwrap_or(&"")]);
         }
+        args.extend(statistics::args(self.method, &models[..self.models]));
         args.extend(self.flags.iter().chain(extra).map(|flag| (*flag).to_owned()));
         args.extend(["--out", out, "--json", "--progress=none"].map(str::to_owned));
         tiesmith(args)

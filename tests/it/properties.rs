@@ -8,13 +8,16 @@ use serde_json::Value;
 use crate::support::family::{Family, Saved, Spec, text};
 use crate::support::files::read_checkpoint;
 use crate::support::run::{Outcome, command, run as run_command, tiesmith};
+use crate::support::statistics;
 use crate::support::tensor::{Tensor, Tensors};
 
 /// Methods whose result does not depend on the order of equally weighted models, and how far it may differ by rounding.
-const SYMMETRIC: [&str; 11] = [
+const SYMMETRIC: [&str; 13] = [
     "ties",
     "task_arithmetic",
     "linear",
+    "fisher",
+    "regmean",
     "breadcrumbs",
     "breadcrumbs_ties",
     "sce",
@@ -51,6 +54,7 @@ fn run(verb: &str, method: &Value, family: &Family, extra: &[&str]) -> (Outcome,
     for model in &saved.models[..taken(method, family.models.len())] {
         args.extend(["--model".into(), text(model)]);
     }
+    args.extend(statistics::args(name(method), &saved.models[..taken(method, family.models.len())]));
     args.extend(extra.iter().map(|arg| (*arg).to_owned()));
     if verb == "merge" {
         args.extend(["--json", "--progress=none", "--out", &out].map(str::to_owned));
@@ -143,7 +147,7 @@ fn one_model_is_itself_where_a_method_takes_one() {
 
 #[test]
 fn scaling_all_weights_changes_nothing_where_they_are_shares() {
-    for name in ["linear", "nuslerp", "multislerp"] {
+    for name in ["linear", "fisher", "nuslerp", "multislerp"] {
         let method = methods().into_iter().find(|method| method["name"] == name).unwrap();
         let family = family();
         let one = merge(&method, &family, &["--param=weight=1"]);
@@ -171,6 +175,7 @@ fn what_is_read_is_what_the_plan_said() {
             for model in &saved.models[..taken(&method, 3)] {
                 args.extend(["--model".into(), text(model)]);
             }
+            args.extend(statistics::args(name(&method), &saved.models[..taken(&method, 3)]));
             smallest(tiesmith(args).refusal())
         };
         let memory = format!("--memory={refused}");
@@ -219,6 +224,7 @@ fn merge_limited(method: &Value, saved: &Saved, out: &str, blocks: Option<u32>) 
     for model in &saved.models[..taken(method, 3)] {
         merge.args(["--model", &text(model)]);
     }
+    merge.args(statistics::args(name(method), &saved.models[..taken(method, 3)]));
     let Some(blocks) = blocks else { return run_command(merge) };
     let mut shell = std::process::Command::new("sh");
     shell.args(["-c", &format!("ulimit -f {blocks}; exec \"$@\""), "sh"]);

@@ -12,6 +12,7 @@ use crate::support::files::{Layout, read_checkpoint, read_file, read_json, read_
 use crate::support::random::Random;
 use crate::support::repository;
 use crate::support::run::{Outcome, command, run};
+use crate::support::statistics;
 use crate::support::tensor::{Tensor, Tensors, differences};
 
 /// A directory with models in it, where recipes are run.
@@ -507,6 +508,12 @@ fn examples_in_the_docs() {
     for (seed, name) in [(1, "base"), (2, "chat"), (3, "code"), (4, "math")] {
         place.model(name, 4, seed);
         place.write(&format!("{name}/tokenizer.json"), r#"{"model": {"vocab": {"a": 0, "b": 1, "c": 2}}}"#);
+    }
+    for name in ["chat", "code"] {
+        let model = read_checkpoint(&place.path(name));
+        for (what, tensors) in [("fisher", statistics::fisher_of(&model)), ("gram", statistics::gram_of(&model))] {
+            write_checkpoint(&place.path(&format!("{name}-{what}")), &tensors, Layout::SINGLE);
+        }
     }
     let pages = ["docs/recipes.md", "docs/from-mergekit.md", "README.md"];
     let examples: Vec<String> = pages.iter().flat_map(|page| examples(page)).collect();

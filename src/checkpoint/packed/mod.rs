@@ -47,6 +47,7 @@ pub(super) fn open(
         held_bytes: packed.held_bytes() + base.derived.held_bytes,
         scratch_bytes: packed.decode_bytes() + base.derived.scratch_bytes,
         packed: true,
+        ..Derived::default()
     };
     let own = CheckpointFile { header_bytes: packed.index_bytes, header_hash: packed.hash, file: Arc::new(packed) };
     // Base's files are inputs too: whether they change is watched like that of any other.

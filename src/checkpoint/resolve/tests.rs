@@ -26,7 +26,7 @@ fn opened(names: &[&str]) -> String {
     let found = found.unwrap();
     assert_eq!((found.hub, found.warnings), (None, Vec::new()));
     assert_eq!(found.dir, dir.path().join(""));
-    let (Source::File(path) | Source::Index(path) | Source::Packed(path)) = found.source;
+    let (Source::File(path) | Source::Index(path) | Source::Packed(path)) = found.source else { panic!("an adapter") };
     path.file_name().unwrap().to_str().unwrap().to_owned()
 }
 
@@ -78,9 +78,7 @@ fn an_unclear_directory_is_refused_with_advice() {
     );
     refused(&["model-00001-of-00003.safetensors"], "", &["1 of 3 shards and no index", "complete the download"]);
     refused(&["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"], "", &["2 of 3 shards"]);
-    refused(&["adapter_config.json", "adapter_model.safetensors"], "", &["PEFT adapter", "merge_and_unload"]);
-    refused(&["adapter_config.json", "adapter_model.bin"], "", &["PEFT adapter"]);
-    refused(&["adapter_model.safetensors"], "", &["PEFT adapter"]);
+    refused(&["adapter_model.safetensors"], "", &["a PEFT adapter without its adapter_config.json"]);
     refused(
         &["config.json", "training_args.bin"],
         "",
@@ -97,6 +95,18 @@ fn an_unclear_directory_is_refused_with_advice() {
     let many: Vec<String> = (0..9).map(|i| format!("{i}.safetensors")).collect();
     let many: Vec<&str> = many.iter().map(|name| &**name).collect();
     refused(&many, "", &["9 safetensors files", "3.safetensors, ..."]);
+}
+
+#[test]
+fn adapters_are_told_from_models() {
+    for names in
+        [&["adapter_config.json", "adapter_model.safetensors"][..], &["adapter_config.json", "adapter_model.bin"]]
+    {
+        let files: Vec<(&str, &[u8])> = names.iter().map(|&name| (name, &b""[..])).collect();
+        let (found, dir) = resolve_in(&files, "");
+        let found = found.unwrap();
+        assert_eq!((found.dir, found.source), (dir.path().join(""), Source::Adapter));
+    }
 }
 
 #[test]

@@ -238,7 +238,8 @@ impl Meter {
         let merger = &span.data.plan.params_of(span.data.chunk.tensor).merger;
         with_refs(&self.trimmed, models, length, |inputs| {
             kernels::combine_mean(isa, inputs, weights, None, &mut disjoint[..length]);
-            let tile = Tile { isa, inputs, weights, oracle: None, majority: 0.0, facts: &[], row: span.data.row() };
+            let row = span.data.row();
+            let tile = Tile { isa, inputs, weights, statistics: &[], oracle: None, majority: 0.0, facts: &[], row };
             merger.merge(&tile, &mut ties[..length], &mut self.scratch[..length]);
         });
         self.way.clear();

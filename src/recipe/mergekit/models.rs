@@ -15,27 +15,27 @@ const MAX_LAYER: u64 = 1_000_000;
 /// A checkpoint as a recipe names it.
 pub(super) fn model_ref(reader: Reader<'_>, node: &Node, what: &str) -> Result<String> {
     let Content::Map(_) = &node.content else {
-        let text = reader.text(node, what)?;
-        if text.contains('+') {
-            return Err(reader
-                .fail(node.place, format!("{what} \"{}\" names an adapter after '+'", printable(text)))
-                .help("merge the adapter into its model first, or write the path as {model: {path: ...}}"));
-        }
-        return Ok(text.to_owned());
+        return Ok(reader.text(node, what)?.to_owned());
     };
     let fields = reader.fields(node, what, &["model", "lora", "override_architecture"])?;
-    for (key, help) in [
-        ("lora", "merge the adapter into its model first"),
-        ("override_architecture", "change config.json instead: architectures are not looked at here"),
-    ] {
-        if let Some(value) = fields.get(key) {
-            return Err(reader.fail(value.place, format!("{key} is not supported")).help(help));
-        }
+    if let Some(value) = fields.get("override_architecture") {
+        return Err(reader
+            .fail(value.place, "override_architecture is not supported")
+            .help("change config.json instead: architectures are not looked at here"));
     }
     let model = fields.get("model").ok_or_else(|| reader.fail(node.place, format!("{what} without 'model'")))?;
-    let Content::Map(_) = &model.content else { return model_ref(reader, model, what) };
-    let parts = reader.fields(model, what, &["path", "revision"])?;
-    let path = parts.get("path").ok_or_else(|| reader.fail(model.place, format!("{what} without 'path'")))?;
+    let path = located(reader, model, what)?;
+    match fields.get("lora") {
+        Some(lora) => Ok(format!("{path}+{}", located(reader, lora, "lora")?)),
+        None => Ok(path),
+    }
+}
+
+/// A checkpoint or an adapter by its path, which may have a revision.
+fn located(reader: Reader<'_>, node: &Node, what: &str) -> Result<String> {
+    let Content::Map(_) = &node.content else { return model_ref(reader, node, what) };
+    let parts = reader.fields(node, what, &["path", "revision"])?;
+    let path = parts.get("path").ok_or_else(|| reader.fail(node.place, format!("{what} without 'path'")))?;
     let path = reader.text(path, "path")?;
     Ok(match parts.get("revision") {
         Some(revision) => format!("{path}@{}", reader.text(revision, "revision")?),
@@ -68,14 +68,16 @@ impl<'a> Inputs<'a> {
         let items = self.reader().list(node, "models")?;
         let mut seen: Vec<(String, Place)> = Vec::new();
         for item in items {
-            let fields = self.reader().fields(item, "a model", &["model", "parameters"])?;
+            let fields = self.reader().fields(item, "a model", &["model", "parameters", "fisher", "gram"])?;
             let source = self.source(&fields)?;
             self.refuse_twice(&mut seen, &source, fields.place)?;
             let params = self.params(&fields, Scope::Model)?;
             if self.is_only_base(&source, self.recipe.base.as_deref()) {
                 continue;
             }
-            self.recipe.models.push(ModelInput { source, params });
+            let own = |key| fields.get(key).map(|node| model_ref(self.reader(), node, key)).transpose();
+            let (fisher, gram) = (own("fisher")?, own("gram")?);
+            self.recipe.models.push(ModelInput { source, params, fisher, gram });
             self.check_count(item.place)?;
         }
         match self.recipe.models.is_empty() {
@@ -195,7 +197,7 @@ impl<'a> Inputs<'a> {
         if let Some(index) = self.recipe.models.iter().position(|model| model.source == source) {
             return Ok(index);
         }
-        self.recipe.models.push(ModelInput { source, params: Params::new() });
+        self.recipe.models.push(ModelInput { source, ..ModelInput::default() });
         self.check_count(at)?;
         Ok(self.recipe.models.len() - 1)
     }

@@ -382,8 +382,11 @@ fn mistakes_are_named_with_their_place() {
         (with("chat_template: mistrall"), "r.yml:6:16: unknown chat_template: \"mistrall\"; did you mean \"mistral\"?"),
         (with("chat_template: autp"), "r.yml:6:16: unknown chat_template: \"autp\"; did you mean \"auto\"?"),
         (with("chat_template: []"), "chat_template must be a text, not a list"),
-        (instead("- model: m", "- model: m+lora"), "r.yml:4:10: model \"m+lora\" names an adapter"),
-        (instead("- model: m", "- model: {model: m, lora: l}"), "lora is not supported"),
+        (instead("- model: m", "- model: {model: m, lora: {revision: l}}"), "lora without 'path'"),
+        (
+            instead("- model: m", "- model: {model: m, override_architecture: A}"),
+            "override_architecture is not supported",
+        ),
         (instead("- model: m", "- model: {model: {path: m, revison: l}}"), "did you mean \"revision\"?"),
         (instead("- model: m\n  ", "- "), "r.yml:4:3: an entry without 'model'"),
         (with("- {model: m}"), "r.yml:6:3: model \"m\" comes twice, first in line 4"),

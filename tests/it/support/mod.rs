@@ -2,6 +2,7 @@
 //!
 //! Nothing here uses the crate under test: a mistake in it cannot hide itself.
 
+pub mod adapters;
 pub mod family;
 pub mod files;
 pub mod interference;
@@ -10,6 +11,7 @@ pub mod oracle;
 pub mod random;
 pub mod reference;
 pub mod run;
+pub mod statistics;
 pub mod tensor;
 pub mod torch;
 

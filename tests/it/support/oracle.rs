@@ -34,7 +34,7 @@ option!(/// Magnitudes equal to the threshold.
 option!(/// How signs are elected.
     Elect { Mass = "mass", Count = "count", None = "none" });
 option!(/// How agreeing entries are combined.
-    Combine { Mean = "mean", Sum = "sum", Max = "max" });
+    Combine { Mean = "mean", Sum = "sum", Max = "max", MeanAll = "mean-all" });
 option!(/// The sign of an election that cancels exactly.
     ZeroSum { Zero = "zero", Positive = "positive", Majority = "majority" });
 
@@ -343,6 +343,7 @@ fn combine(column: &[f32], weights: &[f32], gamma: Option<i32>, rule: Combine) -
         Combine::Mean => sum / divisor,
         Combine::Sum => sum,
         Combine::Max => largest,
+        Combine::MeanAll => sum / weights.iter().sum::<f32>(),
     }
 }
 

@@ -52,6 +52,51 @@ pub fn consensus(unit: &Unit, sparse: &[Vec<f64>], weights: &[f64], elect: bool)
     })
 }
 
+/// Σ w max(F, floor) θ / Σ w max(F, floor).
+pub fn fisher(models: &[Vec<f64>], fishers: &[Vec<f64>], weights: &[f64], floor: f64) -> Vec<f64> {
+    let at = |p: usize| {
+        let share = |t: usize| weights[t] * fishers[t][p].max(floor);
+        let sum: f64 = (0..models.len()).map(|t| share(t) * models[t][p]).sum();
+        sum / (0..models.len()).map(share).sum::<f64>()
+    };
+    (0..models[0].len()).map(at).collect()
+}
+
+/// (Σ W_t G̃_t)(Σ G̃_t)⁻¹ for W [.., n] and G [n, n], G̃ being G with its entries off the diagonal times `alpha`: by Gauss and
+/// Jordan's elimination with pivots.
+pub fn regmean(weights: &[Vec<f64>], grams: &[Vec<f64>], n: usize, alpha: f64) -> Vec<f64> {
+    let scaled = |gram: &Vec<f64>, at: usize| gram[at] * if at / n == at % n { 1.0 } else { alpha };
+    let sum: Vec<f64> = (0..n * n).map(|at| grams.iter().map(|gram| scaled(gram, at)).sum()).collect();
+    let mut rows: Vec<Vec<f64>> = (0..n)
+        .map(|i| (0..2 * n).map(|j| if j < n { sum[i * n + j] } else { f64::from(u8::from(j - n == i)) }).collect())
+        .collect();
+    for column in 0..n {
+        let pivot = (column..n).max_by(|&a, &b| rows[a][column].abs().total_cmp(&rows[b][column].abs())).unwrap();
+        rows.swap(column, pivot);
+        let head = rows[column][column];
+        rows[column].iter_mut().for_each(|x| *x /= head);
+        let line = rows[column].clone();
+        for (_, row) in rows.iter_mut().enumerate().filter(|(i, _)| *i != column) {
+            let factor = row[column];
+            row.iter_mut().zip(&line).for_each(|(x, y)| *x -= factor * y);
+        }
+    }
+    let mut merged = Vec::new();
+    for first in (0..weights[0].len()).step_by(n) {
+        let product: Vec<f64> = (0..n)
+            .map(|j| {
+                let term = |t: usize| (0..n).map(move |k| (t, k));
+                (0..weights.len())
+                    .flat_map(term)
+                    .map(|(t, k)| weights[t][first + k] * scaled(&grams[t], k * n + j))
+                    .sum()
+            })
+            .collect();
+        merged.extend((0..n).map(|j| (0..n).map(|k| product[k] * rows[k][n + j]).sum::<f64>()));
+    }
+    merged
+}
+
 /// The entries of descending rank `dropped + 1` to `dropped + kept`, ties in order of position; the rest is 0.
 pub fn breadcrumbs(tau: &[f64], density: f64, gamma: f64) -> Vec<f64> {
     let d = tau.len() as f64;

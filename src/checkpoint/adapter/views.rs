@@ -1,0 +1,333 @@
+//! Tensors that an adapter changes, computed where they are read.
+//!
+//! - A view shows W + s B A, or W with its rows or columns scaled, as a stored tensor of float32 (of float64 where W is):
+//!   nothing is rounded to W's type before the merge, and ΔW exists block by block only.
+//! - An entry of B A is summed up in f32 over k = 0, 1, ..., r − 1, products and sums rounded separately: the same bits
+//!   whichever range is read.
+//! - A read takes at most [`ADAPTER_SCRATCH_BYTES`](crate::limits::ADAPTER_SCRATCH_BYTES) beside its result, whatever
+//!   the rank and the shape.
+//!
+//! Knows offsets and numbers, not names.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::checkpoint::rows::{Part, read_elements};
+use crate::dtype::Float;
+use crate::error::Result;
+use crate::kernels::{self, Isa};
+use crate::limits::ADAPTER_SCRATCH_BYTES;
+use crate::storage::{Identity, InputFile, Window};
+
+/// Rows, columns and ranks of a block.
+const BLOCK_ROWS: u64 = 128;
+const BLOCK_COLUMNS: u64 = 512;
+const BLOCK_RANKS: u64 = 64;
+/// Bytes of a factor read at once.
+const READ_BYTES: u64 = 1 << 16;
+
+const _: () = {
+    let floats = BLOCK_ROWS * BLOCK_COLUMNS + BLOCK_RANKS * (BLOCK_ROWS + BLOCK_COLUMNS) + 3 * BLOCK_COLUMNS;
+    assert!(4 * floats + 8 * BLOCK_COLUMNS + READ_BYTES <= ADAPTER_SCRATCH_BYTES);
+    // The widest elements of the longest run that is read.
+    assert!(8 * BLOCK_COLUMNS <= READ_BYTES);
+};
+
+/// A factor of ΔW: its matrix has `rank` × `length` entries, whichever of them is stored contiguously.
+pub(super) struct Factor {
+    pub part: Part,
+    pub rank: u64,
+    pub length: u64,
+    /// Stored as [rank, length], and not as [length, rank].
+    pub rank_first: bool,
+}
+
+impl Factor {
+    /// Entries `ks` × `xs` into `out`, those of one k after those of the one before.
+    fn block(&self, isa: Isa, ks: Range<u64>, xs: Range<u64>, out: &mut [f32]) -> Result<()> {
+        let (outer, inner, inner_length) = match self.rank_first {
+            true => (ks.clone(), xs.clone(), self.length),
+            false => (xs.clone(), ks.clone(), self.rank),
+        };
+        let (float, width) = (self.part.float, self.part.float.width() as u64);
+        let run = inner.end - inner.start;
+        // Whole lines follow each other without gaps, so several can be read at once.
+        let together = if run == inner_length { (READ_BYTES / (width * run).max(1)).max(1) } else { 1 };
+        let mut bytes = vec![0; (together * run * width) as usize];
+        let mut values = vec![0f32; (together * run) as usize];
+        let line = (xs.end - xs.start) as usize;
+        let mut at = outer.start;
+        while at < outer.end {
+            let count = together.min(outer.end - at);
+            let bytes = &mut bytes[..(count * run * width) as usize];
+            let values = &mut values[..(count * run) as usize];
+            self.part.file.read_at(bytes, self.part.offset + (at * inner_length + inner.start) * width)?;
+            kernels::load(isa, float, bytes, values);
+            for (i, values) in values.chunks_exact(run as usize).enumerate() {
+                let place = (at - outer.start) as usize + i;
+                match self.rank_first {
+                    true => out[place * line..(place + 1) * line].copy_from_slice(values),
+                    false => values.iter().enumerate().for_each(|(k, &value)| out[k * line + place] = value),
+                }
+            }
+            at += count;
+        }
+        Ok(())
+    }
+}
+
+/// What is done to W.
+pub(super) enum Change {
+    /// W + s L R, L having a row per row of W and R a column per column.
+    Add { left: Factor, right: Factor, scale: f32 },
+    /// Each row of W times its entry.
+    ScaleRows(Part),
+    /// Each column of W times its entry.
+    ScaleColumns(Part),
+    /// W times a number.
+    Scale(f32),
+}
+
+/// See the module's documentation.
+pub(super) struct Adapted {
+    /// W; zeros where there is none.
+    weight: Option<Part>,
+    rows: u64,
+    columns: u64,
+    change: Change,
+    float: Float,
+    isa: Isa,
+}
+
+/// A rectangle of a matrix.
+struct Block {
+    rows: Range<u64>,
+    columns: Range<u64>,
+}
+
+impl Block {
+    fn width(&self) -> usize {
+        (self.columns.end - self.columns.start) as usize
+    }
+
+    fn height(&self) -> usize {
+        (self.rows.end - self.rows.start) as usize
+    }
+}
+
+impl Adapted {
+    pub(super) fn new(weight: Option<Part>, (rows, columns): (u64, u64), change: Change) -> Self {
+        let float = match weight.as_ref().map(|part| part.float) {
+            Some(Float::F64) => Float::F64,
+            _ => Float::F32,
+        };
+        Self { weight, rows, columns, change, float, isa: Isa::detect() }
+    }
+
+    /// The type that it is shown as.
+    pub(super) fn float(&self) -> Float {
+        self.float
+    }
+
+    /// What tells this from other views of the same files.
+    pub(super) fn hash(&self) -> [u8; 32] {
+        let factor =
+            |f: &Factor| format!("{} {} {} {} {:?}", f.part.offset, f.rank, f.length, f.rank_first, f.part.float);
+        let vector = |part: &Part| format!("{} {:?}", part.offset, part.float);
+        let change = match &self.change {
+            Change::Add { left, right, scale } => {
+                format!("add {} {} {:08x}", factor(left), factor(right), scale.to_bits())
+            }
+            Change::ScaleRows(part) => format!("rows {}", vector(part)),
+            Change::ScaleColumns(part) => format!("columns {}", vector(part)),
+            Change::Scale(factor) => format!("scale {:08x}", factor.to_bits()),
+        };
+        let weight = self.weight.as_ref().map(vector);
+        *blake3::hash(format!("{} {} {weight:?} {change}", self.rows, self.columns).as_bytes()).as_bytes()
+    }
+
+    /// The file that stands for this where only one can: W's, or the adapter's.
+    fn file(&self) -> &dyn InputFile {
+        let own = match &self.change {
+            Change::Add { left, .. } => Some(&left.part),
+            Change::ScaleRows(part) | Change::ScaleColumns(part) => Some(part),
+            Change::Scale(_) => None,
+        };
+        &*self.weight.as_ref().or(own).expect("a view changes something").file
+    }
+
+    /// Fills `out` with the elements from `first` on.
+    fn elements(&self, mut first: u64, mut out: &mut [u8]) -> Result<()> {
+        let width = self.float.width();
+        while !out.is_empty() {
+            let (row, column) = (first / self.columns, first % self.columns);
+            let left = (out.len() / width) as u64;
+            // Whole rows as far as there are, else a part of one.
+            let block = match column == 0 && left >= self.columns {
+                true => Block { rows: row..row + (left / self.columns).min(BLOCK_ROWS), columns: 0..self.columns },
+                false => Block { rows: row..row + 1, columns: column..column + left.min(self.columns - column) },
+            };
+            let count = block.height() * block.width();
+            let (part, rest) = out.split_at_mut(count * width);
+            for start in block.columns.clone().step_by(BLOCK_COLUMNS as usize) {
+                let columns = start..(start + BLOCK_COLUMNS).min(block.columns.end);
+                self.block(&Block { rows: block.rows.clone(), columns }, &block, part)?;
+            }
+            out = rest;
+            first += count as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes `block` to its place in `out`, which holds `whole`.
+    fn block(&self, block: &Block, whole: &Block, out: &mut [u8]) -> Result<()> {
+        let (height, width) = (block.height(), block.width());
+        let mut change = vec![0f32; height * width];
+        self.change(block, &mut change)?;
+        let adds = matches!(self.change, Change::Add { .. });
+        let mut stored = vec![0; width * self.weight.as_ref().map_or(0, |part| part.float.width())];
+        for (i, change) in change.chunks_exact_mut(width).enumerate() {
+            let at = i * whole.width() + (block.columns.start - whole.columns.start) as usize;
+            let out = &mut out[at * self.float.width()..(at + width) * self.float.width()];
+            if let Some(part) = &self.weight {
+                let first = (block.rows.start + i as u64) * self.columns + block.columns.start;
+                part.file.read_at(&mut stored, part.offset + first * part.float.width() as u64)?;
+                if part.float == Float::F64 {
+                    self.combine_f64(&stored, change, out);
+                    continue;
+                }
+                let mut weight = [0f32; BLOCK_COLUMNS as usize];
+                let weight = &mut weight[..width];
+                kernels::load(self.isa, part.float, &stored, weight);
+                match adds {
+                    true => kernels::add(self.isa, change, weight),
+                    false => change.iter_mut().zip(weight).for_each(|(change, weight)| *change *= *weight),
+                }
+            }
+            kernels::store(self.isa, self.float, change, out, false);
+        }
+        Ok(())
+    }
+
+    fn combine_f64(&self, stored: &[u8], change: &[f32], out: &mut [u8]) {
+        let adds = matches!(self.change, Change::Add { .. });
+        let values = stored.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
+        for ((weight, &change), out) in values.zip(change).zip(out.as_chunks_mut::<8>().0) {
+            let change = f64::from(change);
+            *out = if adds { weight + change } else { weight * change }.to_le_bytes();
+        }
+    }
+
+    /// ΔW, or the factors of W, in `block`.
+    fn change(&self, block: &Block, out: &mut [f32]) -> Result<()> {
+        let width = block.width();
+        match &self.change {
+            Change::Add { left, right, scale } => {
+                self.product(block, left, right, out)?;
+                kernels::scale(self.isa, out, *scale);
+            }
+            Change::ScaleRows(part) => {
+                let mut rows = vec![0f32; block.height()];
+                self.entries(part, block.rows.start, &mut rows)?;
+                out.chunks_exact_mut(width).zip(rows).for_each(|(out, factor)| out.fill(factor));
+            }
+            Change::ScaleColumns(part) => {
+                let mut columns = vec![0f32; width];
+                self.entries(part, block.columns.start, &mut columns)?;
+                out.chunks_exact_mut(width).for_each(|out| out.copy_from_slice(&columns));
+            }
+            Change::Scale(factor) => out.fill(*factor),
+        }
+        Ok(())
+    }
+
+    /// L R in `block`, summed up to what `out` holds.
+    fn product(&self, block: &Block, left: &Factor, right: &Factor, out: &mut [f32]) -> Result<()> {
+        let (height, width) = (block.height(), block.width());
+        let ranks = left.rank.min(BLOCK_RANKS) as usize;
+        let (mut lefts, mut rights) = (vec![0f32; ranks * height], vec![0f32; ranks * width]);
+        for start in (0..left.rank).step_by(BLOCK_RANKS as usize) {
+            let ks = start..(start + BLOCK_RANKS).min(left.rank);
+            left.block(self.isa, ks.clone(), block.rows.clone(), &mut lefts)?;
+            right.block(self.isa, ks.clone(), block.columns.clone(), &mut rights)?;
+            for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                for (k, right) in rights.chunks_exact(width).take((ks.end - ks.start) as usize).enumerate() {
+                    kernels::add_scaled(self.isa, out, lefts[k * height + i], right);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The entries of a vector from `first` on.
+    fn entries(&self, part: &Part, first: u64, out: &mut [f32]) -> Result<()> {
+        let width = part.float.width();
+        let mut bytes = vec![0; out.len() * width];
+        part.file.read_at(&mut bytes, part.offset + first * width as u64)?;
+        kernels::load(self.isa, part.float, &bytes, out);
+        Ok(())
+    }
+}
+
+impl InputFile for Adapted {
+    fn path(&self) -> &Path {
+        self.file().path()
+    }
+
+    fn identity(&self) -> &Identity {
+        self.file().identity()
+    }
+
+    fn identity_now(&self) -> Result<Identity> {
+        self.file().identity_now()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        read_elements(buffer, offset, self.float.width(), |first, out| self.elements(first, out))
+    }
+
+    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
+        window.fill(length, |buffer| self.read_at(buffer, offset))
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) {
+        if let Some(Part { file, offset: start, float }) = &self.weight {
+            let (shown, stored) = (self.float.width() as u64, float.width() as u64);
+            file.prefetch(start + offset / shown * stored, length / shown * stored);
+        }
+    }
+}
+
+/// A tensor all of whose entries are one number: a base of zeros or ones, which is stored nowhere.
+pub(super) struct Constant {
+    /// Stands for this where a file must be named.
+    pub like: Arc<dyn InputFile>,
+    pub value: f32,
+}
+
+impl InputFile for Constant {
+    fn path(&self) -> &Path {
+        self.like.path()
+    }
+
+    fn identity(&self) -> &Identity {
+        self.like.identity()
+    }
+
+    fn identity_now(&self) -> Result<Identity> {
+        self.like.identity_now()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let bytes = self.value.to_le_bytes();
+        buffer.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = bytes[(at % 4) as usize]);
+        Ok(())
+    }
+
+    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
+        window.fill(length, |buffer| self.read_at(buffer, offset))
+    }
+
+    fn prefetch(&self, _offset: u64, _length: u64) {}
+}
