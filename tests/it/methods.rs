@@ -352,6 +352,25 @@ fn massive_ties_are_warned_of_and_the_warning_names_the_way_out() {
     assert!(!saved.merge(&recipe, &[]).warnings().contains("sample"));
 }
 
+/// In tensor scope a tiny tensor keeps one entry at least: no tie, though far more than the density says.
+#[test]
+fn tiny_tensors_are_no_ties_and_leave_the_interval_open() {
+    let tiny = ["a", "b", "c", "d", "e", "f", "g", "h"].map(|name| (name, vec![1]));
+    let shapes = [&tiny[..], &[("w", vec![10])]].concat();
+    let saved = Spec { shapes, ..Spec::default() }.family().save();
+    let output = saved.merge(&Recipe { scope: Scope::Tensor, ..Recipe::default() }, &[]);
+    assert!(!output.warnings().contains("asked for"), "{}", output.warnings());
+    // One unit whose threshold is known without a look does not make the others' certain.
+    let shapes = [&tiny[..], &[("w", vec![30_000])]].concat();
+    let saved = Spec { shapes, ..Spec::default() }.family().save();
+    let output = saved.merge(&Recipe::default(), &["--threshold=sketch", "--scope=tensor"]);
+    let kept = numbers(&output.report, "kept_fraction");
+    for (interval, kept) in output.report["kept_interval"].as_array().expect("an interval per model").iter().zip(kept) {
+        let (low, high) = (interval[0].as_f64().unwrap(), interval[1].as_f64().unwrap());
+        assert!(low <= kept && kept <= high && high - low > 1e-4, "{kept}: {interval}");
+    }
+}
+
 #[test]
 fn a_sketched_threshold_certifies_its_interval() {
     let spec = Spec { shapes: vec![("w", vec![300, 100]), ("x", vec![5000])], ..Spec::default() };
