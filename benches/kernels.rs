@@ -98,14 +98,14 @@ fn kernels(data: &Data) -> Vec<Kernel> {
             "histogram, all keys",
             4,
             Box::new(move |isa, data, tile| {
-                black_box(bench::histogram(isa, &data.taus[0][tile], 0, 15, &mut coarse));
+                black_box(bench::histogram(isa, &data.taus[0][tile], 0, 15, bench::NO_KEY, &mut coarse));
             }),
         ),
         (
             "histogram, narrow",
             4,
             Box::new(move |isa, data, tile| {
-                black_box(bench::histogram(isa, &data.taus[0][tile], low, 0, &mut narrow));
+                black_box(bench::histogram(isa, &data.taus[0][tile], low, 0, bench::NO_KEY, &mut narrow));
             }),
         ),
         (

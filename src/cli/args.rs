@@ -343,7 +343,7 @@ pub struct RunArgs {
 
     /// How inputs are read; results are identical
     #[arg(long, value_name = "MODE", default_value = "auto", value_parser = choice(&[
-        ("auto", "whatever is safest and fastest here", IoMode::Auto),
+        ("auto", "map long windows of local files, read the rest", IoMode::Auto),
         ("mmap", "map windows of the files", IoMode::Mmap),
         ("read", "read into buffers; for network file systems", IoMode::Read),
     ]))]

@@ -23,6 +23,7 @@ mod shard_hash;
 mod shards;
 mod side_files;
 mod slot;
+mod stored;
 mod sweep;
 mod turns;
 mod verify;

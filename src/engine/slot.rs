@@ -72,10 +72,6 @@ impl Slot {
 
     /// The bytes of elements `[from, from + length)` of the chunk in `piece`.
     fn tile(&self, float: Float, piece: Piece, from: usize, length: usize) -> &[u8] {
-        if self.distant {
-            let next = (from + length) * float.width();
-            kernels::prefetch(self.bytes(piece).get(next..next + TILE_ELEMENTS * float.width()).unwrap_or_default());
-        }
         &self.bytes(piece)[from * float.width()..(from + length) * float.width()]
     }
 }
@@ -166,6 +162,21 @@ impl<'a> Span<'a> {
     pub(super) fn stored(&self, piece: Piece) -> (Float, &'a [u8]) {
         let float = self.data.float(piece);
         (float, self.data.slot.tile(float, piece, self.from, self.length))
+    }
+
+    /// Asks for a share of the next tile of base and models, where what is loaded is too much for the caches: one of
+    /// `shares`, between two steps of the work on this tile. All at once would be more requests than a core has room for.
+    pub(super) fn ask_ahead(&self, share: usize, shares: usize) {
+        if !self.data.slot.distant {
+            return;
+        }
+        let merge = self.data.merge();
+        for piece in merge.base.into_iter().chain(merge.models.iter().map(|&(_, piece)| piece)) {
+            let width = self.data.float(piece).width();
+            let (next, bytes) = ((self.from + self.length) * width, TILE_ELEMENTS * width);
+            let range = next + bytes * share / shares..next + bytes * (share + 1) / shares;
+            kernels::prefetch(self.data.slot.bytes(piece).get(range).unwrap_or_default());
+        }
     }
 
     /// The `index`-th value of the tile in `piece`, exactly.

@@ -9,6 +9,7 @@ use super::Observer;
 use super::cut::{Cut, TieCounts};
 use super::exceptions::{narrow, no_weight};
 use super::slot::{Loaded, Slot, Span};
+use super::stored::Short;
 use crate::dtype::Float;
 use crate::error::Result;
 use crate::kernels::{self, Isa};
@@ -190,13 +191,16 @@ impl Worker {
 
     /// Counts the magnitudes of the chunk's task vectors in the sketches of the models that have a bracket.
     pub(super) fn sketch(&mut self, data: Loaded<'_>, brackets: &[Option<Bracket>]) -> Result<()> {
+        let models = data.merge().models;
         for span in data.tiles() {
             self.load_base(span);
-            for &(model, piece) in span.data.merge().models {
+            for (turn, &(model, piece)) in (0..).step_by(2).zip(models) {
+                span.ask_ahead(turn, 2 * models.len());
                 let own = || searches(brackets, model, data.plan.models());
                 if own().next().is_some() {
                     self.task_vector(span, (model as usize, piece))?;
                 }
+                span.ask_ahead(turn + 1, 2 * models.len());
                 for at in own() {
                     self.sketches[at].add(self.isa, &self.tiles.inputs[model as usize][..span.length]);
                 }
@@ -212,13 +216,16 @@ impl Worker {
         for (near, bounds) in self.near.iter_mut().zip(bounds) {
             bounds.iter().for_each(|&(low, high)| near.reset(low, high));
         }
+        let models = data.merge().models;
         for span in data.tiles() {
             self.load_base(span);
-            for &(model, piece) in span.data.merge().models {
+            for (turn, &(model, piece)) in (0..).step_by(2).zip(models) {
+                span.ask_ahead(turn, 2 * models.len());
                 let own = || searches(bounds, model, data.plan.models());
                 if own().next().is_some() {
                     self.task_vector(span, (model as usize, piece))?;
                 }
+                span.ask_ahead(turn + 1, 2 * models.len());
                 for at in own() {
                     self.near[at].add(self.isa, &self.tiles.inputs[model as usize][..span.length]);
                 }
@@ -298,7 +305,14 @@ impl Worker {
         sink: Sink<'_>,
     ) -> Result<()> {
         self.set_weights(data);
-        self.in_blocks(data, sink, |worker, span, encoded| {
+        let short = Short::of(data, cuts, &self.weights, known.majority);
+        let go_short = |worker: &mut Self, span: Span<'_>, encoded: &mut [u8]| {
+            short.as_ref().is_some_and(|short| worker.merge_short(span, short, encoded))
+        };
+        self.in_blocks(data, sink, go_short, |worker, span, encoded| {
+            if go_short(worker, span, encoded) {
+                return Ok(());
+            }
             let clean = worker.load_inputs(span, cuts, seen)?;
             worker.combine(span, known);
             worker.finish(span, clean, encoded)
@@ -310,22 +324,27 @@ impl Worker {
     /// Converts a chunk of a copied tensor to the output type.
     pub(super) fn convert(&mut self, data: Loaded<'_>, source: Piece, sink: Sink<'_>) -> Result<()> {
         let float = data.output();
-        self.in_blocks(data, sink, |worker, span, encoded| {
-            let (stored, bytes) = span.stored(source);
-            let out = &mut worker.tiles.out[..span.length];
-            if stored == Float::F64 {
-                for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<8>().0) {
-                    *value = narrow(f64::from_le_bytes(*bytes), float);
+        self.in_blocks(
+            data,
+            sink,
+            |_, _, _| false,
+            |worker, span, encoded| {
+                let (stored, bytes) = span.stored(source);
+                let out = &mut worker.tiles.out[..span.length];
+                if stored == Float::F64 {
+                    for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<8>().0) {
+                        *value = narrow(f64::from_le_bytes(*bytes), float);
+                    }
+                } else {
+                    kernels::load(worker.isa, stored, bytes, out);
                 }
-            } else {
-                kernels::load(worker.isa, stored, bytes, out);
-            }
-            // What was not finite before the conversion did not overflow in it.
-            for (i, exempt) in worker.tiles.exempt[..span.length].iter_mut().enumerate() {
-                *exempt = !out[i].is_finite() && !span.value(source, i).is_finite();
-            }
-            worker.encode(span, encoded)
-        })
+                // What was not finite before the conversion did not overflow in it.
+                for (i, exempt) in worker.tiles.exempt[..span.length].iter_mut().enumerate() {
+                    *exempt = !out[i].is_finite() && !span.value(source, i).is_finite();
+                }
+                worker.encode(span, encoded)
+            },
+        )
     }
 
     /// Hands a chunk of a tensor that is copied as it is to `sink`; false if a `compared` version differs.
@@ -342,11 +361,12 @@ impl Worker {
         Ok(compared.iter().all(|&piece| slot.bytes(piece) == bytes))
     }
 
-    /// Calls `tile` for every tile of the chunk and passes on what it encoded in blocks of [`OUT_ELEMENTS`].
+    /// Passes on the chunk in blocks of [`OUT_ELEMENTS`]: encoded by `whole` or, where that says no, tile by tile.
     fn in_blocks(
         &mut self,
         data: Loaded<'_>,
         sink: Sink<'_>,
+        mut whole: impl FnMut(&mut Self, Span<'_>, &mut [u8]) -> bool,
         mut tile: impl FnMut(&mut Self, Span<'_>, &mut [u8]) -> Result<()>,
     ) -> Result<()> {
         let (chunk, width) = (data.chunk, data.output().width());
@@ -356,11 +376,13 @@ impl Worker {
         while start < chunk.count && result.is_ok() {
             let count = data.plan.aligned(chunk.tensor, chunk.start + start, block).min(chunk.count - start);
             let block = &mut encoded[..count as usize * width];
-            let spans = data.tiles_of(start as usize..(start + count) as usize);
-            result = spans
-                .zip(block.chunks_mut(data.tile() * width))
-                .try_for_each(|(span, encoded)| tile(self, span, encoded))
-                .and_then(|()| sink((chunk.start + start) * width as u64, block));
+            let span = Span { data, from: start as usize, length: count as usize };
+            if !whole(self, span, block) {
+                let spans = data.tiles_of(span.from..span.from + span.length);
+                let mut tiles = spans.zip(block.chunks_mut(data.tile() * width));
+                result = tiles.try_for_each(|(span, encoded)| tile(self, span, encoded));
+            }
+            result = result.and_then(|()| sink((chunk.start + start) * width as u64, block));
             start += count;
         }
         self.encoded = encoded;
@@ -443,7 +465,8 @@ impl Worker {
         let merge = span.data.merge();
         self.load_base(span);
         let mut clean = true;
-        for &(model, piece) in merge.models {
+        for (turn, &(model, piece)) in merge.models.iter().enumerate() {
+            span.ask_ahead(turn, merge.models.len());
             let model = model as usize;
             clean &= match span.data.plan.needs().inputs {
                 Inputs::Weights => {

@@ -17,6 +17,7 @@ use crate::dtype::Float;
 pub(super) use super::count::{collect, histogram};
 pub(super) use super::dense::{cholesky, multiply, solve};
 pub(super) use super::fisher::{all_weights, weighted_mean};
+pub(super) use super::fused::merge_stored;
 
 /// Elements per block of the kernels that go through several models: large enough not to be unrolled into scalar
 /// code, small enough for accumulators to live in registers or the nearest cache.
@@ -27,7 +28,7 @@ const STRETCH: usize = 1 << 16;
 
 /// The sign of a value as -1.0, 0.0 or +1.0; 0.0 for NaN.
 #[inline(always)]
-fn sign(value: f32) -> f32 {
+pub(super) fn sign(value: f32) -> f32 {
     let signed = mask(value > 0.0) | mask(value < 0.0);
     f32::from_bits(signed & (0x3f80_0000 | (value.to_bits() & 0x8000_0000)))
 }

@@ -8,48 +8,54 @@
 
 use super::body::LANES;
 use super::convert::{key, mask};
-use super::{Near, STRAY};
+use super::{NO_KEY, Near, STRAY};
 
 /// Blocks of [`LANES`] that are gone through before what was found in them is visited.
 const MARKED: usize = 32;
 
 #[inline(always)]
-pub(super) fn histogram(tau: &[f32], low: u32, shift: u32, bins: &mut [u64]) -> u64 {
+pub(super) fn histogram(tau: &[f32], low: u32, shift: u32, common: u32, bins: &mut [u64]) -> u64 {
     // In u64 because the range may end above every key; how far above makes no difference.
     let end = ((bins.len() as u64) << shift).saturating_add(u64::from(low)).min(1 << 31);
     let end = (end as u32).max(low);
     let width = end - low;
-    let mut above_total = 0;
+    // Keys below `low` wrap to offsets beyond any width.
+    let common = if common.wrapping_sub(low) < width { common } else { NO_KEY };
+    let (mut above_total, mut common_total) = (0, 0);
     for stretch in tau.chunks(MARKED * LANES) {
         let (blocks, tail) = stretch.as_chunks::<LANES>();
         let mut marked = Marked::default();
-        let mut above = 0;
+        let (mut above, mut at_common) = (0, 0);
         for tau in &stretch[..blocks.len() * LANES] {
             above += mask(key(*tau) >= end) & 1;
+            at_common += mask(key(*tau) == common) & 1;
         }
         above_total += u64::from(above);
-        // Keys below `low` wrap to offsets beyond any width.
-        marked.note(blocks, low, width);
+        common_total += u64::from(at_common);
+        marked.note(blocks, low, width, common);
         for block in marked.iter().map(|index| &blocks[index]) {
-            let mut found = bits_within(block, low, width);
+            let mut found = bits_within(block, low, width, common);
             // A wide range holds nearly every block whole, a narrow one a few entries of most blocks.
             if found == u64::MAX {
                 for tau in block {
-                    count_offset(key(*tau) - low, shift, bins);
+                    count_offset(key(*tau) - low, 1, shift, bins);
                 }
                 continue;
             }
             while found != 0 {
-                count_offset(key(block[found.trailing_zeros() as usize]) - low, shift, bins);
+                count_offset(key(block[found.trailing_zeros() as usize]) - low, 1, shift, bins);
                 found &= found - 1;
             }
         }
         for key in tail.iter().copied().map(key) {
             above_total += u64::from(key >= end);
             if key.wrapping_sub(low) < width {
-                count_offset(key - low, shift, bins);
+                count_offset(key - low, 1, shift, bins);
             }
         }
+    }
+    if common_total > 0 {
+        count_offset(common - low, common_total, shift, bins);
     }
     above_total
 }
@@ -79,9 +85,9 @@ pub(super) fn collect(tau: &[f32], low: u32, high: u32, between: &mut [u32]) -> 
         near.above += u64::from(above);
         near.at_high += u64::from(at_high);
         near.at_low += u64::from(at_low);
-        marked.note(blocks, first, width);
+        marked.note(blocks, first, width, NO_KEY);
         for block in marked.iter().map(|index| &blocks[index]) {
-            let mut found = bits_within(block, first, width);
+            let mut found = bits_within(block, first, width, NO_KEY);
             while found != 0 {
                 list(&mut near, key(block[found.trailing_zeros() as usize]));
                 found &= found - 1;
@@ -107,13 +113,15 @@ struct Marked {
 }
 
 impl Marked {
-    /// Notes the blocks with a key less than `width` above `first`.
+    /// Notes the blocks with a key less than `width` above `first`, other than `common`.
     #[inline(always)]
-    fn note(&mut self, blocks: &[[f32; LANES]], first: u32, width: u32) {
+    fn note(&mut self, blocks: &[[f32; LANES]], first: u32, width: u32, common: u32) {
         for (index, block) in (0..).zip(blocks) {
             let mut any = 0;
             for tau in block {
-                any |= mask(key(*tau).wrapping_sub(first) < width);
+                let key = key(*tau);
+                // A sum, because what collects flags of two conditions is not vectorised.
+                any += mask(key.wrapping_sub(first) < width) & mask(key != common) & 1;
             }
             self.indices[self.noted] = index;
             self.noted += usize::from(any != 0);
@@ -126,22 +134,23 @@ impl Marked {
     }
 }
 
-/// The keys of a block that lie less than `width` above `first`, as the bits of a word.
+/// The keys of a block that lie less than `width` above `first` and are not `common`, as the bits of a word.
 #[inline(always)]
-fn bits_within(block: &[f32; LANES], first: u32, width: u32) -> u64 {
+fn bits_within(block: &[f32; LANES], first: u32, width: u32, common: u32) -> u64 {
     let mut flags = [0u8; LANES];
     for (flag, value) in flags.iter_mut().zip(block) {
-        *flag = u8::from(key(*value).wrapping_sub(first) < width);
+        let key = key(*value);
+        *flag = u8::from(key.wrapping_sub(first) < width) & u8::from(key != common);
     }
     // The product brings flag i of eight, which is bit 8i, to bit 56 + i: 8i + 7(8 - i).
     let bits = |eight: &[u8; 8]| u64::from_le_bytes(*eight).wrapping_mul(0x0102_0408_1020_4080) >> 56;
     flags.as_chunks::<8>().0.iter().rev().fold(0, |found, eight| found << 8 | bits(eight))
 }
 
-/// Counts one key by its distance from the first bin's first key, and marks a bin in which it is not the first.
+/// Counts a key by its distance from the first bin's first key, and marks a bin in which it is not the first.
 #[inline(always)]
-fn count_offset(offset: u32, shift: u32, bins: &mut [u64]) {
+fn count_offset(offset: u32, times: u64, shift: u32, bins: &mut [u64]) {
     let bin = &mut bins[(offset >> shift) as usize];
     let stray = offset & ((1 << shift) - 1) != 0;
-    *bin = (*bin + 1) | (u64::from(stray) * STRAY);
+    *bin = (*bin + times) | (u64::from(stray) * STRAY);
 }

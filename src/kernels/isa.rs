@@ -8,7 +8,7 @@
 //! The only unsafe code of the kernels is the call into a variant. It does not know what the kernels compute.
 #![allow(unsafe_code)]
 
-use super::{Near, Ties, body};
+use super::{Fused, Near, Stored, Ties, body};
 use crate::dtype::Float;
 
 /// An instruction set that this CPU has.
@@ -26,18 +26,13 @@ enum Level {
 }
 
 impl Isa {
-    /// The widest instruction set of this CPU.
+    /// The widest instruction set of this CPU; or the one that the environment variable `TIESMITH_ISA` names, if this
+    /// CPU has it. Results are the same: that is what the variable is there to show.
     pub fn detect() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if Self::has_avx512() {
-                return Self(Level::Avx512);
-            }
-            if Self::has_avx2() {
-                return Self(Level::Avx2);
-            }
-        }
-        Self::baseline()
+        let named = std::env::var("TIESMITH_ISA").unwrap_or_default();
+        let sets = Self::available();
+        let widest = sets.last().copied().unwrap_or(Self::baseline());
+        sets.into_iter().find(|isa| isa.name() == named).unwrap_or(widest)
     }
 
     /// What every CPU of the architecture has: SSE2 on x86-64, NEON on aarch64.
@@ -88,7 +83,7 @@ macro_rules! kernels {
     ($(fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
         #[cfg(target_arch = "x86_64")]
         mod avx2 {
-            use super::{Float, Near, Ties, body};
+            use super::{Float, Fused, Near, Stored, Ties, body};
             $(
                 #[target_feature(enable = "avx2")]
                 pub(super) fn $name($($arg: $type),*) $(-> $result)? {
@@ -99,7 +94,7 @@ macro_rules! kernels {
 
         #[cfg(target_arch = "x86_64")]
         mod avx512 {
-            use super::{Float, Near, Ties, body};
+            use super::{Float, Fused, Near, Stored, Ties, body};
             $(
                 #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512cd")]
                 pub(super) fn $name($($arg: $type),*) $(-> $result)? {
@@ -139,7 +134,7 @@ kernels! {
     fn trim_lowest(tau: &mut [f32], ties: Ties, quota: u64) -> (u64, u64);
     fn drop_where(tau: &mut [f32], dropped: &[f32]) -> u64;
     fn count_ties(tau: &[f32], ties: Ties) -> u64;
-    fn histogram(tau: &[f32], low: u32, shift: u32, bins: &mut [u64]) -> u64;
+    fn histogram(tau: &[f32], low: u32, shift: u32, common: u32, bins: &mut [u64]) -> u64;
     fn collect(tau: &[f32], low: u32, high: u32, between: &mut [u32]) -> Near;
     fn elect_mass(taus: &[&[f32]], weights: &[f32], gamma: &mut [f32]);
     fn elect_count(taus: &[&[f32]], gamma: &mut [f32]);
@@ -155,6 +150,7 @@ kernels! {
     fn cholesky(a: &mut [f64], n: usize, tolerance: f64, scratch: &mut [f64]) -> bool;
     fn solve(l: &[f64], n: usize, p: &mut [f64], scratch: &mut [f64]);
     fn all_weights(values: &[f32]) -> bool;
+    fn merge_stored(fused: Fused, stored: &Stored<'_>, out: &mut [u8], kept: &mut [u64]) -> Option<u64>;
     fn dot(a: &[f32], b: &[f32]) -> f64;
     fn scale(values: &mut [f32], factor: f32);
     fn divide(values: &mut [f32], divisor: f32);

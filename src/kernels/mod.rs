@@ -5,6 +5,7 @@
 //! | this one | the entry points: lengths are checked here, then one dispatch on [`Isa`] per call |
 //! | `body.rs` | each algorithm once, safe and branch-free |
 //! | `count.rs` | the ones that count keys around a threshold |
+//! | `fused.rs` | whole merges from stored bytes to stored bytes, for what is common |
 //! | `isa.rs` | the bodies compiled per instruction set, and the only unsafe code |
 //! | `dense.rs` | products and systems of matrices in f64 |
 //! | `fisher.rs` | means with a weight per element |
@@ -30,6 +31,7 @@ mod convert;
 mod count;
 mod dense;
 mod fisher;
+mod fused;
 mod isa;
 #[cfg(test)]
 mod naive;
@@ -210,6 +212,9 @@ pub fn count_ties(isa: Isa, tau: &[f32], ties: Ties) -> u64 {
     isa::count_ties(isa, tau, ties)
 }
 
+/// What is no entry's key: keys have 31 bits.
+pub const NO_KEY: u32 = u32::MAX;
+
 /// Marks a bin of [`histogram`] that holds keys other than its first: without it, the bin's keys are all equal. Never
 /// reached by a count.
 pub const STRAY: u64 = 1 << 63;
@@ -218,9 +223,12 @@ pub const STRAY: u64 = 1 << 63;
 ///
 /// Adds to `bins`; keys below `low` are ignored. A bin that counts a key other than its first is marked with [`STRAY`].
 /// Returns the number of entries at or above the end of the last bin.
-pub fn histogram(isa: Isa, tau: &[f32], low: u32, shift: u32, bins: &mut [u64]) -> u64 {
+///
+/// `common` changes nothing but the time it takes: a key that very many entries have is counted apart, without a visit
+/// to each. [`NO_KEY`] if there is none.
+pub fn histogram(isa: Isa, tau: &[f32], low: u32, shift: u32, common: u32, bins: &mut [u64]) -> u64 {
     assert!(shift < 32, "a key has 31 bits");
-    isa::histogram(isa, tau, low, shift, bins)
+    isa::histogram(isa, tau, low, shift, common, bins)
 }
 
 /// Numbers of keys about two bounds; see [`collect`].
@@ -346,6 +354,68 @@ pub fn solve(isa: Isa, l: &[f64], n: usize, p: &mut [f64], scratch: &mut [f64]) 
     assert!(l.len() == n * n && p.len().is_multiple_of(n.max(1)), "a square matrix and rows as long");
     assert!(scratch.len() >= (n + p.len() / n.max(1)) * PANEL, "scratch");
     isa::solve(isa, l, n, p, scratch);
+}
+
+// ---- From stored bytes to stored bytes ---------------------------------------------------------------------------
+
+/// Most models that [`merge_stored`] has loops for.
+pub const FUSED_MODELS: usize = 8;
+
+/// A merge that [`merge_stored`] knows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Fused {
+    /// Σ w θ / divisor.
+    Average {
+        /// What the sum is divided by.
+        divisor: f32,
+    },
+    /// θ0 + λ Σ w τ.
+    Sum {
+        /// Factor of the sum.
+        lambda: f32,
+    },
+    /// θ0 + λ Σ_A w τ̂ / Σ_A w: [`trim`], [`elect_mass`], [`fill_zero_sign`] and [`combine_mean`].
+    Elected {
+        /// The sign where an election cancels.
+        zero_sign: f32,
+        /// Factor of the mean.
+        lambda: f32,
+    },
+}
+
+/// The inputs of [`merge_stored`]: slices of equal length, stored as `float`.
+#[derive(Debug, Clone, Copy)]
+pub struct Stored<'a> {
+    /// The type of all inputs and of the output.
+    pub float: Float,
+    /// θ0, for a merge of task vectors.
+    pub base: Option<&'a [u8]>,
+    /// θ_t.
+    pub models: &'a [&'a [u8]],
+    /// w_t, finite.
+    pub weights: &'a [f32],
+    /// The smallest key that survives, per model, at least 1; for [`Fused::Elected`].
+    pub min_keys: &'a [u32],
+}
+
+/// A whole merge in one loop: what the other kernels give one after the other, bit for bit.
+///
+/// Adds to `kept` the survivors of each model ([`Fused::Elected`]) and returns the number of positions at which
+/// survivors have either sign (not for [`Fused::Average`]). `None`, and no meaning in `out`, if some input, task vector or
+/// result is not finite, or if there is no such loop for the type and the number of models.
+pub fn merge_stored(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], kept: &mut [u64]) -> Option<u64> {
+    let count = stored.models.len();
+    assert!(stored.models.iter().chain(&stored.base).all(|input| input.len() == out.len()), "equal lengths");
+    assert!(stored.weights.len() == count && kept.len() == count, "one weight and count per model");
+    match fused {
+        Fused::Average { .. } => {}
+        Fused::Sum { .. } => assert!(stored.base.is_some(), "task vectors need a base"),
+        Fused::Elected { .. } => {
+            assert!(stored.base.is_some() && stored.min_keys.len() == count, "task vectors need a base and thresholds");
+            assert!(stored.min_keys.iter().all(|&key| key >= 1), "zeros never survive a trim");
+        }
+    }
+    isa::merge_stored(isa, fused, stored, out, kept)
 }
 
 // ---- Linear -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 //! there is no division.
 
 use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Tile};
-use crate::kernels;
+use crate::kernels::{self, Fused};
 
 /// See the module's documentation.
 pub(super) struct Linear;
@@ -70,5 +70,9 @@ impl Merger for LinearMerger {
         if self.normalize {
             kernels::divide(tile.isa, out, tile.weights.iter().sum());
         }
+    }
+
+    fn fused(&self, weights: &[f32], _majority: f32) -> Option<Fused> {
+        Some(Fused::Average { divisor: if self.normalize { weights.iter().sum() } else { 1.0 } })
     }
 }

@@ -32,7 +32,7 @@ mod ties;
 pub use params::{ParamKind, ParamSpec, Settings, Value};
 
 use crate::error::{Error, Result};
-use crate::kernels::Isa;
+use crate::kernels::{Fused, Isa};
 
 /// Every method, in the order in which they are listed to users.
 pub const METHODS: &[&dyn Method] = &[
@@ -248,6 +248,12 @@ pub trait Merger: Send + Sync {
     }
     /// Writes the merged tile to `out`. `scratch` has the same length and arbitrary content.
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], scratch: &mut [f32]);
+    /// The kernel that does the same as [`Merger::merge`] with the arithmetic before and after it, from stored bytes to
+    /// stored bytes, if there is one for these settings. Only element-wise merges without looks have one.
+    fn fused(&self, weights: &[f32], majority: f32) -> Option<Fused> {
+        let _ = (weights, majority);
+        None
+    }
     /// Whether it divides by the sum of the weights, which then must not be zero.
     fn divides_by_weights(&self) -> bool {
         false

@@ -4,7 +4,7 @@
 //! task. The TIES paper uses λ = 0.4 where there is no validation data.
 
 use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Tile};
-use crate::kernels;
+use crate::kernels::{self, Fused};
 
 /// See the module's documentation.
 pub(super) struct TaskArithmetic;
@@ -89,5 +89,9 @@ impl Merger for TaskArithmeticMerger {
             normalize(tile, out);
         }
         kernels::scale(tile.isa, out, self.lambda);
+    }
+
+    fn fused(&self, _weights: &[f32], _majority: f32) -> Option<Fused> {
+        (!self.normalize).then_some(Fused::Sum { lambda: self.lambda })
     }
 }

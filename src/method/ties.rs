@@ -11,7 +11,7 @@
 
 use super::task_arithmetic::{normalize, normalizes};
 use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Tile};
-use crate::kernels;
+use crate::kernels::{self, Fused};
 
 /// See the module's documentation.
 pub(super) struct Ties;
@@ -206,6 +206,17 @@ impl Merger for TiesMerger {
 
     fn divides_by_weights(&self) -> bool {
         matches!(self.combine, Combine::MeanAll)
+    }
+
+    fn fused(&self, _weights: &[f32], majority: f32) -> Option<Fused> {
+        let zero_sign = match self.zero_sum {
+            ZeroSum::Sign(sign) => sign,
+            ZeroSum::Majority => majority,
+        };
+        match (self.elect, self.combine) {
+            (Elect::Mass, Combine::Mean) if !self.normalize => Some(Fused::Elected { zero_sign, lambda: self.lambda }),
+            _ => None,
+        }
     }
 
     fn sum_of_signs(&self, tile: &Tile<'_>, scratch: &mut [f32]) -> i64 {

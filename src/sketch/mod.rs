@@ -18,7 +18,7 @@ pub use near::NearKeys;
 pub use probe::{Probe, bounds_of_sample};
 pub use select::{Selector, Threshold, select_in_place};
 
-use crate::kernels::{self, Isa, STRAY};
+use crate::kernels::{self, Isa, NO_KEY, STRAY};
 use crate::limits::SKETCH_BINS_MIN;
 
 /// Key bits below the coarse bin.
@@ -69,10 +69,18 @@ impl Bracket {
     }
 }
 
+/// Values after which it is known which key is common.
+const SEEN_ENOUGH: usize = 1 << 17;
+
 /// Counts of keys inside and above a bracket.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct MagnitudeSketch {
     bracket: Bracket,
+    /// A key inside the bracket that very many values have, once enough was seen to tell. Only a help: see
+    /// [`kernels::histogram`].
+    common: u32,
+    /// Values taken in before `common` was settled.
+    seen: usize,
     above: u64,
     /// Counts, with [`STRAY`] on bins of more than one key. Task vectors between 16-bit checkpoints have few different
     /// magnitudes, so that even wide bins hold a single one.
@@ -82,13 +90,13 @@ pub struct MagnitudeSketch {
 impl MagnitudeSketch {
     /// An empty sketch.
     pub fn new(bracket: Bracket) -> Self {
-        Self { bracket, above: 0, bins: vec![0; bracket.bins] }
+        Self { bracket, common: NO_KEY, seen: 0, above: 0, bins: vec![0; bracket.bins] }
     }
 
     /// Empties the sketch and gives it another bracket, keeping its memory.
     pub fn reset(&mut self, bracket: Bracket) {
         self.bracket = bracket;
-        self.above = 0;
+        (self.common, self.seen, self.above) = (NO_KEY, 0, 0);
         self.bins.clear();
         self.bins.resize(bracket.bins, 0);
     }
@@ -100,7 +108,24 @@ impl MagnitudeSketch {
 
     /// Counts the finite values of `tau`.
     pub fn add(&mut self, isa: Isa, tau: &[f32]) {
-        self.above += kernels::histogram(isa, tau, self.bracket.low, self.bracket.shift, &mut self.bins);
+        let Bracket { low, shift, .. } = self.bracket;
+        self.above += kernels::histogram(isa, tau, low, shift, self.common, &mut self.bins);
+        if self.seen < SEEN_ENOUGH {
+            self.seen += tau.len();
+            if self.seen >= SEEN_ENOUGH {
+                self.common = self.most_common();
+            }
+        }
+    }
+
+    /// The key that most values inside the bracket have, if they are worth counting apart: more than one in a hundred of
+    /// all, where the bracket holds but a few of them. Differences of 16-bit weights have such keys.
+    fn most_common(&self) -> u32 {
+        let inside: u64 = self.bins.iter().map(|&bin| count(bin)).sum();
+        let most = self.bins.iter().enumerate().max_by_key(|(_, bin)| count(**bin));
+        let Some((place, &most)) = most else { return NO_KEY };
+        let common = most & STRAY == 0 && count(most) * 100 > self.seen as u64 && inside * 4 < self.seen as u64;
+        if common { self.bracket.keys(place).0 } else { NO_KEY }
     }
 
     /// Adds the counts of a sketch with the same bracket.

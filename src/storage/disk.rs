@@ -20,6 +20,10 @@ use crate::error::{Error, Result, printable};
 /// How often a lock that vanishes while it is taken is taken anew.
 const LOCK_ATTEMPTS: usize = 100;
 
+/// A range of so many bytes is not read but mapped, where the mode leaves it open: a copy of it would not stay in a core's
+/// cache, so that it would be written to memory only to be read from there again.
+const MAPPED_BYTES: usize = 2 << 20;
+
 /// The file system of the operating system.
 #[derive(Debug)]
 pub struct Disk {
@@ -41,7 +45,8 @@ struct DiskInput {
     file: File,
     path: Arc<Path>,
     identity: Identity,
-    mode: IoMode,
+    /// Bytes from which on a range is mapped instead of read.
+    mapped_from: usize,
     faults: Arc<Faults>,
 }
 
@@ -74,7 +79,7 @@ impl InputFile for DiskInput {
     }
 
     fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
-        if self.mode == IoMode::Mmap && window.map(&self.file, &self.path, &self.faults, offset, length) {
+        if length >= self.mapped_from && window.map(&self.file, &self.path, &self.faults, offset, length) {
             // A mapping shows zeros between the end of the file and the end of its last page.
             if self.identity_now()?.bytes >= offset + length as u64 {
                 return Ok(());
@@ -136,8 +141,13 @@ impl Storage for Disk {
             return Err(not_regular(path));
         }
         let identity = system::identity_of(&metadata);
+        let mapped_from = match self.mode {
+            IoMode::Mmap => 0,
+            IoMode::Auto if system::is_local(&file) => MAPPED_BYTES,
+            IoMode::Auto | IoMode::Read => usize::MAX,
+        };
         let faults = Arc::clone(&self.faults);
-        Ok(Box::new(DiskInput { file, path: path.into(), identity, mode: self.mode, faults }))
+        Ok(Box::new(DiskInput { file, path: path.into(), identity, mapped_from, faults }))
     }
 
     fn check_mapped(&self) -> Result<()> {
@@ -368,6 +378,23 @@ mod tests {
                 file.load(&mut window, offset as u64, length).unwrap();
                 assert_eq!(window.bytes(), &content[offset..offset + length], "{mode:?} {offset}");
             }
+        }
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn long_ranges_of_local_files_are_mapped() {
+        let (dir, disk) = disk(IoMode::Auto);
+        let path = dir.path().join("f");
+        let content: Vec<u8> = (0..3 << 20).map(|i: u32| (i * 7) as u8).collect();
+        std::fs::write(&path, &content).unwrap();
+        let file = disk.open(&path).unwrap();
+        let local = system::is_local(&File::open(&path).unwrap());
+        for length in [MAPPED_BYTES - 1, MAPPED_BYTES, content.len()] {
+            let mut window = Window::with_capacity(content.len());
+            file.load(&mut window, 0, length).unwrap();
+            assert!(window.bytes() == &content[..length]);
+            assert_eq!(window.is_mapped(), local && length >= MAPPED_BYTES);
         }
     }
 

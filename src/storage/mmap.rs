@@ -91,6 +91,12 @@ impl Window {
         self.capacity
     }
 
+    /// Whether what it shows is mapped.
+    #[cfg(test)]
+    pub(super) fn is_mapped(&self) -> bool {
+        self.mapping.is_some()
+    }
+
     /// Shows nothing and gives mapped pages back; the buffer is kept.
     pub fn clear(&mut self) {
         self.mapping = None;

@@ -21,7 +21,7 @@ use crate::error::Result;
 /// How inputs are read. Results are identical.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum IoMode {
-    /// Whatever is safest and fastest here: positional reads.
+    /// Long ranges of files on this machine are mapped, everything else is read.
     #[default]
     Auto,
     /// Windows of the file are mapped, used and unmapped.

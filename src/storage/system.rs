@@ -119,6 +119,21 @@ pub(super) fn free_bytes(_path: &Path) -> Result<u64> {
     Ok(u64::MAX)
 }
 
+/// Whether a file is on a file system of this machine, as far as is known. On others, a mapped page may take as long as
+/// a network, or fail as it does.
+#[cfg(target_os = "linux")]
+pub(super) fn is_local(file: &File) -> bool {
+    /// Magic numbers from `statfs(2)`: ext2 to ext4, XFS, Btrfs, F2FS, tmpfs, overlayfs, ZFS, bcachefs.
+    const LOCAL: [u32; 8] =
+        [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x0102_1994, 0x794c_7630, 0x2fc1_2fc1, 0xca45_1a4e];
+    rustix::fs::fstatfs(file).is_ok_and(|stat| LOCAL.contains(&(stat.f_type as u32)))
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(super) fn is_local(_file: &File) -> bool {
+    false
+}
+
 #[cfg(unix)]
 pub(super) fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()

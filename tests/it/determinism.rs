@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::support::family::{Deltas, Family, Output, Saved, Spec, text};
 use crate::support::files::{Layout, read_tree};
 use crate::support::oracle::{Method, Recipe, Scope, TrimTies, ZeroSum};
-use crate::support::run::{Outcome, tiesmith};
+use crate::support::run::{Outcome, command, run, tiesmith};
 use crate::support::statistics;
 
 /// Everything in an output but the manifest, which also records how long the run took.
@@ -112,6 +112,11 @@ fn small_tensors_give_the_same_bytes_again() {
 
 /// `VERB` with a method on as many of `saved`'s models as it takes, with its defaults.
 fn run_by(verb: &str, saved: &Saved, method: &Value, extra: &[&str]) -> Outcome {
+    tiesmith(arguments(verb, saved, method, extra))
+}
+
+/// The arguments of [`run_by`].
+fn arguments(verb: &str, saved: &Saved, method: &Value, extra: &[&str]) -> Vec<String> {
     let name = method["name"].as_str().unwrap();
     let most = method["models"]["max"].as_u64().unwrap_or(u64::MAX).min(saved.models.len() as u64) as usize;
     let mut args = vec![verb.to_owned(), "--method".into(), name.into()];
@@ -123,7 +128,7 @@ fn run_by(verb: &str, saved: &Saved, method: &Value, extra: &[&str]) -> Outcome 
     }
     args.extend(statistics::args(name, &saved.models[..most]));
     args.extend(extra.iter().map(|arg| (*arg).to_owned()));
-    tiesmith(args)
+    args
 }
 
 /// What the refusal of too small a budget says is needed, in bytes.
@@ -166,5 +171,26 @@ fn no_method_depends_on_how_a_run_is_done() {
                 assert!(first == other, "{}: {scope} {run:?}", method["name"]);
             }
         }
+    }
+}
+
+#[test]
+fn no_method_depends_on_the_instruction_set() {
+    let spec = Spec { shapes: vec![("a", vec![100, 257]), ("b", vec![3]), ("c", vec![9_001])], ..Spec::default() };
+    let saved = spec.family().save();
+    for method in tiesmith(["methods", "--json"]).succeeded().json()["methods"].as_array().unwrap() {
+        // One that this CPU does not have is not used: then the widest is.
+        let merged = ["baseline", "avx2", "avx512"].map(|isa| {
+            let dir = tempfile::tempdir().unwrap();
+            let out = text(&dir.path().join("out"));
+            let mut command = command();
+            command.env("TIESMITH_ISA", isa);
+            command.args(arguments("merge", &saved, method, &["--progress=none", "--out", &out]));
+            run(command).succeeded();
+            let mut files = read_tree(dir.path().join("out").as_path());
+            files.remove(&PathBuf::from("tiesmith.json")).expect("an output has a manifest");
+            files
+        });
+        assert!(merged[0] == merged[1] && merged[0] == merged[2], "{}", method["name"]);
     }
 }

@@ -9,7 +9,7 @@ use super::super::slot::{Loaded, Span};
 use super::super::worker::{Worker, with_refs};
 use super::measures::{BIN_SHIFT, BINS, Count, FIRST_EXPONENT, MOMENTS, Shape, Sum, WAYS};
 use crate::error::Result;
-use crate::kernels::{self, Isa, STRAY, Ties};
+use crate::kernels::{self, Isa, NO_KEY, STRAY, Ties};
 use crate::limits::TILE_ELEMENTS;
 use crate::method::Tile;
 
@@ -203,7 +203,7 @@ impl Meter {
         let total = |bins: &[u64]| bins.iter().map(|bin| bin & !STRAY).sum::<u64>();
         let before = total(bins);
         let low = ((FIRST_EXPONENT + 127) as u32) << 23;
-        let above = kernels::histogram(isa, tau, low, BIN_SHIFT, bins);
+        let above = kernels::histogram(isa, tau, low, BIN_SHIFT, NO_KEY, bins);
         bins[0] += nonzero - above - (total(bins) - before);
         bins[BINS - 1] += above;
         self.sums[shape.sum(Sum::Mass)][model] += mass(tau);

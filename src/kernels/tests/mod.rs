@@ -5,6 +5,7 @@
 //!   a bound otherwise.
 
 mod formats;
+mod fused;
 mod merge;
 mod rates;
 mod trim;

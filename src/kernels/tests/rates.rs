@@ -64,10 +64,10 @@ fn rates() {
         });
         let mut bins = vec![0; 65536];
         time("histogram wide", &mut || {
-            histogram(isa, taus[0], 0, 15, &mut bins);
+            histogram(isa, taus[0], 0, 15, NO_KEY, &mut bins);
         });
         time("histogram wide, ties", &mut || {
-            histogram(isa, &tied, 0, 15, &mut bins);
+            histogram(isa, &tied, 0, 15, NO_KEY, &mut bins);
         });
         let mut sorted: Vec<u32> = taus[0].iter().map(|tau| key(*tau)).collect();
         sorted.sort_unstable();
@@ -77,7 +77,7 @@ fn rates() {
             let mut bins = vec![0; (high - low) as usize];
             let size = bins.len();
             time(&format!("histogram {percent}% {size}"), &mut || {
-                histogram(isa, taus[0], low, 0, &mut bins);
+                histogram(isa, taus[0], low, 0, NO_KEY, &mut bins);
             });
         }
         time("elect_mass 4", &mut || elect_mass(isa, &taus, &weights, &mut gamma));

@@ -155,7 +155,7 @@ fn counters_do_not_overflow_within_long_slices() {
         assert_eq!(count_ties(isa, &ones, ties), len as u64);
         assert_eq!(sum_signs(isa, &ones), len as i64);
         let mut bins = [0; 1];
-        assert_eq!(histogram(isa, &ones, 0, 31, &mut bins), 0);
+        assert_eq!(histogram(isa, &ones, 0, 31, NO_KEY, &mut bins), 0);
         assert_eq!(bins, [STRAY | len as u64]);
     }
 }
@@ -209,8 +209,12 @@ fn histograms_count_every_key_once() {
             for (low, shift, size) in shapes.into_iter().chain(more) {
                 let outcome = everywhere(len, |isa, tiles| {
                     let mut bins = vec![7; size];
-                    let above: u64 =
-                        tiles.iter().map(|tile| histogram(isa, &tau[tile.clone()], low, shift, &mut bins)).sum();
+                    // Whatever is said to be common: nothing, the ties, some key, and what is none of the range.
+                    let common = [NO_KEY, half, low.wrapping_add(1), 0, key(tau.first().copied().unwrap_or(1.0))];
+                    let above = |(tile, common): (&Range<usize>, u32)| {
+                        histogram(isa, &tau[tile.clone()], low, shift, common, &mut bins)
+                    };
+                    let above: u64 = tiles.iter().zip(common.into_iter().cycle()).map(above).sum();
                     (bins, above)
                 });
                 let (mut bins, mut above) = (vec![7; size], 0);

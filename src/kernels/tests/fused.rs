@@ -1,0 +1,169 @@
+//! Whole merges in one loop against the same merges kernel by kernel.
+
+use super::*;
+
+const LENGTHS: [usize; 7] = [0, 1, 64, 255, 256, 257, 700];
+const FLOATS: [Float; 3] = [Float::BF16, Float::F16, Float::F32];
+
+/// One merge, kernel by kernel, as [`merge_stored`] does it at once; `None` where something is not finite.
+fn in_steps(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], kept: &mut [u64]) -> Option<u64> {
+    let float = stored.float;
+    let length = out.len() / float.width();
+    let (mut base, mut merged, mut gamma) = (vec![0.0; length], vec![0.0; length], vec![0.0; length]);
+    if let Some(bytes) = stored.base {
+        load(isa, float, bytes, &mut base);
+    }
+    let mut finite = true;
+    let mut input = |(model, bytes): (usize, &&[u8])| {
+        let mut tau = vec![0.0; length];
+        match fused {
+            Fused::Average { .. } => load(isa, float, bytes, &mut tau),
+            _ => finite &= task_vector(isa, float, bytes, &base, &mut tau),
+        }
+        finite &= all_finite(isa, &tau);
+        if let Fused::Elected { .. } = fused {
+            kept[model] += trim(isa, &mut tau, stored.min_keys[model]);
+        }
+        tau
+    };
+    let inputs: Vec<Vec<f32>> = stored.models.iter().enumerate().map(&mut input).collect();
+    let inputs: Vec<&[f32]> = inputs.iter().map(Vec::as_slice).collect();
+    let opposed = match fused {
+        Fused::Average { divisor } => {
+            combine_sum(isa, &inputs, stored.weights, None, &mut merged);
+            divide(isa, &mut merged, divisor);
+            0
+        }
+        Fused::Sum { lambda } => {
+            combine_sum(isa, &inputs, stored.weights, None, &mut merged);
+            scale(isa, &mut merged, lambda);
+            add(isa, &mut merged, &base);
+            conflicts(isa, &inputs)
+        }
+        Fused::Elected { zero_sign, lambda } => {
+            elect_mass(isa, &inputs, stored.weights, &mut gamma);
+            if zero_sign != 0.0 {
+                fill_zero_sign(isa, &mut gamma, zero_sign);
+            }
+            combine_mean(isa, &inputs, stored.weights, Some(&gamma), &mut merged);
+            scale(isa, &mut merged, lambda);
+            add(isa, &mut merged, &base);
+            conflicts(isa, &inputs)
+        }
+    };
+    (store(isa, float, &merged, out, false) && finite).then_some(opposed)
+}
+
+/// All merges with some settings each.
+fn merges() -> Vec<Fused> {
+    let mut merges = vec![Fused::Average { divisor: 1.0 }, Fused::Average { divisor: -2.3 }];
+    for lambda in [1.0, 0.37, -1.5] {
+        merges.push(Fused::Sum { lambda });
+        merges.extend([0.0, 1.0, -1.0].map(|zero_sign| Fused::Elected { zero_sign, lambda }));
+    }
+    merges
+}
+
+/// Stored checkpoints, the first being base, and how they differ from it.
+fn checkpoints(float: Float, len: usize, count: usize, value: impl Fn(u64) -> Vec<f32>) -> Vec<Vec<u8>> {
+    let base = value(0);
+    let each = |seed: u64| {
+        let mut values = value(seed);
+        if seed > 0 {
+            // Task vectors with ties: few different ones, and zeros.
+            values.iter_mut().zip(&base).for_each(|(value, base)| *value = base + *value * 0.25);
+        }
+        let mut bytes = vec![0; len * float.width()];
+        store(Isa::baseline(), float, &values, &mut bytes, false);
+        bytes
+    };
+    (0..=count as u64).map(each).collect()
+}
+
+/// Both ways, over all of the data and tile by tile, on every instruction set.
+fn assert_alike(float: Float, len: usize, checkpoints: &[Vec<u8>], fused: Fused, weights: &[f32]) -> Option<u64> {
+    let min_keys: Vec<u32> =
+        (0..weights.len()).map(|model| [0.004f32.to_bits(), 1, 0.01f32.to_bits()][model % 3]).collect();
+    type Merge = fn(Isa, Fused, &Stored<'_>, &mut [u8], &mut [u64]) -> Option<u64>;
+    let run = |merge: Merge, isa: Isa, tiles: &[Range<usize>]| {
+        let mut out = vec![0; len * float.width()];
+        let mut kept = vec![0; weights.len()];
+        let mut opposed = Some(0);
+        for tile in tiles {
+            let bytes = tile.start * float.width()..tile.end * float.width();
+            let models: Vec<&[u8]> = checkpoints[1..].iter().map(|bytes_of| &bytes_of[bytes.clone()]).collect();
+            let base = Some(&checkpoints[0][bytes.clone()]);
+            let stored = Stored { float, base, models: &models, weights, min_keys: &min_keys };
+            let found = merge(isa, fused, &stored, &mut out[bytes], &mut kept);
+            opposed = opposed.and_then(|sum| Some(sum + found?));
+        }
+        // Without an answer nothing else has a meaning.
+        opposed.map(|opposed| (out, kept, opposed))
+    };
+    let expected = everywhere(len, |isa, tiles| run(in_steps, isa, tiles));
+    let found = everywhere(len, |isa, tiles| run(merge_stored, isa, tiles));
+    assert_eq!(found, expected, "{float:?}, {} models, {fused:?}", weights.len());
+    found.map(|(_, _, opposed)| opposed)
+}
+
+#[test]
+fn one_loop_does_what_the_kernels_do_in_turn() {
+    for float in FLOATS {
+        let most = if float == Float::BF16 { FUSED_MODELS } else { 4 };
+        for count in 1..=most {
+            let len = LENGTHS[count % LENGTHS.len()];
+            for len in [len, 300] {
+                let checkpoints = checkpoints(float, len, count, |seed| coarse(len, seed));
+                for (index, fused) in merges().into_iter().enumerate() {
+                    let weights: Vec<f32> =
+                        (0..count).map(|t| [[1.0, 1.0, 1.0], [0.5, 0.3, -0.2]][index % 2][t % 3]).collect();
+                    assert!(assert_alike(float, len, &checkpoints, fused, &weights).is_some(), "finite");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn whatever_is_not_finite_is_left_to_the_other_kernels() {
+    for float in FLOATS {
+        let len = 600;
+        for finite in [true, false] {
+            let checkpoints = checkpoints(float, len, 3, |seed| wild(len, seed, finite));
+            for fused in merges() {
+                assert_alike(float, len, &checkpoints, fused, &[1.0, 0.5, -3.0]);
+            }
+        }
+        // A single one, anywhere: in base, in a model, in the result.
+        let calm = checkpoints(float, len, 2, |seed| noise(len, seed));
+        for (party, place) in [(0, 0), (1, 255), (2, 256), (1, 599)] {
+            let mut checkpoints = calm.clone();
+            let bytes = place * float.width()..(place + 1) * float.width();
+            store(Isa::baseline(), float, &[f32::NEG_INFINITY], &mut checkpoints[party][bytes], false);
+            for fused in merges() {
+                let unread = party == 0 && matches!(fused, Fused::Average { .. });
+                assert_eq!(assert_alike(float, len, &checkpoints, fused, &[1.0, 1.0]).is_some(), unread);
+            }
+        }
+        let huge = 3e38;
+        let narrow = float == Float::F16;
+        let fused = Fused::Average { divisor: 1.0 };
+        assert_eq!(assert_alike(float, len, &calm, fused, &[huge, huge]).is_none(), narrow);
+        let fused = Fused::Average { divisor: f32::MIN_POSITIVE };
+        assert_eq!(assert_alike(float, len, &calm, fused, &[huge, huge]), None);
+    }
+}
+
+#[test]
+fn other_types_and_more_models_have_no_loop() {
+    let bytes = [0u8; 16];
+    let merge = |float, count: usize| {
+        let models = vec![&bytes[..]; count];
+        let stored = Stored { float, base: Some(&bytes), models: &models, weights: &vec![1.0; count], min_keys: &[] };
+        merge_stored(Isa::detect(), Fused::Sum { lambda: 1.0 }, &stored, &mut [1; 16], &mut vec![0; count])
+    };
+    assert_eq!(merge(Float::BF16, FUSED_MODELS), Some(0));
+    for (float, count) in [(Float::BF16, 9), (Float::BF16, 0), (Float::F32, 5), (Float::F64, 1), (Float::E4M3, 1)] {
+        assert_eq!(merge(float, count), None);
+    }
+}
