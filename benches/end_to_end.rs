@@ -28,6 +28,7 @@ cargo bench --bench end_to_end -- [OPTIONS]
 
   --dir DIR       Where data and outputs go: choose the file system to measure [default: a temporary directory]
   --full          1.5 billion parameters (20 GB free in DIR) instead of 30 million
+  --divide N      With --full: one N-th of the parameters [default: 1]
   --only PART     One of merge, scaling, start-up, packed, cold (the last two only run when named)
   --memory SIZE   Limit given to every merge [default: 1GB]
   --threads N     Threads of merges and reference [default: 2]
@@ -104,6 +105,7 @@ struct Options {
     dir: Option<PathBuf>,
     out: Option<PathBuf>,
     full: bool,
+    divide: u64,
     only: Option<String>,
     memory: String,
     threads: usize,
@@ -119,6 +121,7 @@ impl Options {
             dir: None,
             out: None,
             full: false,
+            divide: 1,
             only: None,
             memory: "1GB".into(),
             threads: 2,
@@ -136,6 +139,7 @@ impl Options {
                 "--out" => options.out = Some(value()?.into()),
                 "--full" => options.full = true,
                 "--small" => options.full = false,
+                "--divide" => options.divide = value()?.parse().map_err(|_| "--divide needs a number".to_string())?,
                 "--only" => options.only = Some(value()?),
                 "--memory" => options.memory = value()?,
                 "--threads" => options.threads = number(value()?)?,
@@ -148,8 +152,8 @@ impl Options {
                 other => return Err(format!("unknown option {other}")),
             }
         }
-        if options.threads == 0 || options.runs == 0 {
-            return Err("--threads and --runs begin at 1".into());
+        if options.threads == 0 || options.runs == 0 || options.divide == 0 {
+            return Err("--threads, --runs and --divide begin at 1".into());
         }
         match &options.only {
             Some(only) if PARTS.iter().all(|(part, _)| part != only) => Err(format!("--only {only}: no such part")),
@@ -195,7 +199,7 @@ impl Drop for Data {
 
 impl Bench {
     fn shape(&self) -> Shape {
-        if self.options.full { Shape::FULL } else { Shape::SMALL }
+        if self.options.full { Shape::FULL.divided(self.options.divide) } else { Shape::SMALL }
     }
 
     fn data(&self, name: &str, shape: Shape, models: usize) -> io::Result<Data> {
@@ -339,7 +343,7 @@ impl Bench {
 
     /// Threads, parameters and models, each against twice (or four times) as many.
     fn scaling(&self) -> io::Result<()> {
-        let shape = if self.options.full { Shape::FULL.divided(4) } else { Shape::SMALL };
+        let shape = if self.options.full { Shape::FULL.divided(4 * self.options.divide) } else { Shape::SMALL };
         let data = self.data("scaling", shape, 8)?;
         let half = self.data("scaling-half", shape.divided(2), 3)?;
         let threads = self.options.threads;

@@ -22,7 +22,7 @@ const LOCK_ATTEMPTS: usize = 100;
 
 /// A range of so many bytes is not read but mapped, where the mode leaves it open: a copy of it would not stay in a core's
 /// cache, so that it would be written to memory only to be read from there again.
-const MAPPED_BYTES: usize = 2 << 20;
+const LONG_BYTES: usize = 2 << 20;
 
 /// The file system of the operating system.
 #[derive(Debug)]
@@ -143,7 +143,7 @@ impl Storage for Disk {
         let identity = system::identity_of(&metadata);
         let mapped_from = match self.mode {
             IoMode::Mmap => 0,
-            IoMode::Auto if system::is_local(&file) => MAPPED_BYTES,
+            IoMode::Auto if system::is_local(&file) => LONG_BYTES,
             IoMode::Auto | IoMode::Read => usize::MAX,
         };
         let faults = Arc::clone(&self.faults);
@@ -390,11 +390,11 @@ mod tests {
         std::fs::write(&path, &content).unwrap();
         let file = disk.open(&path).unwrap();
         let local = system::is_local(&File::open(&path).unwrap());
-        for length in [MAPPED_BYTES - 1, MAPPED_BYTES, content.len()] {
+        for length in [LONG_BYTES - 1, LONG_BYTES, content.len()] {
             let mut window = Window::with_capacity(content.len());
             file.load(&mut window, 0, length).unwrap();
             assert!(window.bytes() == &content[..length]);
-            assert_eq!(window.is_mapped(), local && length >= MAPPED_BYTES);
+            assert_eq!(window.is_mapped(), local && length >= LONG_BYTES);
         }
     }
 
