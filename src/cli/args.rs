@@ -32,7 +32,7 @@ pub struct Cli {
 
 const EXAMPLES: &str = "\
 A checkpoint (CKPT) is a directory of .safetensors files with or without an index, one .safetensors file, an \
-.index.json file, or a Hub id (org/name[@revision]) that is in the local Hugging Face cache. MODEL+ADAPTER is a \
+.index.json file, the same of PyTorch (.bin, .pt, .pth), or a Hub id (org/name[@revision]) that is in the local Hugging Face cache. MODEL+ADAPTER is a \
 checkpoint with a PEFT adapter (LoRA or (IA)3) on it; an adapter alone as a --model is one on --base.
 
 Examples:
