@@ -15,6 +15,7 @@ use tiesmith::{
 
 use super::analyze::AnalyzeArgs;
 use super::parse;
+use super::perturb::PerturbArgs;
 use super::progress::Mode;
 use super::statistics::StatisticsArgs;
 use super::sweep;
@@ -80,6 +81,13 @@ Examples:
   One threshold per tensor, three densities
     tiesmith analyze --base llama --model chat --model code --scope tensor --densities 10%,20%,40% --out report";
 
+const PERTURB_EXAMPLES: &str = "\
+Examples:
+  Flip a third of the signs of the 20% largest changes
+    tiesmith perturb chat --base llama --flip-sign top --density 20% --probability 0.33 --out flipped
+  The same share of the 80% smallest ones
+    tiesmith perturb chat --base llama --flip-sign bottom --density 80% --probability 0.33 --out flipped-small";
+
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Merge models into a new checkpoint
@@ -98,6 +106,12 @@ pub enum Command {
     /// command goes on with an interrupted run.
     #[command(after_help = ANALYZE_EXAMPLES)]
     Analyze(Box<AnalyzeArgs>),
+    /// Flip signs of a fine-tune's changes at random: how much do they matter? (the TIES paper's Figure 7)
+    ///
+    /// Writes a checkpoint: base plus the task vector, in which the sign of each of the largest (or smallest) entries is
+    /// flipped with the probability given. Everything else is as in a merge of one model.
+    #[command(after_help = PERTURB_EXAMPLES)]
+    Perturb(Box<PerturbArgs>),
     /// Show what is in a checkpoint
     #[command(after_help = "Examples:\n  tiesmith inspect llama\n  tiesmith inspect merged --stats")]
     Inspect(InspectArgs),

@@ -44,6 +44,7 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
     if plan.trim.is_some() {
         text.push_str(&kept(&report, &models));
     }
+    text.push_str(&surviving(&report, &models));
     if plan.method.needs_base() {
         let share = human::percent(report.sign_conflict_fraction);
         line(&mut text, "sign conflicts", &format!("{share} of the merged parameters"));
@@ -74,7 +75,7 @@ fn line(text: &mut String, label: &str, value: &str) {
 }
 
 /// What was done, for people.
-fn summary(report: &Report) -> String {
+pub fn summary(report: &Report) -> String {
     let mut text = String::new();
     let mut line = |label, value: String| line(&mut text, label, &value);
     line("merged into", printable(&report.out));
@@ -108,6 +109,19 @@ fn kept(report: &Report, models: &[&str]) -> String {
     text
 }
 
+/// What of each model points the way the merged task vector does.
+fn surviving(report: &Report, models: &[&str]) -> String {
+    let mut text = String::new();
+    // Of one model, everything does.
+    for (index, (&share, model)) in
+        report.surviving_fraction.iter().zip(models).enumerate().filter(|_| models.len() > 1)
+    {
+        let label = if index == 0 { "survives" } else { "" };
+        line(&mut text, label, &format!("{} of what is kept of {}", human::percent(share), printable(model)));
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,6 +140,7 @@ mod tests {
             chunks_reused: 1,
             kept_fraction: vec![0.2, 0.2003],
             kept_interval: None,
+            surviving_fraction: vec![0.9, 0.875],
             sign_conflict_fraction: 0.0312,
             warnings: Vec::new(),
         }
@@ -146,6 +161,9 @@ kept            20 % of chat
 ";
         let report = report();
         assert_eq!(summary(&report) + &kept(&report, &["chat", "code"]), expected);
+        let expected = "survives        90 % of what is kept of chat\n                87.5 % of what is kept of code\n";
+        assert_eq!(surviving(&report, &["chat", "code"]), expected);
+        assert_eq!(surviving(&report, &["chat"]), "");
     }
 
     #[test]

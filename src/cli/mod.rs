@@ -19,6 +19,7 @@ mod methods;
 mod output;
 mod pack;
 mod parse;
+mod perturb;
 mod plan;
 mod progress;
 mod signals;
@@ -68,6 +69,7 @@ fn dispatch(command: Command) -> Result<u8> {
         Command::Sweep(_) => unreachable!("it is dealt with above"),
         Command::Merge(args) => merge::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Perturb(args) => perturb::run(args),
         Command::Analyze(args) => analyze::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Diff(args) => diff::run(args),

@@ -43,6 +43,18 @@ pub(super) enum Cut {
         /// As in `Sample`.
         draw_key: u64,
     },
+    /// Everything; entries with keys from `least` on, or below it, change their sign where a draw is below `accept`, which
+    /// every draw is if there is none.
+    Flip {
+        /// Smallest key of the largest entries.
+        least: u32,
+        /// Whether the entries below it are flipped.
+        below: bool,
+        /// Share that is flipped, of 2^64.
+        accept: Option<u64>,
+        /// As in `Sample`.
+        draw_key: u64,
+    },
     /// What has a draw below its probability, which depends on its rank in its row: see [`Ranked::apply`].
     Ranked(Ranked),
 }
@@ -115,6 +127,16 @@ impl Cut {
         Self::Ranked(Ranked { least: density - epsilon, most: density + epsilon, rescale, scale: 1.0, draw_key: 0 })
     }
 
+    /// Flips signs with a probability where this cut keeps entries, or where it does not.
+    pub(super) fn flipped(self, below: bool, probability: f64) -> Self {
+        let least = match self {
+            Self::Nothing => u32::MAX,
+            cut => cut.min_key().unwrap_or(1),
+        };
+        let accept = (probability < 1.0).then(|| share_of_draws(probability));
+        Self::Flip { least, below, accept, draw_key: 0 }
+    }
+
     /// Keeps each entry with probability `density`, below 1.
     pub(super) fn random(density: f64, scale: f32) -> Self {
         Self::Random { accept: share_of_draws(density), scale, draw_key: 0 }
@@ -147,7 +169,7 @@ impl Cut {
 
     /// The same cut, with its draws keyed to one tensor of one model.
     pub(super) fn for_tensor(self, seed: u64, model: usize, tensor: &str) -> Self {
-        if !matches!(self, Self::Sample { .. } | Self::Random { .. } | Self::Ranked(_)) {
+        if !matches!(self, Self::Sample { .. } | Self::Random { .. } | Self::Ranked(_) | Self::Flip { .. }) {
             return self;
         }
         let mut hasher = blake3::Hasher::new();
@@ -161,6 +183,7 @@ impl Cut {
             Self::Sample { ties, accept, .. } => Self::Sample { ties, accept, draw_key },
             Self::Random { accept, scale, .. } => Self::Random { accept, scale, draw_key },
             Self::Ranked(ranked) => Self::Ranked(Ranked { draw_key, ..ranked }),
+            Self::Flip { least, below, accept, .. } => Self::Flip { least, below, accept, draw_key },
             other => other,
         }
     }
@@ -175,7 +198,7 @@ impl Cut {
     }
 
     /// Trims `tau`, whose first element has index `first` in its tensor; `seen` counts the ties before it, for rules
-    /// that go by position. Returns the number of survivors that are not zero.
+    /// that go by position. Returns the number of survivors that are not zero; of entries flipped, where it flips.
     pub(super) fn apply(&self, isa: Isa, tau: &mut [f32], first: u64, seen: &mut u64) -> u64 {
         match *self {
             Self::NonZero => kernels::trim(isa, tau, 1),
@@ -191,6 +214,18 @@ impl Cut {
                 kept
             }
             Self::Ranked(_) => unreachable!("ranks need whole rows"),
+            Self::Flip { least, below, accept, draw_key } => {
+                let mut flipped = 0;
+                for (value, index) in tau.iter_mut().zip(first..) {
+                    let key = kernels::key(*value);
+                    let drawn = || accept.is_none_or(|accept| kernels::draw(draw_key, index) < accept);
+                    if key != 0 && (key < least) == below && drawn() {
+                        *value = -*value;
+                        flipped += 1;
+                    }
+                }
+                flipped
+            }
             Self::Lowest { ties, quota } => {
                 let here = if *seen < quota { kernels::count_ties(isa, tau, ties) } else { 0 };
                 let before = *seen;

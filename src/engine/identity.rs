@@ -12,7 +12,7 @@ use crate::plan::Plan;
 use crate::storage::InputFile;
 
 /// Version of the journal's format.
-const JOURNAL_VERSION: u32 = 2;
+const JOURNAL_VERSION: u32 = 3;
 const ADVICE: &str = "use --restart to start over, or another --out";
 
 /// The first record.

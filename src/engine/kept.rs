@@ -37,7 +37,7 @@ pub(super) struct Kept {
 
 impl Kept {
     pub(super) fn new(plan: &Plan) -> Self {
-        Self { tally: Tally { kept: vec![0; plan.models()], ..Tally::default() }, ..Self::default() }
+        Self { tally: Tally::of(plan.models()), ..Self::default() }
     }
 
     /// Whether an earlier attempt left anything.
@@ -65,7 +65,7 @@ impl Kept {
         };
         // Each element is read once of each checkpoint and each layer of it, in at most 8 bytes.
         let most_read = range.count.saturating_mul(16 * (plan.checkpoints.len() + plan.models()) as u64);
-        let numbers = counted(&range.kept, 1) && counted(&range.ties, plan.bounds());
+        let numbers = counted(&range.kept, 1) && counted(&range.agreeing, 1) && counted(&range.ties, plan.bounds());
         let numbers = numbers && range.conflicts <= range.count && range.bytes_read <= most_read;
         if range.tensor as usize >= plan.tensors.len() || !numbers {
             return false;
@@ -100,6 +100,7 @@ impl Kept {
         self.tally.bytes_read += range.bytes_read;
         self.tally.conflicts += range.conflicts;
         add(&mut self.tally.kept, &range.kept);
+        add(&mut self.tally.agreeing, &range.agreeing);
         if !range.kept.is_empty() {
             let survivors = self.survivors.entry(range.tensor).or_insert_with(|| vec![0; plan.models()]);
             add(survivors, &range.kept);

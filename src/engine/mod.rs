@@ -52,7 +52,7 @@ use worker::Tally;
 
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::limits::MAX_SIDE_FILE_BYTES;
-use crate::method::Inputs;
+use crate::method::{Inputs, Sparsify};
 use crate::plan::{Goal, Plan, Schedule};
 use crate::plan::{ThresholdKind, TrimTies};
 use crate::storage::Storage;
@@ -127,6 +127,10 @@ pub struct Report {
     /// Per model: certified interval of that fraction, where thresholds come from a sketch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept_interval: Option<Vec<[f64; 2]>>,
+    /// Per model: survivors whose sign is that of the merged task vector, as a fraction of all its survivors; empty for
+    /// methods without task vectors.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub surviving_fraction: Vec<f64>,
     /// Fraction of merged elements whose survivors disagree in sign.
     pub sign_conflict_fraction: f64,
     /// What the user should know.
@@ -268,6 +272,7 @@ fn report(
         chunks_reused: 0,
         kept_interval: kept_interval(plan, thresholds),
         kept_fraction,
+        surviving_fraction: surviving(plan, tally),
         sign_conflict_fraction: share(tally.conflicts, tally.merged),
         warnings,
     }
@@ -282,7 +287,8 @@ fn differing_warning(plan: &Plan, differing: &BTreeSet<u32>) -> Option<String> {
 
 /// A kept fraction far above what was asked for comes from ties at the threshold; that is worth knowing.
 fn tie_warnings(plan: &Plan, schedule: &Schedule, kept: &[u64]) -> Vec<String> {
-    if !plan.selects() || plan.trim.as_ref().is_none_or(|t| t.ties != TrimTies::Keep) {
+    let flips = matches!(plan.params[0].merger.sparsify(0), Sparsify::Flip { .. });
+    if flips || !plan.selects() || plan.trim.as_ref().is_none_or(|t| t.ties != TrimTies::Keep) {
         return Vec::new();
     }
     let mut wanted = vec![0; plan.models()];
@@ -325,6 +331,22 @@ fn kept_interval(plan: &Plan, thresholds: &Thresholds) -> Option<Vec<[f64; 2]>> 
     plan.trim.as_ref().filter(|t| plan.selects() && t.threshold == ThresholdKind::Sketch)?;
     let share = |(model, bounds): (usize, &[u64; 2])| bounds.map(|n| share(n, plan.merged_elements(model)));
     Some(thresholds.survivors.iter().enumerate().map(share).collect())
+}
+
+/// What of each model's survivors points the way the merged task vector does.
+fn surviving(plan: &Plan, tally: &Tally) -> Vec<f64> {
+    let flips = matches!(plan.params[0].merger.sparsify(0), Sparsify::Flip { .. });
+    match plan.needs().inputs {
+        _ if flips => Vec::new(),
+        Inputs::Weights => Vec::new(),
+        Inputs::TrimmedTaskVectors => {
+            tally.agreeing.iter().zip(&tally.kept).map(|(&of, &all)| share(of, all)).collect()
+        }
+        // Untrimmed: of all entries.
+        Inputs::TaskVectors => {
+            (0..plan.models()).map(|model| share(tally.agreeing[model], plan.merged_elements(model))).collect()
+        }
+    }
 }
 
 /// `part` of `whole`, 0 of nothing.

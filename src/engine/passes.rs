@@ -142,6 +142,9 @@ impl<'a> Passes<'a> {
             for (total, kept) in sum.kept.iter_mut().zip(&worker.tally.kept) {
                 *total += kept;
             }
+            for (total, agreeing) in sum.agreeing.iter_mut().zip(&worker.tally.agreeing) {
+                *total += agreeing;
+            }
         }
         sum
     }

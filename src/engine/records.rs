@@ -41,6 +41,8 @@ pub(super) struct RangeDone {
     pub conflicts: u64,
     /// Per model: survivors; empty if there are none.
     pub kept: Vec<u64>,
+    /// Per model: survivors with the sign of the merged task vector; empty if there are none.
+    pub agreeing: Vec<u64>,
     /// Per model: ties with a threshold whose ties are kept by position; empty where that is not asked for.
     pub ties: Vec<u64>,
     /// What was written, in order and without gaps.
@@ -67,7 +69,10 @@ impl Entry {
         let lists = match self {
             Self::Unit(unit) => size_of_val(&*unit.found) + size_of_val(&*unit.facts),
             Self::Range(range) => {
-                size_of_val(&*range.kept) + size_of_val(&*range.ties) + range.pieces.capacity() * size_of::<Piece>()
+                size_of_val(&*range.kept)
+                    + size_of_val(&*range.agreeing)
+                    + size_of_val(&*range.ties)
+                    + range.pieces.capacity() * size_of::<Piece>()
             }
         };
         size_of::<Self>() + lists
@@ -114,7 +119,7 @@ fn encode_range(range: &RangeDone, out: &mut Vec<u8>) {
     for number in [range.start, range.count, range.bytes_read, range.conflicts] {
         out.extend(number.to_le_bytes());
     }
-    for counts in [&range.kept, &range.ties] {
+    for counts in [&range.kept, &range.agreeing, &range.ties] {
         out.extend((counts.len() as u32).to_le_bytes());
         counts.iter().for_each(|n| out.extend(n.to_le_bytes()));
     }
@@ -156,9 +161,9 @@ fn decode_unit(rest: &mut Rest<'_>) -> Option<UnitDone> {
 fn decode_range(rest: &mut Rest<'_>) -> Option<RangeDone> {
     let (tensor, differs) = (rest.u32()?, rest.byte()? != 0);
     let [start, count, bytes_read, conflicts] = [rest.u64()?, rest.u64()?, rest.u64()?, rest.u64()?];
-    let (kept, ties) = (rest.list(Rest::u64)?, rest.list(Rest::u64)?);
+    let (kept, agreeing, ties) = (rest.list(Rest::u64)?, rest.list(Rest::u64)?, rest.list(Rest::u64)?);
     let pieces = rest.list(|rest| Some(Piece { bytes: rest.u32()?, digest: rest.take()? }))?;
-    Some(RangeDone { tensor, start, count, differs, bytes_read, conflicts, kept, ties, pieces })
+    Some(RangeDone { tensor, start, count, differs, bytes_read, conflicts, kept, agreeing, ties, pieces })
 }
 
 /// What is left of a payload.
@@ -217,6 +222,7 @@ mod tests {
                 bytes_read: 4,
                 conflicts: 5,
                 kept: vec![6, 7],
+                agreeing: vec![5, 7],
                 ties: vec![8],
                 pieces,
             }),

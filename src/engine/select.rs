@@ -187,7 +187,11 @@ pub(super) fn tensor_cuts(plan: &Plan, chunk: Chunk, cuts: &[Cut], facts: &[f64]
         _ => Cut::NonZero,
     };
     let cut = |(at, cut): (usize, &Cut)| {
-        let cut = if plan.method.draws() { drawn(at).scaled(factor(at)) } else { *cut };
+        let cut = match params.merger.sparsify(at % plan.models()) {
+            Sparsify::Flip { below, probability } => cut.flipped(below, probability),
+            _ if plan.method.draws() => drawn(at).scaled(factor(at)),
+            _ => *cut,
+        };
         cut.for_tensor(plan.seed, at % plan.models(), name)
     };
     cuts.iter().enumerate().map(cut).collect()

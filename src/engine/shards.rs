@@ -132,6 +132,7 @@ impl ChunkWriter<'_> {
             bytes_read: tally.bytes_read,
             conflicts: tally.conflicts,
             kept: if none(&tally.kept) { Vec::new() } else { tally.kept },
+            agreeing: if none(&tally.agreeing) { Vec::new() } else { tally.agreeing },
             ties: if none(&ties) { Vec::new() } else { ties },
             pieces: self.pieces,
         })))

@@ -237,14 +237,17 @@ fn model_card(plan: &Plan, report: &Report) -> String {
         plan.method.formula(),
         plan.method.reference()
     ));
-    card.push_str("| role | checkpoint | parameters | kept |\n|---|---|---|---|\n");
+    card.push_str("| role | checkpoint | parameters | kept | survives |\n|---|---|---|---|---|\n");
     let mut kept = report.kept_fraction.iter();
+    let mut survives = report.surviving_fraction.iter();
     for input in summary {
         let params: Vec<String> = input.params.iter().map(|(name, value)| format!("{name} {value}")).collect();
         let kept = if input.role == "model" { kept.next() } else { None };
-        let kept = kept.map_or(String::new(), |k| format!("{:.2} %", k * 100.0));
+        let survives = if input.role == "model" { survives.next() } else { None };
+        let share = |share: Option<&f64>| share.map_or(String::new(), |share| format!("{:.2} %", share * 100.0));
+        let (kept, survives) = (share(kept), share(survives));
         let source = printable(&base_name(&input.source)).replace('|', "\\|");
-        card.push_str(&format!("| {} | `{source}` | {} | {kept} |\n", input.role, params.join(", ")));
+        card.push_str(&format!("| {} | `{source}` | {} | {kept} | {survives} |\n", input.role, params.join(", ")));
     }
     card.push_str(&format!("\nSign conflicts: {:.2} % of the parameters.\n", report.sign_conflict_fraction * 100.0));
     card.push_str("\n## Recipe\n\n```json\n");

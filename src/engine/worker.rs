@@ -24,12 +24,21 @@ use crate::sketch::{Bracket, MagnitudeSketch, NearKeys};
 pub(super) struct Tally {
     /// Per model: survivors of the trim that are not zero.
     pub kept: Vec<u64>,
+    /// Per model: survivors whose sign is that of the merged task vector.
+    pub agreeing: Vec<u64>,
     /// Elements whose survivors disagree in sign.
     pub conflicts: u64,
     /// Merged elements.
     pub merged: u64,
     /// Tensor bytes loaded.
     pub bytes_read: u64,
+}
+
+impl Tally {
+    /// Nothing, of so many models.
+    pub(super) fn of(models: usize) -> Self {
+        Self { kept: vec![0; models], agreeing: vec![0; models], ..Self::default() }
+    }
 }
 
 /// f32 views of one tile.
@@ -105,8 +114,8 @@ impl Worker {
             order: Vec::with_capacity(if plan.needs().rows { longest } else { 0 }),
             near: Vec::new(),
             near_keys: near_keys(schedule.slot_elements) as usize,
-            tally: Tally { kept: vec![0; plan.models()], ..Tally::default() },
-            mark: Tally { kept: vec![0; plan.models()], ..Tally::default() },
+            tally: Tally::of(plan.models()),
+            mark: Tally::of(plan.models()),
             rereads: false,
         }
     }
@@ -139,9 +148,10 @@ impl Worker {
 
     /// What was counted for the current chunk.
     pub(super) fn counted(&self) -> Tally {
-        let Tally { kept, conflicts, merged, bytes_read } = &self.tally;
+        let Tally { kept, agreeing, conflicts, merged, bytes_read } = &self.tally;
         Tally {
             kept: kept.iter().zip(&self.mark.kept).map(|(now, then)| now - then).collect(),
+            agreeing: agreeing.iter().zip(&self.mark.agreeing).map(|(now, then)| now - then).collect(),
             conflicts: conflicts - self.mark.conflicts,
             merged: merged - self.mark.merged,
             bytes_read: bytes_read - self.mark.bytes_read,
@@ -527,6 +537,11 @@ impl Worker {
                 let tile = Tile { isa, inputs, weights, statistics, oracle, majority: *majority, facts, row };
                 merger.merge(&tile, &mut out[..length], &mut scratch[..length]);
             });
+            if span.data.plan.needs().inputs != Inputs::Weights {
+                for (&(model, _), input) in merge.models.iter().zip(inputs) {
+                    self.tally.agreeing[model as usize] += kernels::agreeing(self.isa, input, &out[..length]);
+                }
+            }
         });
     }
 

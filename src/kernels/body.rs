@@ -406,6 +406,20 @@ pub(super) fn sum_signs(gamma: &[f32]) -> i64 {
 }
 
 #[inline(always)]
+pub(super) fn agreeing(tau: &[f32], other: &[f32]) -> u64 {
+    let mut total = 0;
+    // Short runs, whose count fits the lanes that compare.
+    for (tau, other) in tau.chunks(1024).zip(other.chunks(1024)) {
+        let mut count = 0u32;
+        for (a, b) in tau.iter().zip(other) {
+            count += (mask(*a > 0.0) & mask(*b > 0.0) | mask(*a < 0.0) & mask(*b < 0.0)) & 1;
+        }
+        total += u64::from(count);
+    }
+    total
+}
+
+#[inline(always)]
 pub(super) fn conflicts(taus: &[&[f32]]) -> u64 {
     let len = taus.first().map_or(0, |tau| tau.len());
     let tail = len - len % LANES;

@@ -141,6 +141,7 @@ kernels! {
     fn sign_of(values: &[f32], gamma: &mut [f32]);
     fn fill_zero_sign(gamma: &mut [f32], sign: f32);
     fn sum_signs(gamma: &[f32]) -> i64;
+    fn agreeing(tau: &[f32], other: &[f32]) -> u64;
     fn conflicts(taus: &[&[f32]]) -> u64;
     fn combine_mean(taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]);
     fn combine_sum(taus: &[&[f32]], weights: &[f32], gamma: Option<&[f32]>, out: &mut [f32]);

@@ -289,6 +289,12 @@ pub fn conflicts(isa: Isa, taus: &[&[f32]]) -> u64 {
     isa::conflicts(isa, taus)
 }
 
+/// The number of positions at which both have the same sign, zeros having none.
+pub fn agreeing(isa: Isa, tau: &[f32], other: &[f32]) -> u64 {
+    assert_eq!(tau.len(), other.len());
+    isa::agreeing(isa, tau, other)
+}
+
 // ---- Disjoint merge -----------------------------------------------------------------------------------------------
 
 /// Asserts what the combining kernels need.

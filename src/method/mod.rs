@@ -20,6 +20,7 @@ mod nearswap;
 mod nuslerp;
 mod params;
 mod passthrough;
+mod perturb;
 mod ram;
 mod ramplus;
 mod regmean;
@@ -33,6 +34,9 @@ pub use params::{ParamKind, ParamSpec, Settings, Value};
 
 use crate::error::{Error, Result};
 use crate::kernels::{Fused, Isa};
+
+/// Methods of commands of their own, which nobody names.
+const INTERNAL: &[&dyn Method] = &[&perturb::PERTURB];
 
 /// Every method, in the order in which they are listed to users.
 pub const METHODS: &[&dyn Method] = &[
@@ -62,7 +66,7 @@ pub const METHODS: &[&dyn Method] = &[
 
 /// The method called `name`, or an error that lists what there is.
 pub fn find(name: &str) -> Result<&'static dyn Method> {
-    METHODS.iter().copied().find(|m| m.name() == name).ok_or_else(|| {
+    METHODS.iter().chain(INTERNAL).copied().find(|m| m.name() == name).ok_or_else(|| {
         let names: Vec<_> = METHODS.iter().map(|m| m.name()).collect();
         Error::usage(format!("unknown method {name:?}")).help(format!("one of: {}", names.join(", ")))
     })
@@ -93,6 +97,14 @@ pub enum Sparsify {
     Random {
         /// Factor of what is kept.
         scale: f32,
+    },
+    /// Nothing is dropped: of the ⌊K·d⌋ entries of largest magnitude, or of the others, each changes its sign with a
+    /// probability.
+    Flip {
+        /// Of the others.
+        below: bool,
+        /// That probability.
+        probability: f64,
     },
     /// The entry of rank r by magnitude in its row of C, the smallest having 0, is kept with probability
     /// p = K − ε + 2ε r / (C − 1).

@@ -430,5 +430,6 @@ fn the_sample_conflicts_as_its_merge_says() {
     close(&merged["sign_conflict_fraction"], &chosen["conflict_fraction"]);
     for model in 0..5 {
         close(&merged["kept_fraction"][model], &chosen["kept_fraction"][model]);
+        close(&merged["surviving_fraction"][model], &looked["overall"]["survival"][model]["of_kept"]);
     }
 }

@@ -15,6 +15,7 @@
 //! | `analyze` | every number of a report against its definition |
 //! | `bad_input` | one line, exit code 2, nothing written |
 //! | `cli` | verbs, help, reports, exit codes |
+//! | `perturb` | signs flipped where they should be, and nowhere else |
 //! | `properties` | what must hold for every method of the registry |
 //! | `packed` | packed task vectors: there and back, as inputs, damaged |
 //! | `output` | the files of a finished output |
@@ -43,6 +44,7 @@ mod merges;
 mod methods;
 mod output;
 mod packed;
+mod perturb;
 mod properties;
 mod recipes;
 mod regmean;

@@ -1,0 +1,104 @@
+//! `tiesmith perturb`: the signs of a fine-tune's largest or smallest changes, flipped at random.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use clap::ValueEnum;
+use tiesmith::{Error, ModelInput, Observer, OutputOptions, Plan, Recipe, Result, Run, Schedule, Value};
+
+use super::args::RunArgs;
+use super::progress::Progress;
+use super::{disk, human, merge, parse, print, print_json, signals};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Side {
+    /// The entries of largest magnitude
+    Top,
+    /// The entries of smallest magnitude
+    Bottom,
+}
+
+#[derive(Debug, Args)]
+pub struct PerturbArgs {
+    /// The fine-tuned checkpoint
+    #[arg(value_name = "CKPT")]
+    pub checkpoint: String,
+
+    /// The checkpoint that it was fine-tuned from
+    #[arg(long, value_name = "CKPT")]
+    pub base: String,
+
+    /// Flip signs among the largest or among the smallest entries of the task vector
+    #[arg(long, value_name = "SIDE")]
+    pub flip_sign: Side,
+
+    /// How many of the entries count as largest, or as smallest: 0.2 or 20%
+    #[arg(long, value_name = "FRACTION", default_value = "0.2", value_parser = parse::fraction)]
+    pub density: f64,
+
+    /// Probability with which each of them is flipped
+    #[arg(long, value_name = "FRACTION", default_value = "1", value_parser = parse::fraction)]
+    pub probability: f64,
+
+    /// Seed of the draws; equal seeds give equal bytes
+    #[arg(long, value_name = "N", default_value = "0", value_parser = parse::whole)]
+    pub seed: u64,
+
+    /// Directory of the perturbed checkpoint
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Replace a finished output
+    #[arg(long)]
+    pub force: bool,
+
+    /// Throw an unfinished run's work away instead of going on with it
+    #[arg(long)]
+    pub restart: bool,
+
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// Runs the command.
+pub fn run(args: &PerturbArgs) -> Result<u8> {
+    signals::install();
+    for (name, value) in [("--density", args.density), ("--probability", args.probability)] {
+        if !(0.0..=1.0).contains(&value) {
+            return Err(Error::usage(format!("{name} {value} is not between 0 and 1")));
+        }
+    }
+    let storage = disk(args.run.io);
+    let progress = Progress::new(args.run.report.progress);
+    let (side, largest) = match args.flip_sign {
+        Side::Top => ("top", args.density),
+        Side::Bottom => ("bottom", 1.0 - args.density),
+    };
+    let mut recipe = Recipe {
+        method: "perturb".into(),
+        base: Some(args.base.clone()),
+        models: vec![ModelInput { source: args.checkpoint.clone(), ..ModelInput::default() }],
+        seed: args.seed,
+        ..Recipe::default()
+    };
+    let numbers = [("density", largest), ("probability", args.probability)];
+    let values = numbers.map(|(name, value)| (name, Value::Number(value)));
+    for (name, value) in values.into_iter().chain([("side", Value::Word(side.into()))]) {
+        recipe.params.insert(name.into(), value.into());
+    }
+    let plan = Plan::new(&recipe, &storage)?;
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    let run = Run { memory_bytes: args.run.memory, threads: args.run.threads.unwrap_or_else(cores) };
+    let schedule = Schedule::new(&plan, run)?;
+    let output = OutputOptions { dir: args.out.clone(), force: args.force, restart: args.restart };
+    let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
+    for warning in &report.warnings {
+        progress.warn(warning);
+    }
+    drop(progress);
+    if args.run.report.json {
+        return print_json(&report);
+    }
+    let flipped = human::percent(report.kept_fraction.first().copied().unwrap_or(0.0));
+    print(&format!("{}{:<15} {flipped} of the task vector\n", merge::summary(&report), "flipped"))
+}
