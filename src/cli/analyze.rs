@@ -24,6 +24,14 @@ const MODELS: usize = 24;
 /// Most numbers of models with a line of their own.
 const SIZES: usize = 8;
 
+/// What the help shows.
+pub const EXAMPLES: &str = "\
+Examples:
+  Will these two get along, and at which density?
+    tiesmith analyze --base llama --model chat --model code --out report
+  One threshold per tensor, three densities
+    tiesmith analyze --base llama --model chat --model code --scope tensor --densities 10%,20%,40% --out report";
+
 #[derive(Debug, Args)]
 pub struct AnalyzeArgs {
     #[command(flatten)]

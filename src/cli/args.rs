@@ -74,20 +74,6 @@ Examples:
   A packed task vector is trimmed already
     tiesmith merge --base llama --model chat.tvz --model code.tvz --density 1 --out merged";
 
-const ANALYZE_EXAMPLES: &str = "\
-Examples:
-  Will these two get along, and at which density?
-    tiesmith analyze --base llama --model chat --model code --out report
-  One threshold per tensor, three densities
-    tiesmith analyze --base llama --model chat --model code --scope tensor --densities 10%,20%,40% --out report";
-
-const PERTURB_EXAMPLES: &str = "\
-Examples:
-  Flip a third of the signs of the 20% largest changes
-    tiesmith perturb chat --base llama --flip-sign top --density 20% --probability 0.33 --out flipped
-  The same share of the 80% smallest ones
-    tiesmith perturb chat --base llama --flip-sign bottom --density 80% --probability 0.33 --out flipped-small";
-
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Merge models into a new checkpoint
@@ -104,13 +90,13 @@ pub enum Command {
     /// conflict and how that grows with the number of models, how alike the task vectors are, and what of each model a
     /// merge would hold. Writes report.html, report.json and figures as SVG. Reads inputs twice, in bounded memory; the same
     /// command goes on with an interrupted run.
-    #[command(after_help = ANALYZE_EXAMPLES)]
+    #[command(after_help = super::analyze::EXAMPLES)]
     Analyze(Box<AnalyzeArgs>),
     /// Flip signs of a fine-tune's changes at random: how much do they matter? (the TIES paper's Figure 7)
     ///
     /// Writes a checkpoint: base plus the task vector, in which the sign of each of the largest (or smallest) entries is
     /// flipped with the probability given. Everything else is as in a merge of one model.
-    #[command(after_help = PERTURB_EXAMPLES)]
+    #[command(after_help = super::perturb::EXAMPLES)]
     Perturb(Box<PerturbArgs>),
     /// Show what is in a checkpoint
     #[command(after_help = "Examples:\n  tiesmith inspect llama\n  tiesmith inspect merged --stats")]

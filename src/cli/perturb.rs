@@ -10,6 +10,14 @@ use super::args::RunArgs;
 use super::progress::Progress;
 use super::{disk, human, merge, parse, print, print_json, signals};
 
+/// What the help shows.
+pub const EXAMPLES: &str = "\
+Examples:
+  Flip a third of the signs of the 20% largest changes
+    tiesmith perturb chat --base llama --flip-sign top --density 20% --probability 0.33 --out flipped
+  The same share of the 80% smallest ones
+    tiesmith perturb chat --base llama --flip-sign bottom --density 80% --probability 0.33 --out flipped-small";
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Side {
     /// The entries of largest magnitude

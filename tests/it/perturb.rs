@@ -67,7 +67,8 @@ fn signs_are_flipped_on_the_side_chosen_and_nowhere_else() {
     .enumerate()
     {
         let out = format!("out{number}");
-        let flags = [format!("--flip-sign={side}"), format!("--density={density}"), format!("--probability={probability}")];
+        let flags =
+            [format!("--flip-sign={side}"), format!("--density={density}"), format!("--probability={probability}")];
         let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--json"]).collect();
         let report = perturb(&saved, &out, &flags).succeeded().json();
         let after = tau(&family.base, &read_checkpoint(&saved.path(&out)));
@@ -84,7 +85,10 @@ fn signs_are_flipped_on_the_side_chosen_and_nowhere_else() {
         let share = flipped as f64 / count;
         assert!((report["kept_fraction"][0].as_f64().unwrap() - share).abs() < 1e-9);
         let spread = 5.0 * (eligible as f64 * probability * (1.0 - probability)).sqrt();
-        assert!((flipped as f64 - eligible as f64 * probability).abs() <= spread, "{flipped} of {eligible}: {probability}");
+        assert!(
+            (flipped as f64 - eligible as f64 * probability).abs() <= spread,
+            "{flipped} of {eligible}: {probability}"
+        );
     }
 }
 

@@ -85,7 +85,15 @@ fn what_is_finished_stays_and_the_report_says_so() {
         assert_eq!((after.ino(), after.modified().unwrap()), (before.ino(), before.modified().unwrap()));
     }
     assert!(report["resumed"] == true && report["chunks_reused"] == 3, "{report}");
-    for same in ["kept_fraction", "surviving_fraction", "sign_conflict_fraction", "bytes_read", "bytes_written", "tensors", "elements"] {
+    for same in [
+        "kept_fraction",
+        "surviving_fraction",
+        "sign_conflict_fraction",
+        "bytes_read",
+        "bytes_written",
+        "tensors",
+        "elements",
+    ] {
         assert_eq!(report[same], expected[same], "{same}");
     }
 }

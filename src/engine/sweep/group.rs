@@ -436,7 +436,7 @@ impl<'a> Group<'a> {
     ) -> Result<()> {
         let union = worker.tally.clone();
         let result = outs.iter().try_for_each(|&out| {
-            worker.tally = Tally { kept: vec![0; self.outs[out].plan.models()], ..Tally::default() };
+            worker.tally = Tally::of(self.outs[out].plan.models());
             worker.begin();
             slot.renumber(&self.outs[out].places);
             work(worker, slot, out)
@@ -467,6 +467,7 @@ impl<'a> Group<'a> {
         counted.bytes_read = plan.pieces(chunk.tensor, Wanted::All).map(|piece| locate(plan, chunk, piece).2).sum();
         let tally = &mut lock(&self.counts[out]).tally;
         tally.kept.iter_mut().zip(&counted.kept).for_each(|(sum, kept)| *sum += kept);
+        tally.agreeing.iter_mut().zip(&counted.agreeing).for_each(|(sum, agreeing)| *sum += agreeing);
         tally.conflicts += counted.conflicts;
         tally.merged += counted.merged;
         tally.bytes_read = tally.bytes_read.saturating_add(counted.bytes_read);

@@ -460,6 +460,7 @@ impl FrameWriter<'_> {
             bytes_read: tally.bytes_read,
             conflicts: tally.conflicts,
             kept: if none(&tally.kept) { Vec::new() } else { tally.kept },
+            agreeing: if none(&tally.agreeing) { Vec::new() } else { tally.agreeing },
             ties: if none(&ties) { Vec::new() } else { ties },
             // The chunks vouch for themselves.
             pieces: vec![Written { bytes: (self.at - self.start) as u32, digest: [0; 16] }],
