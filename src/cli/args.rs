@@ -381,7 +381,7 @@ pub struct InspectArgs {
     #[arg(long)]
     pub tensors: bool,
 
-    /// Read every float tensor: least, greatest, mean, deviation, zeros, NaN and infinities of each
+    /// Read every float tensor: least, greatest, mean, deviation (with a bar), zeros, NaN and infinities of each
     #[arg(long)]
     pub stats: bool,
 

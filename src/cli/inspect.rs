@@ -7,12 +7,15 @@ use serde::Serialize;
 use tiesmith::{Checkpoint, InspectReport, IoMode, Observer, Result, Storage, TensorStats, printable};
 
 use super::args::InspectArgs;
+use super::bars::bar;
 use super::progress::Progress;
 use super::table::Table;
 use super::{disk, human, print, print_json};
 
 /// Largest config.json that is looked at, in bytes.
 const MAX_CONFIG_BYTES: u64 = 16_000_000;
+/// Characters of a bar.
+const BAR: usize = 8;
 /// How many of the largest tensors the summary names.
 const LARGEST: usize = 5;
 
@@ -130,20 +133,23 @@ fn summary(report: &InspectReport, config: &Config) -> String {
 }
 
 fn list(tensors: &[TensorStats], stats: bool) -> String {
-    let mut table = Table::new("  ", "lllrrrrrrrrl");
-    let figures = ["least", "greatest", "mean", "deviation", "zeros", "NaN", "inf"];
-    let figures = if stats { figures } else { [""; 7] };
+    let mut table = Table::new("  ", "lllrrrrrlrrrl");
+    let figures = ["least", "greatest", "mean", "deviation", "", "zeros", "NaN", "inf"];
+    let figures = if stats { figures } else { [""; 8] };
+    let deviations = tensors.iter().filter_map(|tensor| tensor.stats?.std);
+    let widest = deviations.fold(0.0, f64::max);
     table.row(["name", "type", "shape", "size"].into_iter().chain(figures).chain(["file"]));
     for tensor in tensors {
         let cells =
             [printable(&tensor.name), tensor.dtype.clone(), human::shape(&tensor.shape), human::bytes(tensor.bytes)];
         let file = printable(&tensor.file);
-        table.row(cells.into_iter().chain(figure_cells(tensor)).chain([file]));
+        table.row(cells.into_iter().chain(figure_cells(tensor, widest)).chain([file]));
     }
     table.render()
 }
 
-fn figure_cells(tensor: &TensorStats) -> [String; 7] {
+/// The figures of a tensor; a bar shows its deviation beside the `widest` one.
+fn figure_cells(tensor: &TensorStats, widest: f64) -> [String; 8] {
     let Some(stats) = &tensor.stats else {
         return Default::default();
     };
@@ -156,6 +162,7 @@ fn figure_cells(tensor: &TensorStats) -> [String; 7] {
         value(stats.max),
         value(stats.mean),
         value(stats.std),
+        stats.std.map_or_else(String::new, |std| bar(std / widest, BAR)),
         count(stats.zeros),
         count(stats.nan),
         count(stats.inf),
@@ -227,11 +234,13 @@ Largest tensors
             nan: 0,
             inf: 0,
         };
-        let text = list(&[tensor("b", 2, Some(stats)), tensor("c", 4, None)], true);
+        let narrow = ValueStats { std: Some(0.0213 / 4.0), zeros: 0, ..stats };
+        let text = list(&[tensor("b", 2, Some(stats)), tensor("c", 4, None), tensor("d", 2, Some(narrow))], true);
         let expected = "  \
-  name  type  shape         size  least  greatest     mean  deviation   zeros  NaN  inf  file
-  b     BF16  [2, 4096]  16.4 kB  -0.12         3  1.50e-6     0.0213  12,345    -    -  model.safetensors
-  c     BF16  [4, 4096]  32.8 kB                                                         model.safetensors
+  name  type  shape         size  least  greatest     mean  deviation             zeros  NaN  inf  file
+  b     BF16  [2, 4096]  16.4 kB  -0.12         3  1.50e-6     0.0213  ████████  12,345    -    -  model.safetensors
+  c     BF16  [4, 4096]  32.8 kB                                                                   model.safetensors
+  d     BF16  [2, 4096]  16.4 kB  -0.12         3  1.50e-6    0.00532  ██             -    -    -  model.safetensors
 ";
         assert_eq!(text, expected, "\n{text}");
         assert!(!list(&[tensor("b", 2, None)], false).contains("NaN"));

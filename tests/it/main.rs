@@ -15,6 +15,7 @@
 //! | `analyze` | every number of a report against its definition |
 //! | `bad_input` | one line, exit code 2, nothing written |
 //! | `cli` | verbs, help, reports, exit codes |
+//! | `page` | the page of a report in a browser, where one is asked for |
 //! | `perturb` | signs flipped where they should be, and nowhere else |
 //! | `properties` | what must hold for every method of the registry |
 //! | `packed` | packed task vectors: there and back, as inputs, damaged |
@@ -44,6 +45,7 @@ mod merges;
 mod methods;
 mod output;
 mod packed;
+mod page;
 mod perturb;
 mod properties;
 mod recipes;
