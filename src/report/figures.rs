@@ -422,13 +422,14 @@ fn survival(analysis: &Analysis) -> Figure {
     let names: Vec<String> = ["entries kept", "Σ|τ| of the whole"].map(String::from).into();
     let mut canvas = plot(&names);
     let shown = analysis.models.len().min(MATRIX);
-    let marks = analysis.models.iter().take(shown).enumerate();
-    let room = (WIDTH - 66.0) / shown as f64 / 7.0;
-    let marks = marks.map(|(at, name)| {
-        let text = if shown > 14 { (at + 1).to_string() } else { shorten(name, (room as usize).max(3)) };
+    let room = ((WIDTH - 76.0) / shown as f64 / 7.0) as usize;
+    let shown_models = analysis.models.iter().take(shown);
+    let numbered = shown_models.clone().any(|name| name.chars().count() > room.max(6));
+    let marks = shown_models.enumerate().map(|(at, name)| {
+        let text = if numbered { (at + 1).to_string() } else { name.clone() };
         (at as f64 + 0.5, text)
     });
-    let label = if shown > 14 { "model, by its number" } else { "model" };
+    let label = if numbered { "model, by its number" } else { "model" };
     canvas.axes(
         &Axis::marked(label, (0.0, shown as f64), marks.collect()),
         &Axis::linear("share that points the merged way", (0.0, 1.0), percent),
