@@ -211,9 +211,9 @@ fn very_many_tensors_stay_within_the_least_that_works() {
     }
 }
 
-/// What is packed, read from packed files, and made together is in the sum too.
+/// What is packed, read from packed files, made together, and looked at is in the sum too.
 #[test]
-fn packing_and_sweeping_stay_within_the_budget() {
+fn packing_sweeping_and_looking_stay_within_the_budget() {
     const LIMIT: u64 = 96_000_000;
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let place = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
@@ -245,6 +245,9 @@ fn packing_and_sweeping_stay_within_the_budget() {
     let sweep = [&["sweep"][..], &models].concat();
     run(&sweep, &["--threads=2", "--lambda=0.5,1", "--density=0.2,0.4", "--io=mmap"], &out);
     run(&sweep, &["--threads=2", "--lambda=1,2", "--scope=tensor", "--packed"], &out);
+    let look = [&["analyze"][..], &models].concat();
+    run(&look, &["--threads=2"], &out);
+    run(&look, &["--threads=3", "--scope=tensor", "--io=mmap", "--densities=0.1,0.4"], &out);
 }
 
 /// Vocabularies are read before anything is planned; what that takes is in the sum too.
