@@ -268,6 +268,14 @@ impl Bench {
         self.measure(&mut command)
     }
 
+    /// A look at the family, which writes a report instead of a model.
+    fn run_look(&self, checkpoints: &[PathBuf]) -> child::Run {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tiesmith"));
+        command.arg("analyze").arg("--out").arg(&self.out).args(["--progress", "json"]);
+        self.inputs(&mut command, checkpoints, &[], self.options.threads);
+        self.measure(&mut command)
+    }
+
     /// What the program says it will do.
     fn plan(&self, checkpoints: &[PathBuf], flags: &[&str]) -> Value {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tiesmith"));
@@ -292,14 +300,16 @@ impl Bench {
         let threads = self.options.threads;
         let plans: Vec<Value> = CASES.iter().map(|case| self.plan(&data.checkpoints, case.flags)).collect();
         let outputs = output_lengths(&plans[0]);
-        let mut reference = Vec::new();
+        let (mut reference, mut looks) = (Vec::new(), Vec::new());
         let mut runs: Vec<Vec<child::Run>> = CASES.iter().map(|_| Vec::new()).collect();
         // The first round only warms up.
         for round in 0..=self.options.runs {
             let moved = self.run_reference(&data.checkpoints, &outputs, threads)?;
             let merged: Vec<_> = CASES.iter().map(|c| self.run_merge(&data.checkpoints, c.flags, threads)).collect();
+            let look = self.run_look(&data.checkpoints);
             if round > 0 {
                 reference.push(moved);
+                looks.push(look);
                 runs.iter_mut().zip(merged).for_each(|(runs, run)| runs.push(run));
             }
         }
@@ -333,6 +343,7 @@ impl Bench {
         for ((case, runs), plan) in CASES.iter().zip(&runs).zip(&plans) {
             row(case.name, runs, case.bar, Some(plan));
         }
+        row("analyze, model scope, six densities", &looks, None, None);
         println!("\n### Stages, median seconds\n");
         for (case, runs) in CASES.iter().zip(&runs) {
             println!("- {}: {}", case.name, stages(runs));
