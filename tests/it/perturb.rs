@@ -28,7 +28,7 @@ fn family() -> Family {
             .map(|base| {
                 at += 1;
                 let size = (at.wrapping_mul(2_654_435_761) % 16_381) as f32 / 65_536.0;
-                base + if at % 3 == 0 { -size } else { size }
+                base + if at.is_multiple_of(3) { -size } else { size }
             })
             .collect();
         *tensor = crate::support::tensor::Tensor::floats(Dtype::F32, &tensor.shape, &theta);
