@@ -67,7 +67,7 @@ Examples:
 
 const PACK_EXAMPLES: &str = "\
 Examples:
-  The 20 % of the task vector with the largest magnitudes: six to eight times smaller
+  The 20 % of the task vector with the largest magnitudes: about five times smaller
     tiesmith pack chat --base llama --density 0.2 --out chat.tvz
   All that differs, whatever it is
     tiesmith pack chat --base llama --density 1 --out chat.tvz
