@@ -373,7 +373,8 @@ fn range(tensor: u32, start: u64, count: u64, kept: &[u64], pieces: &[u32]) -> V
     [start, count, 0, 0].iter().for_each(|n| entry.extend(n.to_le_bytes()));
     entry.extend((kept.len() as u32).to_le_bytes());
     kept.iter().for_each(|n| entry.extend(n.to_le_bytes()));
-    entry.extend(0u32.to_le_bytes());
+    // No survivors with the merged sign, and no ties.
+    entry.extend([0u32.to_le_bytes(), 0u32.to_le_bytes()].concat());
     entry.extend((pieces.len() as u32).to_le_bytes());
     for piece in pieces {
         entry.extend(piece.to_le_bytes());
