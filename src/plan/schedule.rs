@@ -185,7 +185,7 @@ impl Schedule {
         let mut schedule = Self {
             threads: cut.threads,
             direct: demand.direct,
-            chunk_elements: cut.slot_elements.min(CHUNK_ELEMENTS),
+            chunk_elements: cut.slot_elements.min(CHUNK_ELEMENTS.max(demand.granule)),
             units,
             slot_elements: cut.slot_elements,
             widths: demand.widths,
@@ -507,7 +507,7 @@ impl Demand {
         if self.grouped.is_empty() {
             return Vec::new();
         }
-        let streamed_chunk = cut.slot_elements.min(CHUNK_ELEMENTS);
+        let streamed_chunk = cut.slot_elements.min(CHUNK_ELEMENTS.max(self.granule));
         let elements = |tensors: &[u32]| tensors.iter().map(|&t| plan.length(t)).sum::<u64>();
         if !self.tensor_scope {
             let used: u64 = cut.terms.iter().map(|(_, b)| b).sum();
