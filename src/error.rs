@@ -97,6 +97,12 @@ impl Error {
         self
     }
 
+    /// Says something else to do next.
+    #[must_use]
+    pub fn replace_help(self, help: impl Into<String>) -> Self {
+        Self { help: Some(help.into()), ..self }
+    }
+
     /// The same facts, seen as a problem of the input rather than of the work.
     #[must_use]
     pub fn as_input(mut self) -> Self {

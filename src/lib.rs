@@ -52,9 +52,10 @@ mod storage;
 pub use checkpoint::Checkpoint;
 pub use dtype::{Dtype, Float, dtype_name};
 pub use engine::{
-    AnalysisReport, Change, Damage, DamagedFile, DiffOptions, DiffReport, DtypeTotal, InspectReport, Observer,
-    OutputOptions, PackOutput, PackReport, Report, Study, SweepEntry, SweepOptions, SweepReport, TensorDiff,
-    TensorStats, ValueStats, Variant, VerifyReport, analyze, diff, inspect, is_finished, merge, pack, sweep, verify,
+    AnalysisReport, Change, Damage, DamagedFile, DiffOptions, DiffReport, DtypeTotal, InspectReport, Job, Observer,
+    OutputOptions, PackOutput, PackReport, Part, PartReport, Report, Stage, Study, SweepEntry, SweepOptions,
+    SweepReport, TensorDiff, TensorStats, ValueStats, Variant, VerifyReport, analyze, diff, finish, inspect,
+    is_finished, merge, pack, run_part, sweep, verify,
 };
 pub use error::{Error, ErrorKind, Result, printable};
 pub use method::{METHODS, Method, ParamKind, ParamSpec, Statistics, Value};

@@ -39,6 +39,8 @@ pub const MAX_RECIPE_DOCUMENTS: usize = 1_000;
 
 /// Most outputs of a sweep that are made together: each has a thread that follows its writes, and open files.
 pub const MAX_SWEEP_GROUP: usize = 128;
+/// Most parts of one merge: as many as shards, and some to spare.
+pub const MAX_PARTS: usize = 10_000;
 
 /// Most models in one merge: each needs a tile in every worker.
 pub const MAX_MODELS: usize = 128;

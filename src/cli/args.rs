@@ -3,6 +3,9 @@
 //! Names of methods and words of method parameters are taken from the registry of methods, so that help, validation
 //! and shell completions cannot disagree with it.
 
+mod parts;
+mod words;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -19,6 +22,10 @@ use super::perturb::PerturbArgs;
 use super::progress::Mode;
 use super::statistics::StatisticsArgs;
 use super::sweep;
+
+use words::{dtypes, io_modes};
+
+pub use parts::{FinishArgs, PlanArgs, ResourceArgs, RunPartArgs, SlurmArgs};
 
 /// Merge fine-tuned models that do not fit in memory
 ///
@@ -83,7 +90,7 @@ pub enum Command {
     ///
     /// Takes the arguments of 'merge'. Only headers are read.
     #[command(after_help = "Example:\n  tiesmith plan --base llama --model chat --model code --memory 1GiB")]
-    Plan(Box<MergeArgs>),
+    Plan(Box<PlanArgs>),
     /// Show how models would get in each other's way, in a report with figures; no model is written
     ///
     /// Measures, per tensor, kind of layer, layer and overall: what the trim keeps at several densities, where signs
@@ -98,6 +105,18 @@ pub enum Command {
     /// flipped with the probability given. Everything else is as in a merge of one model.
     #[command(after_help = super::perturb::EXAMPLES)]
     Perturb(Box<PerturbArgs>),
+    /// Do one part of a merge that was planned with 'plan --save', on any of several machines
+    ///
+    /// A part is a number of whole output shards. Parts may run at once or one after the other, on machines that share
+    /// the inputs' and the output's file system; what is done is not done again. 'finish' publishes the output.
+    #[command(after_help = parts::RUN_EXAMPLES)]
+    Run(RunPartArgs),
+    /// Publish the output of a merge whose parts are all done
+    #[command(after_help = "Example:\n  tiesmith finish job.plan")]
+    Finish(FinishArgs),
+    /// Print a script that submits a planned merge to Slurm, in parts
+    #[command(after_help = parts::SLURM_EXAMPLES)]
+    Slurm(SlurmArgs),
     /// Show what is in a checkpoint
     #[command(after_help = "Examples:\n  tiesmith inspect llama\n  tiesmith inspect merged --stats")]
     Inspect(InspectArgs),
@@ -142,7 +161,8 @@ impl Cli {
         let matches = command.try_get_matches_from_mut(argv)?;
         let mut cli = Self::from_arg_matches(&matches).map_err(|e| e.format(&mut command))?;
         match (&mut cli.command, matches.subcommand()) {
-            (Command::Merge(args) | Command::Plan(args), Some((_, matches))) => args.given = given(matches),
+            (Command::Merge(args), Some((_, matches))) => args.given = given(matches),
+            (Command::Plan(args), Some((_, matches))) => args.merge.given = given(matches),
             (Command::Sweep(args), Some((_, matches))) => args.given = given(matches),
             _ => {}
         }
@@ -342,11 +362,7 @@ pub struct RunArgs {
     pub threads: Option<usize>,
 
     /// How inputs are read; results are identical
-    #[arg(long, value_name = "MODE", default_value = "auto", value_parser = choice(&[
-        ("auto", "map long windows of local files, read the rest", IoMode::Auto),
-        ("mmap", "map windows of the files", IoMode::Mmap),
-        ("read", "read into buffers; for network file systems", IoMode::Read),
-    ]))]
+    #[arg(long, value_name = "MODE", default_value = "auto", value_parser = io_modes())]
     pub io: IoMode,
 
     #[command(flatten)]
@@ -628,18 +644,6 @@ fn tie_rules() -> impl TypedValueParser<Value = TrimTies> {
         ("lowest", "those at the lowest positions fill up the count exactly", TrimTies::Lowest),
         ("sample", "an evenly spread seeded sample meets the count on average", TrimTies::Sample),
     ])
-}
-
-/// The types that can be asked for, with the names that other tools use for them.
-fn dtypes() -> impl TypedValueParser<Value = Float> {
-    static TYPES: [(Float, &[&str]); 3] =
-        [(Float::F32, &["fp32", "f32"]), (Float::BF16, &["bf16"]), (Float::F16, &["fp16", "f16"])];
-    let words = TYPES.iter().map(|(float, aliases)| PossibleValue::new(float.torch_name()).aliases(*aliases));
-    PossibleValuesParser::new(words).map(|word| {
-        let named =
-            |(float, aliases): &&(Float, &[&str])| float.torch_name() == word || aliases.contains(&word.as_str());
-        TYPES.iter().find(named).expect("clap checked the word").0
-    })
 }
 
 fn methods() -> PossibleValuesParser {

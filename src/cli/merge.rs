@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
-use tiesmith::{Observer, OutputOptions, Report, Result, Schedule, Storage, printable};
+use tiesmith::{Observer, OutputOptions, Plan, Report, Result, Schedule, Storage, printable};
 
 use super::args::MergeArgs;
 use super::jobs::{self, Job};
@@ -25,7 +25,6 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
     }
     let progress = Progress::new(args.run.report.progress);
     let plan = last.plan(&storage)?;
-    let recipe = last.recipe;
     // Elsewhere they come with the result: a failed run's one line of error stands alone.
     for warning in plan.warnings.iter().filter(|_| progress.is_watched()) {
         progress.warn(warning);
@@ -36,15 +35,20 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
         progress.warn(warning);
     }
     drop(progress);
-    if args.run.report.json {
-        return print_json(&report);
+    show(&plan, &report, args.run.report.json)
+}
+
+/// Prints what was done.
+pub fn show(plan: &Plan, report: &Report, json: bool) -> Result<u8> {
+    if json {
+        return print_json(report);
     }
-    let models: Vec<&str> = recipe.models.iter().map(|model| model.source.as_str()).collect();
-    let mut text = summary(&report);
+    let models: Vec<&str> = plan.recipe.models.iter().map(|model| model.source.as_str()).collect();
+    let mut text = summary(report);
     if plan.trim.is_some() {
-        text.push_str(&kept(&report, &models));
+        text.push_str(&kept(report, &models));
     }
-    text.push_str(&surviving(&report, &models));
+    text.push_str(&surviving(report, &models));
     if plan.method.needs_base() {
         let share = human::percent(report.sign_conflict_fraction);
         line(&mut text, "sign conflicts", &format!("{share} of the merged parameters"));

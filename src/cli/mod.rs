@@ -9,8 +9,10 @@ mod args;
 mod bars;
 mod completions;
 mod diff;
+mod finish;
 mod human;
 mod inspect;
+mod job;
 mod jobs;
 mod lower;
 mod man;
@@ -22,7 +24,10 @@ mod parse;
 mod perturb;
 mod plan;
 mod progress;
+mod ranks;
+mod run;
 mod signals;
+mod slurm;
 mod statistics;
 mod sweep;
 mod table;
@@ -71,6 +76,9 @@ fn dispatch(command: Command) -> Result<u8> {
         Command::Plan(args) => plan::run(args),
         Command::Perturb(args) => perturb::run(args),
         Command::Analyze(args) => analyze::run(args),
+        Command::Run(args) => run::run(args),
+        Command::Finish(args) => finish::run(args),
+        Command::Slurm(args) => slurm::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Diff(args) => diff::run(args),
         Command::Verify(args) => verify::run(args),

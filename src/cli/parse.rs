@@ -2,7 +2,9 @@
 //!
 //! Every message says what is accepted; clap puts the value and the option in front of it.
 
-use tiesmith::{METHODS, ModelInput, ParamKind, ParamSpec, Params, Value};
+use tiesmith::{METHODS, ModelInput, ParamKind, ParamSpec, Params, Part, Value};
+
+use super::ranks::PartSpec;
 
 /// Units of sizes: name in lower case, bytes.
 const UNITS: [(&str, u64); 10] = [
@@ -88,6 +90,33 @@ pub fn threads(text: &str) -> Result<usize, String> {
     match text.trim().parse() {
         Ok(count @ 1..=1024) => Ok(count),
         _ => Err("a number of threads is expected, from 1 to 1024".into()),
+    }
+}
+
+/// A number of parts.
+pub fn parts(text: &str) -> Result<usize, String> {
+    match text.trim().parse() {
+        Ok(count @ 1..=10_000) => Ok(count),
+        _ => Err("a number of parts is expected, from 1 to 10,000".into()),
+    }
+}
+
+/// `I/N`, counted from 1; `auto` or `auto/N`.
+pub fn part(text: &str) -> Result<PartSpec, String> {
+    const EXPECTED: &str = "a part is like 2/8 (the second of eight), auto, or auto/8";
+    let (first, count) = match text.trim().split_once('/') {
+        Some((first, count)) => (first, Some(parts(count)?)),
+        None => (text.trim(), None),
+    };
+    match (first, first.parse::<usize>(), count) {
+        ("auto", _, count) => Ok(PartSpec::Auto(count)),
+        (_, Ok(number), Some(count)) if (1..=count).contains(&number) => {
+            Ok(PartSpec::Given(Part { index: number - 1, count }))
+        }
+        (_, Ok(number), Some(count)) => {
+            Err(format!("there is no part {number} of {count}: parts are numbered from 1 to {count}"))
+        }
+        _ => Err(EXPECTED.into()),
     }
 }
 
@@ -265,6 +294,24 @@ mod tests {
             assert!(whole(bad).is_err() && threads(bad).is_err());
         }
         assert!(threads("0").is_err() && threads("1025").is_err());
+    }
+
+    #[test]
+    fn parts_are_counted_from_one() {
+        assert_eq!(part("2/8"), Ok(PartSpec::Given(Part { index: 1, count: 8 })));
+        assert_eq!((part("auto"), part("auto/8")), (Ok(PartSpec::Auto(None)), Ok(PartSpec::Auto(Some(8)))));
+        for (text, message) in [
+            ("0/8", "there is no part 0 of 8"),
+            ("9/8", "numbered from 1 to 8"),
+            ("3", "a part is like 2/8"),
+            ("a/8", "a part is like 2/8"),
+            ("1/0", "a number of parts"),
+            ("1/x", "a number of parts"),
+            ("-1/2", "a part is like"),
+        ] {
+            let error = part(text).unwrap_err();
+            assert!(error.contains(message), "{text}: {error}");
+        }
     }
 
     #[test]

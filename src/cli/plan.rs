@@ -3,20 +3,25 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use tiesmith::{InputSummary, PlanSummary, Result, Schedule, printable};
+use tiesmith::{Error, InputSummary, PlanSummary, Result, Schedule, printable};
 
-use super::args::MergeArgs;
+use super::args::PlanArgs;
 use super::table::Table;
-use super::{disk, human, jobs, lower, output, print, print_json};
+use super::{disk, human, job, jobs, lower, output, print, print_json};
 
 /// Most shards that are listed one by one.
 const LISTED_SHARDS: usize = 6;
 
 /// Runs the command.
-pub fn run(args: &MergeArgs) -> Result<u8> {
+pub fn run(args: &PlanArgs) -> Result<u8> {
+    let (args, save) = (&args.merge, args.save.as_deref());
     let storage = disk(args.run.io);
     let mut jobs = jobs::read(args, "plan", &*storage)?;
     let alone = jobs.len() == 1;
+    if save.is_some() && !alone {
+        return Err(Error::usage("--save takes one merge, and the recipe file holds several")
+            .help("merge the documents that others use first, each from a file of its own"));
+    }
     if !alone {
         jobs::check(&mut jobs, &storage)?;
     }
@@ -35,6 +40,9 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
         let plan = job.plan(&storage)?;
         let schedule = Schedule::new(&plan, lower::run(args))?;
         let summary = PlanSummary::new(&plan, &schedule);
+        if let Some(file) = save {
+            job::save(file, args, &plan, &schedule, &*storage)?;
+        }
         if let (true, Some(dir)) = (job.part, &job.out)
             && !tiesmith::is_finished(&plan, dir, &*storage)?
         {

@@ -78,7 +78,10 @@ mod tests {
     #[test]
     fn a_missing_or_unknown_command_lists_or_suggests_one() {
         let text = message(&["tiesmith"]);
-        assert!(text.starts_with("no command given, one of: merge, plan, inspect"), "{text}");
+        assert!(
+            text.starts_with("no command given, one of: merge, plan, analyze, perturb, run, finish, slurm, inspect"),
+            "{text}"
+        );
         assert!(text.ends_with("see 'tiesmith --help'"), "{text}");
         let text = message(&["tiesmith", "merg"]);
         assert!(text.contains("'merg'") && text.contains("'merge'"), "{text}");

@@ -16,7 +16,7 @@ const JOURNAL_VERSION: u32 = 3;
 const ADVICE: &str = "use --restart to start over, or another --out";
 
 /// The first record.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Begin {
     version: u32,
     program: String,
@@ -28,7 +28,7 @@ pub(super) struct Begin {
 }
 
 /// One file of an input.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Input {
     path: String,
     bytes: u64,
@@ -71,6 +71,15 @@ impl Begin {
 
     /// Refuses to go on with `plan` unless it is the same work; says what changed.
     pub(super) fn admit(&self, plan: &Plan) -> Result<()> {
+        self.compare(plan, Input::change)
+    }
+
+    /// The same for inputs that may be copies on another machine, made with their modification times.
+    pub(super) fn admit_copies(&self, plan: &Plan) -> Result<()> {
+        self.compare(plan, Input::change_of_copy)
+    }
+
+    fn compare(&self, plan: &Plan, change: impl Fn(&Input, &Input) -> Option<String>) -> Result<()> {
         let now = Self::of(plan)?;
         let refuse = |what: String| {
             Error::input(format!("the unfinished merge in the output directory is another one: {what}")).help(ADVICE)
@@ -82,7 +91,7 @@ impl Begin {
             return Err(refuse(format!("its inputs have {} files, now {}", self.inputs.len(), now.inputs.len())));
         }
         for ((then, now), (file, _)) in self.inputs.iter().zip(&now.inputs).zip(files(plan)) {
-            if let Some(change) = then.change(now) {
+            if let Some(change) = change(then, now) {
                 return Err(Error::input(format!(
                     "this input is not what it was when the unfinished merge began: {change}"
                 ))
@@ -126,6 +135,17 @@ impl Input {
             (self.ctime_ns != now.ctime_ns, "its change time"),
         ];
         different.iter().find(|(different, _)| *different).map(|(_, what)| format!("{what} is another"))
+    }
+
+    /// The same where `now` may be a copy: it has another inode then. The same inode must not have changed.
+    fn change_of_copy(&self, now: &Self) -> Option<String> {
+        match self.inode == now.inode {
+            true => self.change(now),
+            false => {
+                let copy = Self { inode: self.inode, ctime_ns: self.ctime_ns.clone(), ..now.clone() };
+                self.change(&copy).map(|change| format!("{change} (copies must keep their times: cp -p, rsync -a)"))
+            }
+        }
     }
 }
 

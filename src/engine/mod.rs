@@ -15,6 +15,7 @@ mod kept;
 mod looks;
 mod output;
 mod pack;
+mod parts;
 mod passes;
 mod pool;
 mod records;
@@ -33,6 +34,7 @@ pub use analyze::{AnalysisReport, Study, analyze};
 pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};
 pub use inspect::{DtypeTotal, InspectReport, TensorStats, ValueStats, inspect};
 pub use pack::{PackOutput, PackReport, pack};
+pub use parts::{Job, Part, PartReport, Stage, finish, run_part};
 pub use sweep::{SweepEntry, SweepOptions, SweepReport, Variant, sweep};
 pub use verify::{Damage, DamagedFile, VerifyReport, verify};
 
@@ -173,13 +175,9 @@ pub fn merge(
 
 /// Ends what an earlier attempt had finished but for its traces; the report is the one it left.
 fn tidy_up(dir: OutputDir) -> Result<Report> {
-    let report = dir.manifest()?.map(|manifest| serde_json::from_value(manifest["report"].clone()));
-    let path = dir.dir.clone();
+    let report = OutputDir::report_in(&dir.dir, &*dir.storage);
     dir.tidy_up();
-    match report {
-        Some(Ok(report)) => Ok(Report { resumed: true, ..report }),
-        _ => Err(Error::failed("the merge is finished, but its manifest has no report").at(&path)),
-    }
+    Ok(Report { resumed: true, ..report? })
 }
 
 /// What a run found out before its output is published.
@@ -205,12 +203,12 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     let mut thresholds = Thresholds::default();
     let mut warnings = plan.warnings.clone();
     let mut reused = 0;
-    let shards = shards::write_shards(plan, dir, observer, |writer, kept: &Kept| {
+    let shards = shards::write_shards(plan, dir, 0..plan.layout.shards.len(), observer, |writer, kept: &Kept| {
         let mut passes = Passes::new(plan, schedule, observer, Some(writer), kept);
         passes.run()?;
         tally = passes.tally();
         thresholds = std::mem::take(&mut passes.thresholds);
-        warnings.append(&mut passes.warnings);
+        warnings.extend(differing_warning(plan, &passes.differing));
         reused = kept.ranges;
         Ok(())
     })?;
@@ -227,6 +225,13 @@ fn publish(plan: &Plan, schedule: &Schedule, dir: OutputDir, finished: Finished)
     let files = side_files::all(plan, &report, &*dir.storage)?;
     dir.publish(plan, files, |written| side_files::manifest(plan, schedule, &shards, &thresholds, &report, written))?;
     Ok(report)
+}
+
+/// Copies that hide a difference between the models are worth a word.
+fn differing_warning(plan: &Plan, differing: &BTreeSet<u32>) -> Option<String> {
+    let name = printable(&plan.tensors[*differing.first()? as usize].name);
+    let count = differing.len();
+    Some(format!("{count} tensors that are copied from base differ between the models (first: \"{name}\")"))
 }
 
 /// A file that changed while it was read gives a mixture that nobody asked for.
@@ -276,13 +281,6 @@ fn report(
         sign_conflict_fraction: share(tally.conflicts, tally.merged),
         warnings,
     }
-}
-
-/// What is to be said if versions of tensors that are copied differ.
-fn differing_warning(plan: &Plan, differing: &BTreeSet<u32>) -> Option<String> {
-    let name = printable(&plan.tensors[*differing.first()? as usize].name);
-    let count = differing.len();
-    Some(format!("{count} tensors that are copied from base differ between the models (first: \"{name}\")"))
 }
 
 /// A kept fraction far above what was asked for comes from ties at the threshold; that is worth knowing.

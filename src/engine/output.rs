@@ -8,15 +8,17 @@
 //!
 //! Knows names and order; what is written into shards is the business of `shards`.
 
+mod parts;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 
-use super::OutputOptions;
 use super::identity::Begin;
 use super::side_files::{Content, SideFile};
+use super::{OutputOptions, Report};
 use crate::checkpoint::CheckpointFile;
 use crate::error::{Error, Result, printable};
 use crate::journal::{Journal, Record, replay};
@@ -60,6 +62,9 @@ pub(super) struct OutputDir {
     pub storage: Arc<dyn Storage>,
     pub dir: PathBuf,
     work: PathBuf,
+    journal_path: PathBuf,
+    /// What other processes made of it, or are making: their work is left alone until all of it is there.
+    in_parts: bool,
     /// The directory did not exist before.
     created: bool,
     /// A finished output is being replaced: it stays whole until the new one is.
@@ -122,9 +127,16 @@ impl Found {
         self.work.iter().any(|name| name == JOURNAL)
     }
 
+    fn in_parts(&self) -> bool {
+        self.work.iter().any(|name| name == parts::DIR)
+    }
+
     /// Refuses what needs no look into a journal.
     fn admit(&self, dir: &Path, options: &OutputOptions) -> Result<()> {
         match (self.begun(), self.finished()) {
+            _ if self.in_parts() => Err(Error::input("a merge in parts is under way here").at(dir).help(
+                "end it with 'tiesmith finish' and its plan, or remove the directory's .tiesmith folder to give it up",
+            )),
             (true, _) => Ok(()),
             (false, true) if options.force => Ok(()),
             (false, true) => Err(finished_already(dir)),
@@ -184,7 +196,9 @@ impl OutputDir {
         let mut output = Self {
             storage: Arc::clone(storage),
             dir: dir.clone(),
+            journal_path: work.join(JOURNAL),
             work,
+            in_parts: false,
             created: !before.exists,
             replaces: false,
             stale: None,
@@ -250,7 +264,7 @@ impl OutputDir {
     }
 
     fn read_log(&self, log: &mut Log) -> Result<Option<Journal>> {
-        let path = self.work.join(JOURNAL);
+        let path = self.journal_path.clone();
         let opened = Journal::open(&path, &*self.storage, |record| {
             log.take(&record).ok_or_else(|| {
                 Error::input("the journal is not one of this version").at(&path).help("use --restart to start over")
@@ -276,7 +290,7 @@ impl OutputDir {
         self.clear_work()?;
         check_space(plan.layout.shards.iter().map(|s| s.bytes).sum(), &self.dir, &*self.storage)?;
         let begin = Begin::of(plan)?.encode()?;
-        let journal = Journal::create(&self.work.join(JOURNAL), kind::BEGIN, &begin, &*self.storage)?;
+        let journal = Journal::create(&self.journal_path, kind::BEGIN, &begin, &*self.storage)?;
         self.journal = Mutex::new(Some(journal));
         self.storage.sync_dir(&self.work)?;
         self.storage.sync_dir(&self.dir)?;
@@ -298,7 +312,9 @@ impl OutputDir {
     /// Empties the work directory but for the lock. The journal goes last: it says whose the other files are.
     fn clear_work(&self) -> Result<()> {
         for name in self.storage.list(&self.work)? {
-            if name != LOCK && name != JOURNAL {
+            if name == parts::DIR {
+                self.clear_parts()?;
+            } else if name != LOCK && name != JOURNAL {
                 self.storage.remove_file(&self.work.join(name))?;
             }
         }
@@ -348,7 +364,7 @@ impl OutputDir {
 
     /// Whether finished shards wait for the end instead of getting their names at once.
     pub(super) fn holds_shards(&self, plan: &Plan) -> bool {
-        self.replaces || self.stale.is_some() || plan.layout.shards.len() == 1
+        self.in_parts || self.replaces || self.stale.is_some() || plan.layout.shards.len() == 1
     }
 
     /// Whether a file with a shard's final name can only be of this run or to be removed.
@@ -379,14 +395,12 @@ impl OutputDir {
     /// Shows all records of work that is done to `each`.
     pub(super) fn each_done(&self, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let each = |record: Record| if record.kind == kind::DONE { each(&record.payload) } else { Ok(()) };
-        replay(&self.work.join(JOURNAL), &*self.storage, each).map(drop)
+        replay(&self.journal_path, &*self.storage, each).map(drop)
     }
 
     /// A journal whose records are sound but make no sense.
     pub(super) fn senseless_journal(&self) -> Error {
-        Error::input("the journal does not fit this merge")
-            .at(&self.work.join(JOURNAL))
-            .help("use --restart to start over")
+        Error::input("the journal does not fit this merge").at(&self.journal_path).help("use --restart to start over")
     }
 
     /// Fails if less than `needed` bytes are free.
@@ -483,6 +497,14 @@ impl OutputDir {
         }
         let content = self.storage.read_small(&path, MAX_MANIFEST_BYTES)?;
         Ok(serde_json::from_slice(&content).ok())
+    }
+
+    /// The report that a finished output's manifest has.
+    pub(super) fn report_in(dir: &Path, storage: &dyn Storage) -> Result<Report> {
+        let content = storage.read_small(&dir.join(MANIFEST), MAX_MANIFEST_BYTES)?;
+        let mut manifest: Value = serde_json::from_slice(&content).unwrap_or_default();
+        serde_json::from_value(manifest["report"].take())
+            .map_err(|_| Error::failed("the merge is finished, but its manifest has no report").at(dir))
     }
 
     /// Files of the output in the directory, as its manifest lists them: shards by name, side files only if they still

@@ -3,9 +3,11 @@
 //! - A unit's chunks are either held in memory between the passes (*resident*) or loaded anew for each pass.
 //! - Sketches are integers and add up in any order; everything that depends on position goes through a [`TieChain`].
 
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::Observer;
 use super::cut::{Cut, TieChain, TieCounts};
 use super::kept::Kept;
 use super::looks::solo_facts;
@@ -16,7 +18,6 @@ use super::shards::ShardWriter;
 use super::slot::{Loaded, Slot, locate};
 use super::turns::{Ordered, Pending};
 use super::worker::{Known, Tally, Worker};
-use super::{Observer, differing_warning};
 use crate::error::{Error, Result};
 use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::plan::ThresholdKind;
@@ -26,18 +27,20 @@ use crate::sketch::{Bracket, MagnitudeSketch, Probe, Selector, Threshold, bounds
 /// Everything that a run shares.
 pub(super) struct Passes<'a> {
     pub plan: &'a Plan,
-    schedule: &'a Schedule,
-    observer: &'a dyn Observer,
+    pub schedule: &'a Schedule,
+    pub observer: &'a dyn Observer,
     /// Where results go; `None` for passes that only look at the data.
     pub writer: Option<&'a ShardWriter<'a>>,
-    kept: &'a Kept,
+    pub kept: &'a Kept,
+    /// Per tensor: ties before it in tensors that other parts of the work deal with.
+    pub ties_elsewhere: HashMap<u32, TieCounts>,
     pub workers: Vec<Worker>,
     /// Tensor bytes that earlier attempts read for thresholds that are taken over.
     kept_reads: u64,
     /// What was selected so far.
     pub thresholds: Thresholds,
-    /// Said once the work is done.
-    pub warnings: Vec<String>,
+    /// Copied tensors whose versions differ.
+    pub differing: BTreeSet<u32>,
 }
 
 /// A chunk to work on, with its slot if it is held in memory.
@@ -96,10 +99,11 @@ impl<'a> Passes<'a> {
             observer,
             writer,
             kept,
+            ties_elsewhere: HashMap::new(),
             workers,
             kept_reads: 0,
             thresholds: Thresholds::new(plan.models(), plan.selects()),
-            warnings: Vec::new(),
+            differing: BTreeSet::new(),
         }
     }
 
@@ -125,6 +129,11 @@ impl<'a> Passes<'a> {
         }
         self.solo_units(&solo)?;
         self.direct()
+    }
+
+    /// Tensor bytes that this run read.
+    pub(super) fn read_here(&self) -> u64 {
+        self.workers.iter().map(|worker| worker.tally.bytes_read).sum()
     }
 
     fn writer(&self) -> &'a ShardWriter<'a> {
@@ -331,12 +340,7 @@ impl<'a> Passes<'a> {
             };
             goals.iter().enumerate().map(&mut bracket).collect()
         } else {
-            let probes = self.probe(unit, goals)?;
-            let bracket = |(probe, goal): (&Probe, &Goal)| match keep(goal) {
-                Some(goal) => probe.bracket(share(goal), bins),
-                None => Bracket::COARSE,
-            };
-            probes.iter().cycle().zip(goals).map(bracket).collect()
+            return Ok(probed_selectors(&self.probe(unit, goals)?, goals, bins));
         };
         let start = |(goal, bracket)| keep(goal).map(|(keep, _)| Selector::exact(keep, bracket, bins));
         Ok(goals.iter().zip(brackets).map(start).collect())
@@ -363,7 +367,7 @@ impl<'a> Passes<'a> {
     }
 
     /// One look at all of the unit with the given brackets: the sum of the workers' sketches.
-    fn sketch_all(
+    pub(super) fn sketch_all(
         &mut self,
         unit: &Unit,
         resident: &mut Option<Resident>,
@@ -420,24 +424,35 @@ impl<'a> Passes<'a> {
 
     /// Sign of the sum of all elected signs of the unit, where the method asks for it.
     fn majority(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut], facts: &[f64]) -> Result<f32> {
-        if !self.plan.votes() {
-            return Ok(0.0);
-        }
+        let sum = if self.plan.votes() { self.votes(unit, resident, cuts, facts)? } else { 0 };
+        Ok(sum.signum() as f32)
+    }
+
+    /// Sum of all elected signs of the unit.
+    pub(super) fn votes(
+        &mut self,
+        unit: &Unit,
+        resident: &mut Option<Resident>,
+        cuts: &[Cut],
+        facts: &[f64],
+    ) -> Result<i64> {
         let plan = self.plan;
         self.announce("vote", self.pass_bytes("vote"));
         let sum = AtomicI64::new(0);
         let chain = TieChain::of(cuts.len());
+        let elsewhere = &std::mem::take(&mut self.ties_elsewhere);
         self.each_chunk(unit, resident, Wanted::All, Some(&chain), |worker, ordinal, data| {
             let cuts = tensor_cuts(plan, data.chunk, cuts, facts);
             let (mut seen, _) = ties_before(worker, &chain, ordinal, data, &cuts)?;
+            add_ties(elsewhere, data.chunk, &mut seen);
             sum.fetch_add(worker.vote(data, &cuts, &mut seen)?, Ordering::Relaxed);
             Ok(())
         })?;
-        Ok(sum.into_inner().signum() as f32)
+        Ok(sum.into_inner())
     }
 
     /// Merges what is left of the unit, and records its thresholds with what survived in all of it.
-    fn merge_unit(
+    pub(super) fn merge_unit(
         &mut self,
         unit: &Unit,
         resident: &mut Option<Resident>,
@@ -447,13 +462,13 @@ impl<'a> Passes<'a> {
     ) -> Result<()> {
         let (plan, writer, kept) = (self.plan, self.writer(), self.kept);
         let before = self.tally().kept;
-        let kept_ties = kept.ties_before(plan, &unit.tensors);
+        let (kept_ties, elsewhere) = (kept.ties_before(plan, &unit.tensors), &std::mem::take(&mut self.ties_elsewhere));
         let chain = TieChain::of(cuts.len());
         self.each_chunk(unit, resident, Wanted::All, Some(&chain), |worker, ordinal, data| {
             let cuts = tensor_cuts(plan, data.chunk, cuts, &known.facts);
             let (mut seen, own) = ties_before(worker, &chain, ordinal, data, &cuts)?;
-            if let Some(before) = kept_ties.get(&data.chunk.tensor) {
-                seen.iter_mut().zip(before).for_each(|(seen, before)| *seen += before);
+            add_ties(elsewhere, data.chunk, &mut seen);
+            if add_ties(&kept_ties, data.chunk, &mut seen) {
                 kept.add_ties_in_tensor(data.chunk, &mut seen);
             }
             let mut out = writer.chunk(data.chunk);
@@ -498,7 +513,7 @@ impl<'a> Passes<'a> {
     }
 
     /// Copies, and merges that need no thresholds.
-    fn direct(&mut self) -> Result<()> {
+    pub(super) fn direct(&mut self) -> Result<()> {
         let (plan, writer, observer) = (self.plan, self.writer(), self.observer);
         let schedule = self.schedule;
         let no_cuts = vec![Cut::NonZero; plan.models()];
@@ -536,10 +551,27 @@ impl<'a> Passes<'a> {
                 },
             )?;
         }
-        let differing = differing.into_inner().unwrap_or_else(PoisonError::into_inner);
-        self.warnings.extend(differing_warning(plan, &differing));
+        self.differing = differing.into_inner().unwrap_or_else(PoisonError::into_inner);
         Ok(())
     }
+}
+
+/// Where each search starts, from a probe of each model.
+pub(super) fn probed_selectors(probes: &[Probe], goals: &[Goal], bins: usize) -> Vec<Option<Selector>> {
+    let selector = |(probe, goal): (&Probe, &Goal)| match *goal {
+        Goal::Keep { keep, elements } => {
+            Some(Selector::exact(keep, probe.bracket(keep as f64 / elements as f64, bins), bins))
+        }
+        Goal::All | Goal::Nothing => None,
+    };
+    probes.iter().cycle().zip(goals).map(selector).collect()
+}
+
+/// Adds the ties before the chunk's tensor to `seen`; tells if any are listed.
+fn add_ties(before: &HashMap<u32, TieCounts>, chunk: Chunk, seen: &mut TieCounts) -> bool {
+    let Some(before) = before.get(&chunk.tensor) else { return false };
+    seen.iter_mut().zip(before).for_each(|(seen, before)| *seen += before);
+    true
 }
 
 /// What was added to each count.

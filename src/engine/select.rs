@@ -64,6 +64,11 @@ impl Thresholds {
             sums[0] += least;
             sums[1] += greatest;
         }
+        self.list(unit);
+    }
+
+    /// Lists the thresholds of a unit, in any order.
+    pub(super) fn list(&mut self, unit: UnitThresholds) {
         let listed = (unit.tensor as usize) < LISTED_THRESHOLDS / unit.found.len().max(1);
         if listed && self.selects {
             let place = self.listed.partition_point(|other| other.tensor < unit.tensor);

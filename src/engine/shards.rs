@@ -65,6 +65,8 @@ struct Shards<'a> {
     observer: &'a dyn Observer,
     files: Vec<Mutex<ShardFile>>,
     hashes: Vec<ShardHash>,
+    /// Those that this process writes.
+    own: Range<usize>,
 }
 
 /// Takes encoded bytes from all workers and puts them where the plan says.
@@ -140,7 +142,7 @@ impl ChunkWriter<'_> {
 }
 
 impl<'a> Shards<'a> {
-    fn new(plan: &'a Plan, output: &'a OutputDir, observer: &'a dyn Observer) -> Self {
+    fn new(plan: &'a Plan, output: &'a OutputDir, own: Range<usize>, observer: &'a dyn Observer) -> Self {
         let shards = &plan.layout.shards;
         Self {
             plan,
@@ -148,6 +150,7 @@ impl<'a> Shards<'a> {
             observer,
             files: shards.iter().map(|_| Mutex::new(ShardFile::Absent)).collect(),
             hashes: shards.iter().map(|shard| ShardHash::new(shard.bytes)).collect(),
+            own,
         }
     }
 
@@ -285,7 +288,7 @@ impl Follower<'_> {
 
     /// Seals what no write completed: shards that hold no tensor data, and those that earlier attempts completed.
     fn seal_complete(&mut self) -> Result<()> {
-        for shard in 0..self.sealed.len() {
+        for shard in self.shards.own.clone() {
             if self.sealed[shard].is_none() && self.remaining[shard] == 0 {
                 self.sealed[shard] = Some(self.shards.seal(shard)?);
             }
@@ -294,18 +297,21 @@ impl Follower<'_> {
     }
 }
 
-/// Lets `work` write the shards; returns what sealing said about each, in order.
+/// Lets `work` write the shards `own`; returns what sealing said about each of these, in order.
 pub(super) fn write_shards(
     plan: &Plan,
     output: &OutputDir,
+    own: Range<usize>,
     observer: &dyn Observer,
     work: impl FnOnce(&ShardWriter<'_>, &Kept) -> Result<()>,
 ) -> Result<Vec<SealedShard>> {
     let mut remaining = vec![0u64; plan.layout.shards.len()];
     for (tensor, place) in plan.layout.tensors.iter().enumerate() {
-        remaining[place.shard as usize] += plan.output_bytes(tensor as u32);
+        if own.contains(&(place.shard as usize)) {
+            remaining[place.shard as usize] += plan.output_bytes(tensor as u32);
+        }
     }
-    let shards = Shards::new(plan, output, observer);
+    let shards = Shards::new(plan, output, own.clone(), observer);
     let mut follower = Follower {
         shards: &shards,
         sealed: vec![None; remaining.len()],
@@ -334,5 +340,5 @@ pub(super) fn write_shards(
         done.and(followed)
     })?;
     follower.seal_complete()?;
-    Ok(follower.sealed.into_iter().map(|sealed| sealed.expect("all work is done")).collect())
+    Ok(follower.sealed.drain(own).map(|sealed| sealed.expect("all work is done")).collect())
 }

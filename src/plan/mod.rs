@@ -12,6 +12,7 @@ mod chat;
 mod layers;
 mod params;
 mod schedule;
+mod shares;
 mod statistics;
 mod summary;
 mod tokens;

@@ -10,6 +10,7 @@
 #[cfg(test)]
 mod tests;
 
+use super::shares::HELD;
 use super::summary::PassSummary;
 use super::upkeep::{account_bytes, catalogue_bytes};
 use super::{Action, Plan, Wanted};
@@ -101,7 +102,7 @@ pub struct Unit {
 }
 
 /// A plan cut for a run. See the module's documentation.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Schedule {
     /// Worker threads (fewer than asked for where memory is short).
     pub threads: usize,
@@ -158,6 +159,12 @@ impl Schedule {
         Self::cut(plan, run, demand)
     }
 
+    /// The same with sketches of `bins` bins, as runs that add up their sketches must have, and with room to write them
+    /// down.
+    pub fn with_bins(plan: &Plan, run: Run, bins: usize) -> Result<Self> {
+        Self::cut(plan, run, Demand { fixed_bins: Some(bins), ..Demand::of(plan) })
+    }
+
     fn cut(plan: &Plan, run: Run, demand: Demand) -> Result<Self> {
         let mut cut = None;
         for threads in (1..=run.threads.max(1)).rev() {
@@ -199,7 +206,7 @@ impl Schedule {
             let chunks = Self::chunks(plan, &unit.tensors, unit.chunk_elements).count() as u64;
             let bytes = bytes_of(plan, &unit.tensors, Wanted::All);
             let held = held_bytes(bytes, chunks * schedule.widths.len() as u64);
-            schedule.memory.push(("inputs held between the passes".into(), held));
+            schedule.memory.push((HELD.into(), held));
         }
         schedule.passes = schedule.passes(plan);
         Ok(schedule)
@@ -256,7 +263,7 @@ impl Schedule {
         })
     }
 
-    fn passes(&self, plan: &Plan) -> Vec<PassSummary> {
+    pub(super) fn passes(&self, plan: &Plan) -> Vec<PassSummary> {
         let exact = plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact);
         let (mut probe, mut sketch, mut vote, mut merge) = (0, 0, 0, bytes_of(plan, &self.direct, Wanted::All));
         // Ranks are bracketed by one look and found by a second, at the latest.
@@ -336,6 +343,8 @@ struct Demand {
     scratch_bytes: u64,
     /// What all readers of computed tensors share, in bytes, and the tensor that takes the most.
     shared: Option<(u64, Box<str>)>,
+    /// Bins of a sketch, where they are not chosen here.
+    fixed_bins: Option<usize>,
     direct: Vec<u32>,
     /// Tensors that belong to units, in the order of work.
     grouped: Vec<u32>,
@@ -395,6 +404,7 @@ impl Demand {
             account_bytes: account_bytes(plan, if tensor_scope { grouped.len() as u64 } else { 1 }),
             scratch_bytes: plan.checkpoints.iter().map(|c| c.derived.scratch_bytes).max().unwrap_or(0),
             shared: plan.checkpoints.iter().filter_map(|c| c.derived.shared.clone()).max(),
+            fixed_bins: None,
             widths,
             direct,
             grouped,
@@ -405,18 +415,17 @@ impl Demand {
     /// The division for `threads` workers, or `None` if not even the smallest fits into `limit`.
     fn fit(&self, threads: usize, limit: u64) -> Option<Cut> {
         let total = |slot, bins| self.terms(threads, slot, bins).iter().map(|(_, b)| b).sum::<u64>();
-        let smallest = self.smallest_slot();
-        if total(smallest, SKETCH_BINS_MIN) > limit {
+        let (smallest, mut bins) = (self.smallest_slot(), self.fewest_bins());
+        if total(smallest, bins) > limit {
             return None;
         }
         // Windows come first, as far as they make reads long; then narrow bins, so that one look finds a threshold;
         // then windows that hold whole tensors, so that one read serves sketch and merge.
         let mut slot = CHUNK_ELEMENTS.min(self.longest).max(smallest);
-        while total(slot, SKETCH_BINS_MIN) > limit {
+        while total(slot, bins) > limit {
             slot = (slot / 2).max(smallest);
         }
-        let mut bins = SKETCH_BINS_MIN;
-        if self.exact {
+        if self.exact && self.fixed_bins.is_none() {
             // Narrow bins spare looks at the data; in tensor scope, windows that hold whole tensors spare more.
             // A look at several densities has as many sketches more, which are to be emptied and added up.
             let (most, share) = match (self.tensor_scope, &self.study) {
@@ -453,8 +462,12 @@ impl Demand {
         MIN_CHUNK_ELEMENTS.max(self.granule).min(self.longest)
     }
 
+    fn fewest_bins(&self) -> usize {
+        self.fixed_bins.unwrap_or(SKETCH_BINS_MIN)
+    }
+
     fn smallest(&self) -> u64 {
-        self.terms(1, self.smallest_slot(), SKETCH_BINS_MIN).iter().map(|(_, b)| b).sum()
+        self.terms(1, self.smallest_slot(), self.fewest_bins()).iter().map(|(_, b)| b).sum()
     }
 
     /// Peak memory as a sum.
@@ -487,6 +500,10 @@ impl Demand {
             let keys = if self.exact { keys } else { 0 };
             let probe = if self.exact { PROBE_GROUPS as u64 * self.models * SKETCH_BINS_MIN as u64 * 4 } else { 0 };
             terms.push(("magnitude sketches".to_string(), sketches + keys + probe));
+            if self.fixed_bins.is_some() {
+                // All of them compressed, in the worst case to their own length, and one on its way there.
+                terms.push(("sketches written down".to_string(), (searches + 2) * bins as u64 * 8));
+            }
             let units = if self.tensor_scope { self.grouped.len() as u64 } else { 1 };
             let listed = (units * self.models * self.bounds).min(LISTED_THRESHOLDS as u64) * LISTED_BYTES;
             terms.push(("units and their thresholds".to_string(), units * UNIT_BYTES + listed));

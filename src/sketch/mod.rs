@@ -19,10 +19,12 @@ pub use probe::{Probe, bounds_of_sample};
 pub use select::{Selector, Threshold, select_in_place};
 
 use crate::kernels::{self, Isa, NO_KEY, STRAY};
-use crate::limits::SKETCH_BINS_MIN;
+use crate::limits::{SKETCH_BINS_MAX, SKETCH_BINS_MIN};
 
 /// Key bits below the coarse bin.
 const COARSE_SHIFT: u32 = 15;
+/// Bytes of an encoded sketch before its bins.
+const HEAD_BYTES: usize = 32;
 /// One more than the largest key.
 const KEYS: u64 = 1 << 31;
 
@@ -137,6 +139,56 @@ impl MagnitudeSketch {
         }
     }
 
+    /// Its bytes, for a file: bracket, count above, and the bins compressed with zstd.
+    pub fn encode(&self) -> Vec<u8> {
+        let bins: Vec<u8> = self.bins.iter().flat_map(|bin| bin.to_le_bytes()).collect();
+        let (stored, plain) = match zstd::bulk::compress(&bins, 1) {
+            Ok(compressed) if compressed.len() < bins.len() => (compressed, false),
+            _ => (bins, true),
+        };
+        let mut bytes = Vec::with_capacity(HEAD_BYTES + stored.len());
+        bytes.extend(self.bracket.low.to_le_bytes());
+        bytes.extend((self.bracket.shift << 1 | u32::from(plain)).to_le_bytes());
+        bytes.extend((self.bins.len() as u64).to_le_bytes());
+        bytes.extend(self.above.to_le_bytes());
+        bytes.extend((stored.len() as u64).to_le_bytes());
+        bytes.extend(stored);
+        bytes
+    }
+
+    /// Takes an encoded sketch off the front of `bytes`; `None` if there is none.
+    pub fn decode(bytes: &mut &[u8]) -> Option<Self> {
+        fn word<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
+            let (word, rest) = bytes.split_first_chunk::<N>()?;
+            *bytes = rest;
+            Some(*word)
+        }
+        let low = u32::from_le_bytes(word(bytes)?);
+        let shift = u32::from_le_bytes(word(bytes)?);
+        let (shift, plain) = (shift >> 1, shift & 1 == 1);
+        let bins = usize::try_from(u64::from_le_bytes(word(bytes)?)).ok().filter(|&bins| bins <= SKETCH_BINS_MAX)?;
+        let above = u64::from_le_bytes(word(bytes)?);
+        let length = usize::try_from(u64::from_le_bytes(word(bytes)?)).ok()?;
+        let (stored, rest) = bytes.split_at_checked(length)?;
+        *bytes = rest;
+        let unpacked;
+        let raw = if plain {
+            stored
+        } else {
+            unpacked = zstd::bulk::decompress(stored, bins * 8).ok()?;
+            &unpacked
+        };
+        let (words, []) = raw.as_chunks::<8>() else { return None };
+        let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        let bracket = Bracket { low, shift, bins };
+        (words.len() == bins).then_some(Self { bracket, common: NO_KEY, seen: 0, above, bins: words })
+    }
+
+    /// Whether `other` counts in the same bracket, so that both can be added.
+    pub fn fits(&self, other: &Self) -> bool {
+        self.bracket == other.bracket
+    }
+
     /// The bin that holds the `rank`-th largest value (1-based) and the number of values above that bin.
     fn locate(&self, rank: u64) -> Result<(usize, u64), Miss> {
         if self.above >= rank {
@@ -163,4 +215,30 @@ enum Miss {
 /// A bin's count without its mark.
 fn count(bin: u64) -> u64 {
     bin & !STRAY
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_encoded_is_decoded_and_nothing_else() {
+        let mut sketch = MagnitudeSketch::new(Bracket::over(0x3a00_0000, 0x3a00_4000, 1 << 20));
+        let values: Vec<f32> = (0..5000u32).map(|i| f32::from_bits(0x3a00_0000 + i * 7)).collect();
+        sketch.add(Isa::detect(), &values);
+        let empty = MagnitudeSketch::new(Bracket { low: 0, shift: 0, bins: 0 });
+        let coarse = MagnitudeSketch::new(Bracket::COARSE);
+        let bytes: Vec<u8> = [&sketch, &empty, &coarse].iter().flat_map(|sketch| sketch.encode()).collect();
+        let mut rest = &bytes[..];
+        for expected in [&sketch, &empty, &coarse] {
+            let found = MagnitudeSketch::decode(&mut rest).unwrap();
+            let parts = |sketch: &MagnitudeSketch| (sketch.bracket, sketch.above, sketch.bins.clone());
+            assert_eq!(parts(&found), parts(expected));
+        }
+        assert!(rest.is_empty() && MagnitudeSketch::decode(&mut rest).is_none());
+        let one = sketch.encode();
+        for length in 0..one.len() {
+            assert!(MagnitudeSketch::decode(&mut &one[..length]).is_none(), "cut off at {length}");
+        }
+    }
 }

@@ -41,6 +41,41 @@ impl Disk {
     }
 }
 
+impl Disk {
+    /// A lock, or (as the inner error) who holds it.
+    fn attempt_lock(&self, path: &Path) -> Result<Result<Lock>> {
+        // A run that ends removes its lock: then what was opened here is no longer what others would open.
+        for _ in 0..LOCK_ATTEMPTS {
+            self.create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false);
+            // The lock's content is replaced: it must not be somebody else's file behind a link.
+            system::no_follow(&mut options);
+            let mut file = match options.open(path) {
+                Err(e) if e.kind() == IoKind::NotFound => continue,
+                other => other.map_err(|e| write_error("create", path, &e))?,
+            };
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Ok(Err(locked(path, file))),
+                // Without locks (some network file systems) one run per output is up to the user.
+                Err(TryLockError::Error(e)) if e.kind() == IoKind::Unsupported => {}
+                Err(TryLockError::Error(e)) => return Err(Error::io("lock", path, &e)),
+            }
+            let held = system::identity_of(&file.metadata().map_err(|e| Error::io("examine", path, &e))?);
+            if self.identity(path)?.is_none_or(|there| (there.device, there.inode) != (held.device, held.inode)) {
+                continue;
+            }
+            // Only information for the next one who asks: failing to write it changes nothing.
+            let holder = format!("process {} on {}", std::process::id(), system::host_name());
+            let _ = file.set_len(0).and_then(|()| file.write_all(holder.as_bytes()));
+            // Kept open: the operating system releases the lock when the process ends, however it ends.
+            return Ok(Ok(Lock::new(file)));
+        }
+        Err(Error::input("others keep taking and removing this lock").at(path).help("wait until they end"))
+    }
+}
+
 struct DiskInput {
     file: File,
     path: Arc<Path>,
@@ -232,35 +267,11 @@ impl Storage for Disk {
     }
 
     fn lock(&self, path: &Path) -> Result<Lock> {
-        // A run that ends removes its lock: then what was opened here is no longer what others would open.
-        for _ in 0..LOCK_ATTEMPTS {
-            self.create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).create(true).truncate(false);
-            // The lock's content is replaced: it must not be somebody else's file behind a link.
-            system::no_follow(&mut options);
-            let mut file = match options.open(path) {
-                Err(e) if e.kind() == IoKind::NotFound => continue,
-                other => other.map_err(|e| write_error("create", path, &e))?,
-            };
-            match file.try_lock() {
-                Ok(()) => {}
-                Err(TryLockError::WouldBlock) => return Err(locked(path, file)),
-                // Without locks (some network file systems) one run per output is up to the user.
-                Err(TryLockError::Error(e)) if e.kind() == IoKind::Unsupported => {}
-                Err(TryLockError::Error(e)) => return Err(Error::io("lock", path, &e)),
-            }
-            let held = system::identity_of(&file.metadata().map_err(|e| Error::io("examine", path, &e))?);
-            if self.identity(path)?.is_none_or(|there| (there.device, there.inode) != (held.device, held.inode)) {
-                continue;
-            }
-            // Only information for the next one who asks: failing to write it changes nothing.
-            let holder = format!("process {} on {}", std::process::id(), system::host_name());
-            let _ = file.set_len(0).and_then(|()| file.write_all(holder.as_bytes()));
-            // Kept open: the operating system releases the lock when the process ends, however it ends.
-            return Ok(Lock::new(file));
-        }
-        Err(Error::input("others keep taking and removing this lock").at(path).help("wait until they end"))
+        self.attempt_lock(path)?
+    }
+
+    fn try_lock(&self, path: &Path) -> Result<Option<Lock>> {
+        self.attempt_lock(path).map(Result::ok)
     }
 
     fn free_bytes(&self, path: &Path) -> Result<u64> {

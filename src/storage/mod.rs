@@ -120,6 +120,10 @@ pub trait Storage: Send + Sync {
     /// Takes the exclusive lock kept in `path`, creating its directory where needed, or says who holds it. What is
     /// locked is the file at `path`, not one that somebody removed meanwhile. Released when the value is dropped.
     fn lock(&self, path: &Path) -> Result<Lock>;
+    /// The same, or `None` if somebody holds it.
+    fn try_lock(&self, path: &Path) -> Result<Option<Lock>> {
+        self.lock(path).map(Some)
+    }
     /// Bytes that can still be written to the file system of `path` or of its nearest existing parent.
     fn free_bytes(&self, path: &Path) -> Result<u64>;
     /// Identity of the file or directory at `path` (links followed), or `None` if there is nothing.

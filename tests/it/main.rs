@@ -20,6 +20,7 @@
 //! | `properties` | what must hold for every method of the registry |
 //! | `packed` | packed task vectors: there and back, as inputs, damaged |
 //! | `output` | the files of a finished output |
+//! | `parts` | merges in parts, on many machines |
 //! | `resume` | what becomes of an unfinished output |
 //! | `sweep` | grids of merges, against merges |
 //! | `torch` | PyTorch checkpoints as inputs |
@@ -46,6 +47,7 @@ mod methods;
 mod output;
 mod packed;
 mod page;
+mod parts;
 mod perturb;
 mod properties;
 mod recipes;

@@ -35,7 +35,9 @@ impl Follower<'_> {
                 observer.advance(bytes_of(&entry));
                 match entry {
                     Entry::Unit(unit) if Kept::fits_unit(plan, &unit) => kept.add_unit(unit),
-                    Entry::Range(range) if Kept::fits(plan, &range) => {
+                    Entry::Range(range)
+                        if Kept::fits(plan, &range) && plan.is_within(range.tensor, &self.shards.own) =>
+                    {
                         if kept.is_new(&range) && self.is_intact(&range, &left, &mut buffer)? {
                             self.count_down(&range);
                             kept.add_range(plan, range);
@@ -60,6 +62,9 @@ impl Follower<'_> {
 
     fn leftover(&self, shard: usize) -> Result<Leftover> {
         let output = self.shards.output;
+        if !self.shards.own.contains(&shard) {
+            return Ok(Leftover { file: None, published: false });
+        }
         let name = &self.shards.plan.layout.shards[shard].name;
         let partial = output.partial(name);
         if output.storage.identity(&partial)?.is_some() {

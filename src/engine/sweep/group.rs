@@ -216,7 +216,7 @@ fn with_writers(
     work: &mut dyn FnMut(&[Opened<'_>]) -> Result<()>,
 ) -> Result<()> {
     let Some((&(plan, dir), rest)) = targets.split_first() else { return work(opened) };
-    let shards = write_shards(plan, dir, observer, |writer, kept| {
+    let shards = write_shards(plan, dir, 0..plan.layout.shards.len(), observer, |writer, kept| {
         let opened = [opened, &[(writer, kept)]].concat();
         with_writers(rest, &opened, observer, sealed, work)
     })?;

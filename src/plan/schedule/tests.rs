@@ -214,6 +214,7 @@ prop_compose! {
             account_bytes,
             scratch_bytes,
             shared: None,
+            fixed_bins: None,
             direct: Vec::new(),
             grouped: (0..units).collect(),
             study: None,

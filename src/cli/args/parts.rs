@@ -1,0 +1,107 @@
+//! What can be asked of a merge in parts: `plan --save`, `run`, `finish`, `slurm`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use tiesmith::{IoMode, Stage};
+
+use super::words::io_modes;
+use super::{MergeArgs, ReportArgs, choice};
+use crate::cli::parse;
+use crate::cli::ranks::PartSpec;
+
+/// Examples of `run`.
+pub const RUN_EXAMPLES: &str = "\
+Examples:
+  tiesmith plan --base llama --model chat --model code --out merged --save job.plan
+  Four parts, on this machine or any other, in any order
+    tiesmith run job.plan --part 1/4
+  The part that Slurm, a Kubernetes Indexed Job (auto/N) or mpirun gives this process
+    tiesmith run job.plan --part auto
+  When all are done
+    tiesmith finish job.plan";
+
+/// Examples of `slurm`.
+pub const SLURM_EXAMPLES: &str = "\
+Examples:
+  tiesmith slurm job.plan --parts 16 > submit.sh && bash submit.sh
+  tiesmith slurm job.plan --parts 16 --threads 8 --memory 16GiB -- --partition=cpu --time=02:00:00";
+
+/// Inputs and options of `plan`.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub merge: MergeArgs,
+
+    /// Write the plan down, for 'tiesmith run' on several machines; needs --out
+    #[arg(long, value_name = "FILE", help_heading = "Several machines")]
+    pub save: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct RunPartArgs {
+    /// What 'tiesmith plan --save' wrote
+    #[arg(value_name = "JOB.plan")]
+    pub job: PathBuf,
+
+    /// Which part, of how many; 'auto' is what the scheduler gave this process, 'auto/N' where it does not say of how many
+    #[arg(long, value_name = "I/N", value_parser = parse::part)]
+    pub part: PartSpec,
+
+    /// Do this pass only [default: all that is left, as far as nobody else does it]
+    #[arg(long, value_name = "PASS", value_parser = choice(&[
+        ("sketch", "count magnitudes to find the thresholds", Stage::Sketch),
+        ("merge", "merge, once all parts are sketched", Stage::Merge),
+    ]))]
+    pub stage: Option<Stage>,
+
+    #[command(flatten)]
+    pub resources: ResourceArgs,
+
+    /// How inputs are read; results are identical [default: as planned]
+    #[arg(long, value_name = "MODE", value_parser = io_modes())]
+    pub io: Option<IoMode>,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
+}
+
+/// What a part may use, where that is not as planned.
+#[derive(Debug, Args)]
+pub struct ResourceArgs {
+    /// Upper bound of peak resident memory [default: as planned]
+    #[arg(long, value_name = "SIZE", value_parser = parse::size)]
+    pub memory: Option<u64>,
+
+    /// Worker threads [default: as planned, else one per core]
+    #[arg(long, value_name = "N", value_parser = parse::threads)]
+    pub threads: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub struct FinishArgs {
+    /// What 'tiesmith plan --save' wrote
+    #[arg(value_name = "JOB.plan")]
+    pub job: PathBuf,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SlurmArgs {
+    /// What 'tiesmith plan --save' wrote
+    #[arg(value_name = "JOB.plan")]
+    pub job: PathBuf,
+
+    /// Number of parts: tasks of the arrays
+    #[arg(long, value_name = "N", value_parser = parse::parts)]
+    pub parts: usize,
+
+    #[command(flatten)]
+    pub resources: ResourceArgs,
+
+    /// Options for every sbatch, such as --partition=NAME and --time=02:00:00
+    #[arg(value_name = "SBATCH OPTION", last = true)]
+    pub sbatch: Vec<String>,
+}

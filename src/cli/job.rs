@@ -1,0 +1,118 @@
+//! Plan files: a merge's command line, written down with what its inputs were, for processes on other machines.
+//!
+//! Whoever runs a part plans again, from the same arguments and the inputs' headers, and the result must be the same plan.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::Parser;
+use serde::{Deserialize, Serialize};
+use tiesmith::{Error, IoMode, Job, Plan, Result, Run, Schedule, Storage};
+
+use super::args::{Cli, Command, MergeArgs, ResourceArgs};
+use super::{disk, jobs, lower};
+
+/// Version of the file's format.
+const VERSION: u32 = 1;
+/// Longest plan file that is read: it lists the inputs' files.
+const MAX_FILE_BYTES: u64 = 64 << 20;
+
+/// What the file holds, as JSON.
+#[derive(Debug, Serialize, Deserialize)]
+struct PlanFile {
+    tiesmith_plan: u32,
+    /// Where the command was given: relative paths start there.
+    directory: PathBuf,
+    /// The command's arguments after `plan`.
+    arguments: Vec<String>,
+    job: Job,
+}
+
+/// A plan file, planned again.
+pub struct Planned {
+    pub args: Box<MergeArgs>,
+    pub plan: Plan,
+    pub job: Job,
+    pub storage: Arc<dyn Storage>,
+}
+
+/// Writes down the merge that `args` describe.
+pub fn save(file: &Path, args: &MergeArgs, plan: &Plan, schedule: &Schedule, storage: &dyn Storage) -> Result<()> {
+    let mut output = lower::output(args)?;
+    output.dir = std::path::absolute(&output.dir)
+        .map_err(|e| Error::usage(format!("{}: {e}", output.dir.display())).help("choose another --out"))?;
+    let arguments = std::env::args_os().skip(2).map(|argument| argument.into_string());
+    let arguments = arguments.collect::<std::result::Result<_, _>>().map_err(|argument| {
+        Error::usage(format!("{} is not UTF-8, so it cannot be saved", argument.display())).help("rename it")
+    })?;
+    let directory = std::env::current_dir()
+        .map_err(|e| Error::failed(format!("cannot tell the current directory: {e}")).help("change to another one"))?;
+    let file_content =
+        PlanFile { tiesmith_plan: VERSION, directory, arguments, job: Job::new(plan, schedule, &output)? };
+    let json = serde_json::to_string_pretty(&file_content)
+        .map_err(|e| Error::failed(format!("cannot write the plan as JSON: {e}")))?;
+    let scratch = file.parent().filter(|dir| *dir != Path::new("")).unwrap_or(Path::new("."));
+    storage.write_small(file, (json + "\n").as_bytes(), scratch)
+}
+
+fn read(file: &Path) -> Result<PlanFile> {
+    let bytes = disk(IoMode::Auto)
+        .read_small(file, MAX_FILE_BYTES)
+        .map_err(|e| e.as_input().replace_help("give a file that 'tiesmith plan --save' wrote"))?;
+    let plan: std::result::Result<PlanFile, _> = serde_json::from_slice(&bytes);
+    match plan {
+        Ok(plan) if plan.tiesmith_plan == VERSION => Ok(plan),
+        Ok(plan) => Err(Error::input(format!("a plan file of version {}, not {VERSION}", plan.tiesmith_plan))
+            .at(file)
+            .help("plan again with this version of tiesmith")),
+        Err(_) => Err(Error::input("not a plan file").at(file).help("give a file that 'tiesmith plan --save' wrote")),
+    }
+}
+
+/// The job of a plan file, without a look at its inputs.
+pub fn job(file: &Path) -> Result<Job> {
+    read(file).map(|plan| plan.job)
+}
+
+/// Plans again what `file` describes, reading inputs as `io` says.
+pub fn load(file: &Path, io: Option<IoMode>) -> Result<Planned> {
+    let PlanFile { directory, arguments, job, .. } = read(file)?;
+    std::env::set_current_dir(&directory).map_err(|e| {
+        Error::input(format!("the directory it was planned in cannot be entered here: {e}"))
+            .at(&directory)
+            .help("run parts where it is mounted under the same path, or plan with absolute paths from one that is")
+    })?;
+    let argv = ["tiesmith", "plan"].into_iter().map(str::to_owned).chain(arguments);
+    let argv: Vec<_> = argv.map(std::ffi::OsString::from).collect();
+    let cli = Cli::read(&argv).map_err(|_| {
+        Error::input("its arguments are not understood by this version").at(file).help("plan again with it")
+    })?;
+    let Command::Plan(args) = cli.command else {
+        return Err(Error::input("not a plan file").at(file));
+    };
+    let args = args.merge;
+    let storage = disk(io.unwrap_or(args.run.io));
+    let mut merges = jobs::read(&args, "plan", &*storage)?;
+    let mut merge = merges.pop().ok_or_else(|| Error::input("there is nothing to merge in it").at(file))?;
+    let plan = merge.plan(&storage)?;
+    Ok(Planned { args: Box::new(args), plan, job, storage })
+}
+
+/// What a part may use: as planned, unless it is said anew.
+pub fn run(args: &MergeArgs, resources: &ResourceArgs) -> Run {
+    let planned = lower::run(args);
+    Run {
+        memory_bytes: resources.memory.unwrap_or(planned.memory_bytes),
+        threads: resources.threads.unwrap_or(planned.threads),
+    }
+}
+
+/// The memory and threads that a plan file's command line says, for scripts.
+pub fn resources(file: &Path) -> Result<(u64, Option<usize>)> {
+    let plan = read(file)?;
+    let argv = ["tiesmith".to_owned(), "plan".to_owned()].into_iter().chain(plan.arguments);
+    match Cli::try_parse_from(argv).map(|cli| cli.command) {
+        Ok(Command::Plan(args)) => Ok((args.merge.run.memory, args.merge.run.threads)),
+        _ => Err(Error::input("its arguments are not understood by this version").at(file).help("plan again with it")),
+    }
+}

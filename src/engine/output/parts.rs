@@ -1,0 +1,181 @@
+//! The output directory of a merge that many processes do in parts.
+//!
+//! - `DIR/.tiesmith/parts/` holds what the parts tell each other, and a journal for each of them. While it is there, no
+//!   other merge takes the directory.
+//! - Finished shards keep their unfinished names until all parts are there. Then one process publishes them, as it would
+//!   its own.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use super::{Found, JOURNAL, LOCK, Log, OutputDir, WORK_DIR, check_space, finished_already, kind, refuse_inputs};
+use crate::engine::identity::Begin;
+use crate::error::{Error, Result};
+use crate::journal::Journal;
+use crate::plan::Plan;
+use crate::storage::{Lock, Storage};
+
+/// Name of the folder in the work directory.
+pub(super) const DIR: &str = "parts";
+
+impl OutputDir {
+    /// Where the parts of a merge into `dir` leave what they know.
+    pub(in crate::engine) fn parts_dir(dir: &Path) -> PathBuf {
+        dir.join(WORK_DIR).join(DIR)
+    }
+
+    /// Takes `dir` for parts, unless `taken` says that it is already; `begin` is run while nobody else can, and makes that
+    /// true.
+    pub(in crate::engine) fn take_for_parts(
+        plan: &Plan,
+        dir: &Path,
+        force: bool,
+        storage: &Arc<dyn Storage>,
+        taken: impl Fn() -> bool,
+        begin: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        refuse_inputs(plan, dir, &**storage)?;
+        let work = dir.join(WORK_DIR);
+        let admit = || -> Result<bool> {
+            let found = Found::look(dir, &work, &**storage)?;
+            if found.in_parts() {
+                return Ok(taken());
+            }
+            if found.begun() {
+                return Err(Error::input("an unfinished merge in one piece is here")
+                    .at(dir)
+                    .help("end it with its command, or use another --out"));
+            }
+            match (found.finished(), force) {
+                (true, true) => {}
+                (true, false) => return Err(finished_already(dir)),
+                (false, _) if !found.entries.is_empty() => return Err(found.not_empty(dir)),
+                (false, _) => {}
+            }
+            check_space(plan.layout.shards.iter().map(|s| s.bytes).sum(), dir, &**storage)?;
+            Ok(false)
+        };
+        if admit()? {
+            return Ok(());
+        }
+        let unwritable = |e: Error| e.as_input().help("choose an --out that you may write to");
+        let _lock = loop {
+            // Whoever holds it is doing the same, or refuses what is here.
+            match storage.try_lock(&work.join(LOCK)).map_err(unwritable)? {
+                Some(lock) => break lock,
+                None if admit()? => return Ok(()),
+                None => std::thread::sleep(std::time::Duration::from_millis(20)),
+            }
+        };
+        if admit()? {
+            return Ok(());
+        }
+        storage.create_dir_all(&work.join(DIR))?;
+        begin()?;
+        storage.sync_dir(&work)?;
+        storage.sync_dir(dir)
+    }
+
+    /// What one part writes to, under its `lock`. It goes on with what its journal says is done.
+    pub(in crate::engine) fn of_part(
+        plan: &Plan,
+        dir: &Path,
+        journal_path: PathBuf,
+        lock: Lock,
+        storage: &Arc<dyn Storage>,
+    ) -> Result<Self> {
+        let mut output = Self::bare(dir, journal_path, lock, storage);
+        if storage.identity(&output.journal_path)?.is_some() {
+            let mut log = Log::default();
+            // A journal that cannot be read is no loss but of time: the part is done again.
+            if let (Ok(Some(journal)), Some(begin)) = (output.read_log(&mut log), log.begin)
+                && begin.admit_copies(plan).is_ok()
+            {
+                output.resumes = true;
+                output.journal = Mutex::new(Some(journal));
+                return Ok(output);
+            }
+        }
+        output.begin_journal(plan)?;
+        Ok(output)
+    }
+
+    /// The directory, with all parts in it, to be published.
+    pub(in crate::engine) fn of_parts(
+        plan: &Plan,
+        dir: &Path,
+        force: bool,
+        storage: &Arc<dyn Storage>,
+    ) -> Result<Self> {
+        refuse_inputs(plan, dir, &**storage)?;
+        let work = dir.join(WORK_DIR);
+        let lock = storage.lock(&work.join(LOCK)).map_err(Error::as_input)?;
+        let mut output = Self::bare(dir, work.join(JOURNAL), lock, storage);
+        let found = Found::look(dir, &work, &**storage)?;
+        let mut log = Log::default();
+        let journal = if found.begun() { output.read_log(&mut log)? } else { None };
+        output.published =
+            found.finished() && log.committed && log.begin.as_ref().is_some_and(|begin| begin.is_of(&plan.fingerprint));
+        if output.published {
+            return Ok(output);
+        }
+        output.replaces = found.finished();
+        if output.replaces && !force {
+            return Err(finished_already(dir));
+        }
+        match (journal, &log.begin) {
+            (Some(journal), Some(begin)) => {
+                begin.admit_copies(plan).map_err(|e| e.at(dir))?;
+                output.stale = log.stale;
+                output.journal = Mutex::new(Some(journal));
+            }
+            _ => output.begin_journal(plan)?,
+        }
+        Ok(output)
+    }
+
+    fn bare(dir: &Path, journal_path: PathBuf, lock: Lock, storage: &Arc<dyn Storage>) -> Self {
+        Self {
+            storage: Arc::clone(storage),
+            dir: dir.to_path_buf(),
+            work: dir.join(WORK_DIR),
+            journal_path,
+            in_parts: true,
+            created: false,
+            replaces: false,
+            stale: None,
+            resumes: false,
+            untouchable: AtomicBool::new(false),
+            published: false,
+            journal: Mutex::default(),
+            _lock: lock,
+        }
+    }
+
+    fn begin_journal(&mut self, plan: &Plan) -> Result<()> {
+        let begin = Begin::of(plan)?.encode()?;
+        let journal = Journal::create(&self.journal_path, kind::BEGIN, &begin, &*self.storage)?;
+        self.journal = Mutex::new(Some(journal));
+        self.storage.sync_dir(self.journal_path.parent().unwrap_or(&self.work))
+    }
+
+    /// Removes what the parts left. Their shards have got their names by then.
+    pub(super) fn clear_parts(&self) -> Result<()> {
+        let parts = self.work.join(DIR);
+        for name in self.storage.list(&parts)? {
+            self.storage.remove_file(&parts.join(name))?;
+        }
+        self.storage.remove_dir(&parts)
+    }
+
+    /// Whether shard `name` is there in full, finished or published.
+    pub(in crate::engine) fn has_shard(&self, name: &str, bytes: u64) -> Result<bool> {
+        let whole = |path: &Path| Ok(self.storage.identity(path)?.is_some_and(|found| found.bytes == bytes));
+        Ok(whole(&self.partial(name))? || self.journal_says_published() && whole(&self.dir.join(name))?)
+    }
+
+    fn journal_says_published(&self) -> bool {
+        !self.replaces || self.stale.is_some()
+    }
+}

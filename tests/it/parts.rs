@@ -1,0 +1,414 @@
+//! A merge in parts gives the bytes of a merge in one piece, whatever the parts, their order and their accidents.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use serde_json::Value;
+
+use crate::support::family::{Deltas, Family, Saved, Spec, text};
+use crate::support::files::read_tree;
+use crate::support::oracle::{Method, Recipe, Scope, TrimTies, ZeroSum};
+use crate::support::random::Random;
+use crate::support::run::{Outcome, command, run, tiesmith};
+use crate::support::tensor::Tensor;
+
+/// A planned merge in a directory of its own.
+struct Job {
+    dir: tempfile::TempDir,
+    out: PathBuf,
+    file: PathBuf,
+}
+
+impl Job {
+    fn plan(saved: &Saved, recipe: &Recipe, flags: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (out, file) = (dir.path().join("merged"), dir.path().join("job.plan"));
+        let (out_text, file_text) = (text(&out), text(&file));
+        let all = [&["--out", &out_text, "--save", &file_text], flags].concat();
+        saved.run("plan", recipe, &all).succeeded();
+        assert!(!out.exists(), "planning writes nothing but the plan");
+        Self { dir, out, file }
+    }
+
+    fn run(&self, part: &str, extra: &[&str]) -> Outcome {
+        let file = text(&self.file);
+        let args = [&["run", &file, "--progress=none", "--json", "--part", part], extra].concat();
+        tiesmith(args)
+    }
+
+    fn finish(&self) -> Outcome {
+        tiesmith(["finish", &text(&self.file), "--progress=none", "--json"])
+    }
+
+    fn parts(&self) -> PathBuf {
+        self.out.join(".tiesmith/parts")
+    }
+}
+
+/// Files that do not depend on how a run went: all but the manifest's times and places.
+fn lasting(out: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = read_tree(out);
+    let manifest = files.get_mut(Path::new("tiesmith.json")).expect("a manifest");
+    let mut value: Value = serde_json::from_slice(manifest).unwrap();
+    for field in ["out", "wall_seconds", "peak_memory_bytes", "resumed", "chunks_reused", "bytes_read"] {
+        value["report"].as_object_mut().unwrap().remove(field);
+    }
+    value.as_object_mut().unwrap().remove("run");
+    *manifest = value.to_string().into_bytes();
+    files
+}
+
+#[track_caller]
+fn must_be_alike(one: &Path, other: &Path, what: &str) {
+    let (one, other) = (lasting(one), lasting(other));
+    let differing: Vec<_> = one.keys().chain(other.keys()).filter(|path| one.get(*path) != other.get(*path)).collect();
+    assert!(differing.is_empty(), "{what}: {differing:?} differ");
+}
+
+/// Tensors of very different scales in several shards, so that a probe has something to be wrong about, with ties.
+fn family(deltas: Deltas) -> Family {
+    let spec = Spec {
+        seed: 11,
+        shapes: vec![
+            ("a", vec![300, 257]),
+            ("b", vec![70_001]),
+            ("c", vec![3]),
+            ("d", vec![]),
+            ("e", vec![0, 5]),
+            ("f", vec![90_000]),
+            ("b.bias", vec![40_000]),
+        ],
+        base: Dtype::BF16,
+        models: vec![Dtype::BF16, Dtype::F32, Dtype::BF16],
+        deltas,
+    };
+    spec.family()
+}
+
+fn recipes() -> Vec<(Recipe, &'static [&'static str])> {
+    let ties = Recipe::default();
+    vec![
+        (ties.clone(), &[]),
+        (Recipe { trim_ties: TrimTies::Lowest, ..ties.clone() }, &[]),
+        (Recipe { trim_ties: TrimTies::Lowest, zero_sum: ZeroSum::Majority, ..ties.clone() }, &["--exclude=b"]),
+        (Recipe { zero_sum: ZeroSum::Majority, ..ties.clone() }, &["--density=1"]),
+        (ties.clone(), &["--trim-ties=sample", "--seed=7"]),
+        (ties.clone(), &["--threshold=sketch"]),
+        (Recipe { scope: Scope::Tensor, trim_ties: TrimTies::Lowest, ..ties.clone() }, &[]),
+        (Recipe { method: Method::TaskArithmetic, ..ties.clone() }, &[]),
+        (Recipe { method: Method::Linear, ..ties }, &[]),
+    ]
+}
+
+#[test]
+fn any_number_of_parts_in_any_order_gives_the_same_bytes() {
+    let mut random = Random::new(3);
+    for deltas in [Deltas::Stepped, Deltas::HeavyTailed] {
+        let saved = family(deltas).save();
+        for (recipe, flags) in recipes() {
+            let flags = [flags, &["--max-shard-size=100KB", "--memory=64MB"]].concat();
+            let whole = saved.merge(&recipe, &flags);
+            for parts in [1, 2 + random.below(6), 7] {
+                let job = Job::plan(&saved, &recipe, &flags);
+                let mut order: Vec<usize> = (1..=parts).collect();
+                random.shuffle(&mut order);
+                let stages: &[&[&str]] =
+                    if random.below(2) == 0 { &[&[]] } else { &[&["--stage=sketch"], &["--stage=merge"]] };
+                for stage in stages {
+                    for part in &order {
+                        let threads = format!("--threads={}", 1 + random.below(3));
+                        job.run(&format!("{part}/{parts}"), &[stage, &[&*threads][..]].concat()).succeeded();
+                    }
+                }
+                let report = job.finish().succeeded().json();
+                let what = format!("{} in {parts} parts, order {order:?}, {stages:?}", whole.outcome.command);
+                must_be_alike(&whole.path, &job.out, &what);
+                for field in ["kept_fraction", "sign_conflict_fraction", "elements", "bytes_written", "warnings"] {
+                    assert_eq!(report[field], whole.report[field], "{field}: {what}");
+                }
+                assert!(!job.out.join(".tiesmith").exists(), "{what}");
+                tiesmith(["verify", &text(&job.out)]).succeeded();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_bracket_that_misses_costs_another_look_and_no_byte() {
+    let shapes = vec![("a", vec![1_310_720]), ("b", vec![1_000])];
+    let mut family = Spec { shapes, models: vec![Dtype::F32; 2], ..Spec::default() }.family();
+    // Where the probe looks, task vectors are a thousandth of what they are elsewhere.
+    let (base, stride) = (family.base["a"].f32s(), 1_311_720 * 4_096 / 131_072);
+    for model in &mut family.models {
+        let tuned = model["a"].f32s();
+        let scale = |at: usize| if at % stride < 4_096 { 1e-3 } else { 1.0 };
+        let values: Vec<f32> = (0..tuned.len()).map(|at| base[at] + (tuned[at] - base[at]) * scale(at)).collect();
+        model.insert("a".into(), Tensor::floats(Dtype::F32, &[values.len()], &values));
+    }
+    let saved = family.save();
+    let recipe = Recipe { trim_ties: TrimTies::Lowest, ..Recipe::default() };
+    let flags = ["--max-shard-size=5MB", "--memory=64MB", "--threads=1"];
+    let whole = saved.merge(&recipe, &flags);
+    for stages in [&[&[][..]][..], &[&["--stage=sketch"][..], &["--stage=merge"]]] {
+        let job = Job::plan(&saved, &recipe, &flags);
+        for stage in stages {
+            for part in ["2/2", "1/2"] {
+                job.run(part, stage).succeeded();
+            }
+        }
+        assert!(job.parts().join("sketch2-00001-of-00002").exists(), "no bracket missed: nothing was tried");
+        job.finish().succeeded();
+        must_be_alike(&whole.path, &job.out, "another look");
+    }
+}
+
+#[test]
+fn parts_at_the_same_time_share_the_looks() {
+    let saved = family(Deltas::Stepped).save();
+    let recipe = Recipe { trim_ties: TrimTies::Lowest, zero_sum: ZeroSum::Majority, ..Recipe::default() };
+    let flags = ["--max-shard-size=100KB", "--memory=64MB", "--threads=1"];
+    let whole = saved.merge(&recipe, &flags);
+    let job = Job::plan(&saved, &recipe, &flags);
+    let parts: Vec<_> = (1..=4)
+        .map(|part| {
+            let mut command = command();
+            command.args(["run", &text(&job.file), "--progress=none", "--part", &format!("{part}/4")]);
+            command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    for part in parts {
+        let output = part.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let read = job.finish().succeeded().json()["bytes_read"].as_u64().unwrap();
+    must_be_alike(&whole.path, &job.out, "four at once");
+    // Probe, sketch, ties, votes and merge: each input byte at most five times, and nothing done twice.
+    let inputs: u64 = 2 * 3 * 277_104 + 4 * 277_104;
+    assert!(read <= 5 * inputs, "{read} of {inputs}");
+}
+
+#[test]
+fn a_part_that_is_done_is_not_done_again() {
+    let saved = family(Deltas::Stepped).save();
+    let recipe = Recipe::default();
+    let job = Job::plan(&saved, &recipe, &["--max-shard-size=100KB"]);
+    let first = job.run("2/3", &[]).succeeded().json();
+    assert_eq!((&first["done_before"], &first["merged"]), (&false.into(), &true.into()));
+    let modified = |job: &Job| {
+        let tree = fs::read_dir(job.out.join(".tiesmith")).unwrap().map(|e| e.unwrap());
+        let shards = tree.filter(|e| e.path().extension().is_some_and(|e| e == "partial"));
+        shards.map(|e| (e.path(), e.metadata().unwrap().modified().unwrap())).collect::<BTreeMap<_, _>>()
+    };
+    let before = modified(&job);
+    assert!(!before.is_empty());
+    let second = job.run("2/3", &[]).succeeded().json();
+    assert_eq!((&second["done_before"], &second["bytes_read"]), (&true.into(), &0.into()));
+    assert_eq!(before, modified(&job));
+    // A shard that is lost is made again.
+    fs::remove_file(before.keys().next().unwrap()).unwrap();
+    assert!(job.finish().error_line(1).contains("not done yet: parts 1, 2, 3 of 3"));
+    let third = job.run("2/3", &[]).succeeded().json();
+    assert_eq!(third["done_before"], false);
+    for part in ["1/3", "3/3"] {
+        job.run(part, &[]).succeeded();
+    }
+    job.finish().succeeded();
+    must_be_alike(&saved.merge(&recipe, &["--max-shard-size=100KB"]).path, &job.out, "a shard made again");
+    // Whoever comes late finds that all is done.
+    assert_eq!(job.run("1/3", &[]).succeeded().json()["done_before"], true);
+    job.finish().succeeded();
+}
+
+#[test]
+fn what_does_not_belong_together_is_refused() {
+    let saved = family(Deltas::Stepped).save();
+    let flags = ["--max-shard-size=100KB"];
+    let job = Job::plan(&saved, &Recipe::default(), &flags);
+    let says =
+        |line: &str, words: &[&str]| words.iter().for_each(|word| assert!(line.contains(word), "{word}: {line}"));
+    says(job.run("4/3", &[]).refusal(), &["there is no part 4 of 3", "from 1 to 3"]);
+    says(job.run("auto", &[]).refusal(), &["no scheduler", "--part 2/8"]);
+    says(job.finish().refusal(), &["no part of this merge was run yet"]);
+    assert!(!job.out.exists(), "a refusal writes nothing");
+    says(
+        job.run("2/3", &["--stage=merge"]).error_line(1),
+        &["not sketched yet: parts 1, 2, 3 of 3", "--stage sketch --part 1/3"],
+    );
+    job.run("1/3", &[]).succeeded();
+    says(job.run("1/2", &[]).refusal(), &["begun in 3 parts, not in 2", "--part I/3"]);
+    says(job.finish().error_line(1), &["not done yet: parts 2, 3 of 3", "--part 2/3"]);
+    assert!(!job.out.join("model.safetensors.index.json").exists());
+    // Another plan for the same output.
+    let other = job.dir.path().join("other.plan");
+    let (out, file) = (text(&job.out), text(&other));
+    let planned = [&["--density=0.5", "--out", &out, "--save", &file][..], &flags].concat();
+    saved.run("plan", &Recipe::default(), &planned).succeeded();
+    let line = tiesmith(["run", &file, "--progress=none", "--part=2/3"]);
+    says(line.refusal(), &["belongs to another plan", "another --out"]);
+    // A merge in one piece.
+    let line = saved.run("merge", &Recipe::default(), &[&["--out", &out, "--progress=none"][..], &flags].concat());
+    says(line.refusal(), &["a merge in parts is under way", "tiesmith finish"]);
+    let line = saved.run(
+        "merge",
+        &Recipe::default(),
+        &[&["--restart", "--out", &out, "--progress=none"][..], &flags].concat(),
+    );
+    says(line.refusal(), &["a merge in parts is under way"]);
+    for part in ["2/3", "3/3"] {
+        job.run(part, &[]).succeeded();
+    }
+    job.finish().succeeded();
+    must_be_alike(&saved.merge(&Recipe::default(), &flags).path, &job.out, "after all refusals");
+}
+
+#[test]
+fn changed_inputs_and_recipes_are_refused() {
+    let saved = family(Deltas::Stepped).save();
+    let job = Job::plan(&saved, &Recipe::default(), &[]);
+    job.run("1/1", &["--stage=sketch"]).succeeded();
+    let file = saved.models[0].join("model.safetensors");
+    let bytes = fs::read(&file).unwrap();
+    fs::write(&file, &bytes).unwrap();
+    let outcome = job.run("1/1", &[]);
+    let line = outcome.refusal();
+    assert!(line.contains("modification time is another") && line.contains("model.safetensors"), "{line}");
+    let outcome = job.finish();
+    assert!(outcome.refusal().contains("modification time is another"));
+}
+
+#[test]
+fn copies_with_the_same_times_are_the_same_inputs() {
+    let saved = family(Deltas::Stepped).save();
+    let job = Job::plan(&saved, &Recipe::default(), &["--max-shard-size=100KB"]);
+    job.run("1/2", &[]).succeeded();
+    // As if the second machine had a copy of its own.
+    let model = &saved.models[0];
+    let aside = saved.path("aside");
+    fs::rename(model, &aside).unwrap();
+    fs::create_dir(model).unwrap();
+    for entry in fs::read_dir(&aside).unwrap().map(Result::unwrap) {
+        let copy = model.join(entry.file_name());
+        fs::copy(entry.path(), &copy).unwrap();
+        let time = entry.metadata().unwrap().modified().unwrap();
+        fs::File::options().write(true).open(&copy).unwrap().set_modified(time).unwrap();
+    }
+    job.run("2/2", &[]).succeeded();
+    job.finish().succeeded();
+    must_be_alike(&saved.merge(&Recipe::default(), &["--max-shard-size=100KB"]).path, &job.out, "copies");
+}
+
+#[test]
+fn damaged_files_of_parts_are_named() {
+    let saved = family(Deltas::Stepped).save();
+    let job = Job::plan(&saved, &Recipe::default(), &[]);
+    job.run("1/2", &["--stage=sketch"]).succeeded();
+    let sketch = job.parts().join("sketch-00001-of-00002");
+    let sound = fs::read(&sketch).unwrap();
+    for at in [0, 20, sound.len() / 2, sound.len() - 1] {
+        let mut damaged = sound.clone();
+        damaged[at] ^= 1;
+        fs::write(&sketch, damaged).unwrap();
+        let outcome = job.run("2/2", &[]);
+        let line = outcome.error_line(1);
+        assert!(line.contains("sketch-00001-of-00002") && line.contains("remove it and run the part again"), "{line}");
+    }
+    fs::remove_file(&sketch).unwrap();
+    for part in ["1/2", "2/2"] {
+        job.run(part, &[]).succeeded();
+    }
+    job.finish().succeeded();
+}
+
+#[test]
+fn a_bad_input_is_the_same_line_in_parts() {
+    let mut family = family(Deltas::Stepped);
+    let bytes = &mut family.models[1].get_mut("f").unwrap().bytes;
+    bytes[400..404].copy_from_slice(&f32::NAN.to_le_bytes());
+    let saved = family.save();
+    let job = Job::plan(&saved, &Recipe::default(), &["--max-shard-size=100KB"]);
+    let whole = saved.run("merge", &Recipe::default(), &["--out", &text(&saved.path("whole")), "--progress=none"]);
+    let outcome = job.run("1/2", &[]);
+    assert_eq!(outcome.error_line(2), whole.error_line(2));
+    assert!(job.finish().error_line(1).contains("not done yet"));
+}
+
+#[test]
+fn a_finished_output_is_replaced_whole_or_not_at_all() {
+    let saved = family(Deltas::Stepped).save();
+    let flags = ["--max-shard-size=100KB"];
+    let job = Job::plan(&saved, &Recipe::default(), &flags);
+    let merged = |density: &str| {
+        let args = ["--out", &text(&job.out), "--progress=none", "--max-shard-size=100KB", density];
+        saved.run("merge", &Recipe::default(), &args).succeeded();
+    };
+    merged("--density=0.7");
+    let outcome = job.run("1/2", &[]);
+    assert!(outcome.refusal().contains("a finished merge is already there"));
+    let before = lasting(&job.out);
+    let (out, file) = (text(&job.out), text(&job.file));
+    saved
+        .run("plan", &Recipe::default(), &[&["--out", &out, "--save", &file, "--force"][..], &flags].concat())
+        .succeeded();
+    job.run("1/2", &[]).succeeded();
+    job.run("2/2", &[]).succeeded();
+    let mut during = read_tree(&job.out);
+    during.retain(|path, _| !path.starts_with(".tiesmith"));
+    assert_eq!(during.len(), before.len(), "the old output is whole until the end");
+    job.finish().succeeded();
+    must_be_alike(&saved.merge(&Recipe::default(), &flags).path, &job.out, "replaced");
+}
+
+#[test]
+fn schedulers_name_the_part() {
+    let saved = family(Deltas::Stepped).save();
+    let flags = ["--max-shard-size=100KB"];
+    let job = Job::plan(&saved, &Recipe::default(), &flags);
+    let with = |part: &str, variables: &[(&str, &str)]| {
+        let mut command = command();
+        command.args(["run", &text(&job.file), "--progress=none", "--json", "--part", part]);
+        command.envs(variables.iter().copied());
+        run(command).succeeded().json()["part"].clone()
+    };
+    let slurm = [("SLURM_ARRAY_TASK_ID", "5"), ("SLURM_ARRAY_TASK_MIN", "5"), ("SLURM_ARRAY_TASK_COUNT", "3")];
+    assert_eq!(with("auto", &slurm), 1);
+    assert_eq!(with("auto/3", &[("JOB_COMPLETION_INDEX", "1")]), 2);
+    assert_eq!(with("auto", &[("OMPI_COMM_WORLD_RANK", "2"), ("OMPI_COMM_WORLD_SIZE", "3")]), 3);
+    job.finish().succeeded();
+    let script = tiesmith(["slurm", &text(&job.file), "--parts=3", "--", "--partition=cpu"]).succeeded().stdout;
+    for words in ["--array=1-3", "--dependency=afterok", "--requeue", "--partition=cpu", "--stage sketch", "finish"] {
+        assert!(script.contains(words), "{words}\n{script}");
+    }
+    let mut check = std::process::Command::new("bash");
+    let mut child = check.arg("-n").stdin(std::process::Stdio::piped()).spawn().unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), script.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success(), "{script}");
+}
+
+#[test]
+fn plan_files_are_checked() {
+    let saved = family(Deltas::Stepped).save();
+    let job = Job::plan(&saved, &Recipe::default(), &[]);
+    let says =
+        |line: &str, words: &[&str]| words.iter().for_each(|word| assert!(line.contains(word), "{word}: {line}"));
+    let args = |file: &str| ["run".to_owned(), file.to_owned(), "--part=1/1".to_owned()];
+    says(tiesmith(args(&text(&saved.path("no.plan")))).refusal(), &["no.plan", "plan --save"]);
+    let original = fs::read_to_string(&job.file).unwrap();
+    for (find, replace, words) in [
+        ("{", "[", &["not a plan file"][..]),
+        ("\"tiesmith_plan\": 1", "\"tiesmith_plan\": 99", &["version 99, not 1"]),
+        ("\"--memory\"", "\"--nemory\"", &["not understood by this version"]),
+        ("\"directory\": \"/", "\"directory\": \"/nowhere/", &["cannot be entered here"]),
+    ] {
+        let changed = original.replacen(find, replace, 1);
+        if changed == original && find.contains("memory") {
+            continue;
+        }
+        assert_ne!(changed, original, "{find}");
+        fs::write(&job.file, changed).unwrap();
+        says(job.run("1/1", &[]).refusal(), words);
+    }
+    let outcome = saved.run("plan", &Recipe::default(), &["--save", &text(&job.file)]);
+    says(outcome.refusal(), &["no output directory is given"]);
+}
