@@ -54,6 +54,21 @@ fn write_checkpoint(path: &Path, seed: u32, block_elements: usize) {
     }
 }
 
+/// Writes a LoRA adapter of rank 8 on the large tensor.
+fn write_adapter(dir: &Path) {
+    fs::create_dir(dir).unwrap();
+    fs::write(dir.join("adapter_config.json"), r#"{"peft_type": "LORA", "r": 8, "lora_alpha": 16}"#).unwrap();
+    let (rows, columns) = (SHAPES[0].1[0], SHAPES[0].1[1]);
+    let (a, b) = (4 * 8 * columns, 4 * 8 * rows);
+    let entry = |name: &str, shape: [u64; 2], begin: u64, end: u64| {
+        format!(r#""big.lora_{name}.weight":{{"dtype":"F32","shape":{shape:?},"data_offsets":[{begin},{end}]}}"#)
+    };
+    let header = format!("{{{},{}}}", entry("A", [8, columns], 0, a), entry("B", [rows, 8], a, a + b));
+    let values = (0..(a + b) / 4).flat_map(|i| ((i % 251) as f32 / 1e4 - 0.01).to_le_bytes());
+    let file = (header.len() as u64).to_le_bytes().into_iter().chain(header.bytes()).chain(values);
+    fs::write(dir.join("adapter_model.safetensors"), file.collect::<Vec<u8>>()).unwrap();
+}
+
 /// A memory cgroup that disappears with this value.
 struct Cgroup(PathBuf);
 
@@ -114,13 +129,17 @@ fn the_memory_budget_holds() {
         fs::create_dir(place(name)).unwrap();
         write_checkpoint(&dir.path().join(name).join("model.safetensors"), seed as u32 + 1, block);
     }
+    write_adapter(&dir.path().join("lora"));
     const { assert!(3 * CHECKPOINT_BYTES > 8 * BUDGET_BYTES) };
 
     let group = Cgroup::new();
     if group.is_none() {
         eprintln!("no memory cgroup can be made here: resident memory is watched, not limited");
     }
-    let cases: [&[&str]; 6] = [
+    let lora = place("lora");
+    let cases: [&[&str]; 7] = [
+        // Computed where they are read, among others.
+        &["--model", &lora, "--threads=3"],
         &["--io=mmap", "--threads=2", "--trim-ties=lowest"],
         &["--io=read", "--threads=4", "--scope=tensor"],
         &["--method=linear", "--max-shard-size=50MB"],

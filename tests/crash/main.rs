@@ -48,6 +48,19 @@ impl Observer for StopAfter {
     }
 }
 
+/// A file of f32 tensors whose entry number i is `value(i)`.
+fn floats(tensors: &[(&str, &[u64])], value: impl Fn(u64) -> f32) -> Vec<u8> {
+    let mut header = serde_json::Map::new();
+    let mut data: Vec<u8> = Vec::new();
+    for (name, shape) in tensors {
+        let begin = data.len();
+        (0..shape.iter().product()).for_each(|i| data.extend(value(i).to_le_bytes()));
+        header.insert((*name).into(), json!({"dtype": "F32", "shape": shape, "data_offsets": [begin, data.len()]}));
+    }
+    let header = Value::Object(header).to_string();
+    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat()
+}
+
 /// A checkpoint file with pseudo-random weights; many are equal to others.
 fn checkpoint(seed: u64) -> Vec<u8> {
     let mut state = seed;
@@ -66,7 +79,8 @@ fn checkpoint(seed: u64) -> Vec<u8> {
                 _ => data.extend((f32::from(next() as u8) / 256.0 - 0.5).to_le_bytes()),
             }
         }
-        header.insert(name.into(), json!({"dtype": dtype, "shape": [elements], "data_offsets": [begin, data.len()]}));
+        let shape = if name == "a.weight" { json!([elements / 40, 40]) } else { json!([elements]) };
+        header.insert(name.into(), json!({"dtype": dtype, "shape": shape, "data_offsets": [begin, data.len()]}));
     }
     let header = Value::Object(header).to_string();
     [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat()
@@ -78,6 +92,13 @@ fn inputs() -> Memory {
     for (name, seed) in [("base", 1), ("one", 2), ("two", 3)] {
         memory.put(&format!("/in/{name}/model.safetensors"), &checkpoint(seed));
     }
+    let factors = [("base_model.model.a.lora_A.weight", &[3, 40][..]), ("base_model.model.a.lora_B.weight", &[500, 3])];
+    memory.put("/in/lora/adapter_model.safetensors", &floats(&factors, |i| (i % 7) as f32 / 16.0 - 0.2));
+    memory.put("/in/lora/adapter_config.json", br#"{"peft_type": "LORA", "r": 3, "lora_alpha": 6}"#);
+    let fishers = [("a.weight", &[500, 40][..]), ("b.weight", &[9_000])];
+    memory.put("/in/fisher/model.safetensors", &floats(&fishers, |i| (i % 11) as f32 / 16.0));
+    let gram = |i: u64| if i % 41 == 0 { 2.0 } else { 0.01 };
+    memory.put("/in/gram/model.safetensors", &floats(&[("a.weight", &[40, 40])], gram));
     memory.put("/in/base/config.json", br#"{"torch_dtype": "float32"}"#);
     memory.put("/in/base/tokenizer.json", &[b'x'; 3000]);
     memory
@@ -100,12 +121,41 @@ fn recipe() -> Recipe {
     }
 }
 
+/// An adapter on base beside a model.
+fn adapted() -> Recipe {
+    let mut recipe = recipe();
+    recipe.models[0].source = "/in/base+/in/lora".into();
+    recipe
+}
+
+/// An average by what each model has besides its weights.
+fn described(method: &str) -> Recipe {
+    let mut recipe = Recipe { method: method.into(), ..recipe() };
+    for model in &mut recipe.models {
+        match method {
+            "fisher" => model.fisher = Some("/in/fisher".into()),
+            _ => model.gram = Some("/in/gram".into()),
+        }
+    }
+    recipe
+}
+
+/// Adapters merged with each other.
+fn alone() -> Recipe {
+    let lora = || ModelInput { source: "/in/lora".into(), ..ModelInput::default() };
+    Recipe { base: None, models: vec![lora(), lora()], ..recipe() }
+}
+
 fn jobs() -> Vec<Job> {
     let job = |name, recipe, force| Job { name, recipe, force };
     vec![
         job("shards", recipe(), false),
         job("one file", Recipe { max_shard_bytes: 1 << 30, dtype: Some(Float::BF16), ..recipe() }, false),
         job("ties by position", Recipe { trim_ties: TrimTies::Lowest, scope: Scope::Tensor, ..recipe() }, false),
+        job("an adapter", adapted(), false),
+        job("fisher", described("fisher"), false),
+        job("regmean", described("regmean"), false),
+        job("adapters alone", alone(), false),
         job("replacing shards", recipe(), true),
         job("replacing by one file", Recipe { max_shard_bytes: 1 << 30, ..recipe() }, true),
     ]
@@ -174,8 +224,9 @@ impl Case<'_> {
     /// What loads as a model must be the old output or the new one, whole.
     fn looks_right(&self, memory: &Memory) {
         let tree = memory.tree(OUT);
-        let loadable =
-            ["model.safetensors.index.json", "model.safetensors"].iter().any(|name| tree.contains_key(*name));
+        let loadable = ["model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"]
+            .iter()
+            .any(|name| tree.contains_key(*name));
         let is = |files: &BTreeMap<String, Vec<u8>>| {
             let same = |(name, data): (&String, &Vec<u8>)| {
                 tree.get(name).is_some_and(|(_, found)| found == data || name == "tiesmith.json")
