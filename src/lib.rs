@@ -55,11 +55,11 @@ pub use engine::{
     AnalysisReport, Change, Damage, DamagedFile, DiffOptions, DiffReport, DtypeTotal, InspectReport, Job, Observer,
     OutputOptions, PackOutput, PackReport, Part, PartReport, Report, Stage, Study, SweepEntry, SweepOptions,
     SweepReport, TensorDiff, TensorStats, ValueStats, Variant, VerifyReport, analyze, diff, finish, inspect,
-    is_finished, merge, pack, run_part, sweep, verify,
+    is_finished, merge, pack, repair, run_part, sweep, verify,
 };
 pub use error::{Error, ErrorKind, Result, printable};
 pub use method::{METHODS, Method, ParamKind, ParamSpec, Statistics, Value};
-pub use plan::{InputSummary, PassSummary, Plan, PlanSummary, Run, Schedule, Spread};
+pub use plan::{InputSummary, ListedFile, Manifest, PassSummary, Plan, PlanSummary, Run, Schedule, Spread};
 pub use recipe::mergekit;
 pub use recipe::{
     BaseLayers, Case, ChatTemplate, Filter, LayerSource, Missing, ModelInput, NonFinite, Overflow, Params, Recipe,

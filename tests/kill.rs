@@ -172,6 +172,60 @@ fn shell(script: &str, merge: &Command) -> ExitStatus {
     shell.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap()
 }
 
+/// The job script of `docs/guide.md`, as it stands there.
+fn job_of_the_guide() -> String {
+    let guide = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/guide.md")).unwrap();
+    let (_, script) = guide.split_once("```sh\n#!/bin/sh\n#SBATCH").expect("a job script");
+    format!("#!/bin/sh\n#SBATCH{}", script.split_once("```").unwrap().0)
+}
+
+#[test]
+fn the_guides_job_gets_through_however_often_it_is_preempted() {
+    let saved = family(250_000).save();
+    for (name, ckpt) in [("llama", &saved.base), ("chat", &saved.models[0]), ("code", &saved.models[1])] {
+        std::os::unix::fs::symlink(ckpt, saved.path(name)).unwrap();
+    }
+    // What a cluster has: the scheduler's command, and the program in the path.
+    let bin = saved.path("bin");
+    fs::create_dir(&bin).unwrap();
+    let program = Path::new(env!("CARGO_BIN_EXE_tiesmith"));
+    std::os::unix::fs::symlink(program, bin.join("tiesmith")).unwrap();
+    fs::write(bin.join("scontrol"), "#!/bin/sh\necho \"$@\" >> requeued\n").unwrap();
+    let script = job_of_the_guide();
+    fs::write(saved.path("job.sh"), &script).unwrap();
+    let run_in = |limit: &str, more: &str| {
+        let mut shell = Command::new("sh");
+        let line = format!(
+            "chmod +x bin/scontrol; PATH=$PWD/bin:$PATH SLURM_JOB_ID=7; export PATH SLURM_JOB_ID; {limit} {more}"
+        );
+        shell.current_dir(saved.dir.path()).args(["-c", &line]).stdout(Stdio::null()).stderr(Stdio::null());
+        shell.status().unwrap().code()
+    };
+    let arguments = "tiesmith merge --base llama --model chat --model code --progress none --out";
+    assert!(script.contains("tiesmith merge --base llama --model chat --model code --out merged"), "{script}");
+    let begin = Instant::now();
+    assert_eq!(run_in("", &format!("{arguments} clean")), Some(0));
+    let mut slot = begin.elapsed().mul_f64(0.4);
+    let mut preempted = 0;
+    let code = loop {
+        let limit = format!("timeout -s TERM {:.3}", slot.as_secs_f64());
+        match run_in(&limit, "sh job.sh") {
+            Some(0) => break 0,
+            // `timeout` reports 124 where the job ended because of it.
+            Some(124 | 143) => preempted += 1,
+            other => panic!("{other:?} after {preempted} preemptions"),
+        }
+        // Attempts that are too short for any progress at all would go on for ever.
+        slot = slot.mul_f64(1.1);
+        assert!(preempted < 100);
+    };
+    println!("{preempted} preemptions");
+    assert_eq!(code, 0);
+    assert!(lasting(&saved.path("merged")) == lasting(&saved.path("clean")));
+    assert!(preempted == 0 || fs::read_to_string(saved.path("requeued")).unwrap().contains("requeue 7"));
+    assert_eq!(run_in("", "sh job.sh"), Some(0), "what is done stays done");
+}
+
 #[test]
 fn ignored_signals_stay_ignored() {
     let saved = family(100_000).save();

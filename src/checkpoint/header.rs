@@ -48,11 +48,15 @@ pub(super) struct Header {
 
 /// Reads and checks the header of `file`, which is number `index` of its checkpoint.
 pub(super) fn read(file: &dyn InputFile, index: u32) -> Result<Header> {
-    read_and_check(file, index).map_err(|e| e.at(file.path()))
+    read_and_check(file, index, file.identity().bytes).map_err(|e| e.at(file.path()))
 }
 
-fn read_and_check(file: &dyn InputFile, index: u32) -> Result<Header> {
-    let file_bytes = file.identity().bytes;
+/// The tensors of `file`, whose whole length is, or was, `file_bytes`.
+pub(super) fn tensors_of(file: &dyn InputFile, file_bytes: u64) -> Result<Vec<TensorEntry>> {
+    read_and_check(file, 0, file_bytes).map(|header| header.tensors)
+}
+
+fn read_and_check(file: &dyn InputFile, index: u32, file_bytes: u64) -> Result<Header> {
     let raw = read_raw(file, file_bytes)?;
     let header_bytes = raw.len() as u64;
     let hash = *blake3::hash(&raw).as_bytes();

@@ -231,6 +231,11 @@ impl Catalogue {
     }
 }
 
+/// Where the tensors of a safetensors file are that has, or should have, `bytes` bytes.
+pub fn tensors_of(file: &dyn InputFile, bytes: u64) -> Result<Vec<TensorEntry>> {
+    header::tensors_of(file, bytes)
+}
+
 /// The directory that holds the file at `path`.
 fn directory_of(path: &Path) -> &Path {
     match path.parent() {

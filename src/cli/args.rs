@@ -60,6 +60,8 @@ Examples:
     tiesmith merge recipe.yml --memory 8GiB --out merged
   Merge adapters of one base: a directory with adapter_config.json is a model on --base
     tiesmith merge --base llama --model lora-chat --model lora-code --out merged
+  Make a finished output again, bit for bit
+    tiesmith merge merged/tiesmith.json --out again
   Average three fine-tunes, no base needed
     tiesmith merge --method linear --model a --model b --model c --out soup
   Merge the attention only, in 1 GiB of memory
@@ -125,8 +127,10 @@ pub enum Command {
     Diff(DiffArgs),
     /// Check a finished output against its manifest; exit code 1 if something is damaged
     ///
-    /// Every file that the manifest lists is read and hashed again.
-    #[command(after_help = "Examples:\n  tiesmith verify merged\n  tiesmith verify merged --json")]
+    /// Every file that the manifest lists is read and hashed again. In a damaged shard, damaged tensors are named.
+    #[command(
+        after_help = "Examples:\n  tiesmith verify merged\n  tiesmith verify merged --json\n  tiesmith verify merged --repair"
+    )]
     Verify(VerifyArgs),
     /// Merge models in many ways from shared reads: a grid of lambda, density, methods and subsets of models
     ///
@@ -182,7 +186,8 @@ fn given(matches: &ArgMatches) -> Vec<String> {
 pub struct MergeArgs {
     /// A recipe file in mergekit's language, instead of --base, --model and --method; other options override it
     ///
-    /// See docs/recipes.md. It may hold several named documents, of which later ones use the outputs of earlier ones.
+    /// See docs/recipes.md. It may hold several named documents, of which later ones use the outputs of earlier ones. The
+    /// manifest of a finished output, DIR/tiesmith.json, is one too: its merge is done again and compared bit for bit.
     #[arg(value_name = "RECIPE.yml", conflicts_with_all = ["base", "models", "method"])]
     pub recipe: Option<String>,
 
@@ -434,6 +439,20 @@ pub struct VerifyArgs {
     /// Directory that was merged into
     #[arg(value_name = "DIR")]
     pub dir: PathBuf,
+
+    /// Make damaged files again from the inputs, which must be those of the merge
+    ///
+    /// Only damaged shards are computed. Each gets its place only if it has the hash that the manifest lists.
+    #[arg(long)]
+    pub repair: bool,
+
+    /// Upper bound of peak resident memory while repairing, such as 2GiB or 500MB
+    #[arg(long, value_name = "SIZE", default_value = "2GiB", value_parser = parse::size)]
+    pub memory: u64,
+
+    /// Worker threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = parse::threads)]
+    pub threads: Option<usize>,
 
     #[command(flatten)]
     pub report: ReportArgs,

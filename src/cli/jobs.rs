@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tiesmith::mergekit::{self, Document};
-use tiesmith::{Checkpoint, Error, Plan, Recipe, Result, Storage};
+use tiesmith::{Checkpoint, Error, Manifest, Plan, Recipe, Result, Storage};
 
 use super::args::MergeArgs;
 use super::lower;
@@ -26,6 +26,8 @@ pub struct Job {
     pub warnings: Vec<String>,
     /// Where checkpoints are named in the recipe file.
     places: HashMap<String, String>,
+    /// The finished output that is to be made again.
+    pub again: Option<Manifest>,
 }
 
 impl Job {
@@ -53,14 +55,22 @@ impl Job {
     }
 }
 
+/// Options that do not change the result, and so can be given beside a manifest.
+const NEUTRAL: [&str; 9] = ["recipe", "out", "force", "restart", "memory", "threads", "io", "progress", "json"];
+
 /// The merges that `args` describe, each after those whose outputs it uses. The last one goes to `--out`.
 pub fn read(args: &MergeArgs, verb: &str, storage: &dyn Storage) -> Result<Vec<Job>> {
     let out = args.output.out.clone();
     let Some(file) = &args.recipe else {
         let recipe = lower::recipe(args, verb)?;
-        return Ok(vec![Job { name: None, recipe, out, part: false, warnings: Vec::new(), places: HashMap::new() }]);
+        let places = HashMap::new();
+        return Ok(vec![Job { name: None, recipe, out, part: false, warnings: Vec::new(), places, again: None }]);
     };
-    let documents = mergekit::parse(&text(file, storage)?, file)?;
+    let text = text(file, storage)?;
+    if Manifest::is_one(&text) {
+        return Ok(vec![again(args, file, storage)?]);
+    }
+    let documents = mergekit::parse(&text, file)?;
     let parts = parts_dir(args);
     let names: Vec<String> = documents.iter().filter_map(|document| document.name.clone()).collect();
     let count = documents.len();
@@ -76,7 +86,7 @@ pub fn read(args: &MergeArgs, verb: &str, storage: &dyn Storage) -> Result<Vec<J
         let Document { name, mut recipe, warnings, places } = document;
         lower::override_recipe(&mut recipe, args)?;
         let out = if last { out.clone() } else { name.as_ref().map(|name| parts.join(name)) };
-        Ok(Job { name, recipe, out, part: !last, warnings, places })
+        Ok(Job { name, recipe, out, part: !last, warnings, places, again: None })
     });
     jobs.collect()
 }
@@ -99,6 +109,29 @@ pub fn check(jobs: &mut [Job], storage: &Arc<dyn Storage>) -> Result<()> {
         sources.try_for_each(open).map_err(|error| job.placed(error, storage))?;
     }
     Ok(())
+}
+
+/// The merge that the manifest `file` is the record of.
+fn again(args: &MergeArgs, file: &str, storage: &dyn Storage) -> Result<Job> {
+    // Groups of arguments are listed too, by the names of their types.
+    let is_option = |id: &&String| id.starts_with(|c: char| c.is_ascii_lowercase());
+    if let Some(option) = args.given.iter().filter(is_option).find(|id| !NEUTRAL.contains(&id.as_str())) {
+        let flag = option.replace('_', "-").replace("params", "param");
+        return Err(Error::usage(format!("--{flag} cannot be given with a manifest, which says everything"))
+            .help("leave it out, or merge anew with --base and --model"));
+    }
+    let manifest = Manifest::read(Path::new(file), storage)?;
+    let recipe = manifest.recipe(storage);
+    let out = args.output.out.clone();
+    Ok(Job {
+        name: None,
+        recipe,
+        out,
+        part: false,
+        warnings: Vec::new(),
+        places: HashMap::new(),
+        again: Some(manifest),
+    })
 }
 
 /// The directory of outputs that other documents use.

@@ -1,9 +1,10 @@
 //! `tiesmith merge`: plan, schedule, merge, and a summary of what was done.
 
 use std::fmt::Write;
+use std::path::Path;
 use std::sync::Arc;
 
-use tiesmith::{Observer, OutputOptions, Plan, Report, Result, Schedule, Storage, printable};
+use tiesmith::{Error, Manifest, Observer, OutputOptions, Plan, Report, Result, Schedule, Storage, printable};
 
 use super::args::MergeArgs;
 use super::jobs::{self, Job};
@@ -24,7 +25,10 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
         part(args, job, &storage)?;
     }
     let progress = Progress::new(args.run.report.progress);
-    let plan = last.plan(&storage)?;
+    let mut plan = last.plan(&storage)?;
+    if let Some(manifest) = &last.again {
+        manifest.admit(&mut plan)?;
+    }
     // Elsewhere they come with the result: a failed run's one line of error stands alone.
     for warning in plan.warnings.iter().filter(|_| progress.is_watched()) {
         progress.warn(warning);
@@ -35,13 +39,16 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
         progress.warn(warning);
     }
     drop(progress);
-    show(&plan, &report, args.run.report.json)
+    if let Some(manifest) = &last.again {
+        compare(manifest, &output.dir, &*storage)?;
+    }
+    show(&plan, &report, last.again.is_some(), args.run.report.json)
 }
 
-/// Prints what was done.
-pub fn show(plan: &Plan, report: &Report, json: bool) -> Result<u8> {
+/// Prints what was done; `reproduced` says that it is what a manifest lists.
+pub fn show(plan: &Plan, report: &Report, reproduced: bool, json: bool) -> Result<u8> {
     if json {
-        return print_json(report);
+        return print_json(&Printed { report, reproduced });
     }
     let models: Vec<&str> = plan.recipe.models.iter().map(|model| model.source.as_str()).collect();
     let mut text = summary(report);
@@ -53,7 +60,29 @@ pub fn show(plan: &Plan, report: &Report, json: bool) -> Result<u8> {
         let share = human::percent(report.sign_conflict_fraction);
         line(&mut text, "sign conflicts", &format!("{share} of the merged parameters"));
     }
+    if reproduced {
+        line(&mut text, "reproduced", "every shard is bit for bit what the manifest lists");
+    }
     print(&text)
+}
+
+/// The report, with what only the command knows.
+#[derive(serde::Serialize)]
+struct Printed<'a> {
+    #[serde(flatten)]
+    report: &'a Report,
+    /// It is what a manifest lists, bit for bit.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    reproduced: bool,
+}
+
+/// Fails unless the output in `dir` has the shards that `manifest` lists.
+fn compare(manifest: &Manifest, dir: &Path, storage: &dyn Storage) -> Result<()> {
+    let made = Manifest::read(&dir.join("tiesmith.json"), storage)?;
+    let Some(shard) = manifest.differs_from(&made) else { return Ok(()) };
+    let (then, now) = (printable(&manifest.program), printable(&made.program));
+    let what = format!("{} is not what the manifest lists, made by {then}; this is {now}", printable(shard));
+    Err(Error::failed(what).at(dir).help("an input was changed without changing its length, or versions differ"))
 }
 
 /// Makes what later jobs use, unless it is there already.

@@ -1,6 +1,8 @@
 //! `tiesmith verify`: whether a finished output still is what was written. Exit code 1 if it is not.
 
-use tiesmith::{Damage, IoMode, Result, VerifyReport, printable};
+use std::sync::Arc;
+
+use tiesmith::{Damage, IoMode, Manifest, Plan, Result, Run, Schedule, Storage, VerifyReport, printable};
 
 use super::args::VerifyArgs;
 use super::progress::Progress;
@@ -10,9 +12,13 @@ use super::{DIFFERS, disk, human, print, print_json, signals};
 /// Runs the command.
 pub fn run(args: &VerifyArgs) -> Result<u8> {
     signals::install();
+    let storage = disk(IoMode::Auto);
     let progress = Progress::new(args.report.progress);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let report = tiesmith::verify(&args.dir, threads, &disk(IoMode::Auto), &progress)?;
+    let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let mut report = tiesmith::verify(&args.dir, threads, &storage, &progress)?;
+    if args.repair && !report.intact {
+        repair(args, &mut report, Run { memory_bytes: args.memory, threads }, &storage, &progress)?;
+    }
     drop(progress);
     if args.report.json {
         print_json(&report)?;
@@ -22,12 +28,31 @@ pub fn run(args: &VerifyArgs) -> Result<u8> {
     Ok(if report.intact { 0 } else { DIFFERS })
 }
 
+/// Makes what is damaged again.
+fn repair(
+    args: &VerifyArgs,
+    report: &mut VerifyReport,
+    run: Run,
+    storage: &Arc<dyn Storage>,
+    progress: &Progress,
+) -> Result<()> {
+    let manifest = Manifest::read(&args.dir.join("tiesmith.json"), &**storage)?;
+    let mut plan = Plan::new(&manifest.recipe(&**storage), storage)?;
+    manifest.admit(&mut plan)?;
+    let schedule = Schedule::new(&plan, run)?;
+    let damaged: Vec<String> = report.damaged.iter().map(|file| file.name.clone()).collect();
+    tiesmith::repair(&manifest, &damaged, &plan, &schedule, &args.dir, storage, progress)?;
+    (report.intact, report.repaired) = (true, damaged);
+    Ok(())
+}
+
 fn render(report: &VerifyReport) -> String {
     let all = format!("{}, {}", human::plural(report.files, "file"), human::bytes(report.bytes));
-    if report.intact {
+    if report.intact && report.repaired.is_empty() {
         return format!("intact: {all}\n");
     }
-    let mut text = format!("damaged: {} of {all}\n", report.damaged.len());
+    let state = if report.intact { "repaired" } else { "damaged" };
+    let mut text = format!("{state}: {} of {all}\n", report.damaged.len());
     let mut table = Table::new("  ", "ll");
     for file in &report.damaged {
         let what = match &file.damage {
@@ -36,10 +61,24 @@ fn render(report: &VerifyReport) -> String {
             Damage::Content => "has other bytes than were written".to_owned(),
             Damage::Unreadable { message } => message.clone(),
         };
-        table.row([printable(&file.name), what]);
+        table.row([printable(&file.name), what + &tensors(&file.tensors)]);
     }
     text.push_str(&table.render());
+    if !report.intact {
+        text.push_str("'tiesmith verify DIR --repair' makes damaged files again from the inputs\n");
+    }
     text
+}
+
+/// The damaged tensors, or the first of them.
+fn tensors(names: &[String]) -> String {
+    const SHOWN: usize = 3;
+    if names.is_empty() {
+        return String::new();
+    }
+    let shown: Vec<String> = names.iter().take(SHOWN).map(|name| printable(name)).collect();
+    let more = if names.len() > SHOWN { format!(" and {} more", names.len() - SHOWN) } else { String::new() };
+    format!(", in {}{more}", shown.join(", "))
 }
 
 #[cfg(test)]
@@ -49,7 +88,7 @@ mod tests {
 
     #[test]
     fn damage_is_listed_by_file() {
-        let file = |name: &str, damage| DamagedFile { name: name.into(), damage };
+        let file = |name: &str, damage| DamagedFile { name: name.into(), damage, tensors: Vec::new() };
         let mut report = VerifyReport {
             dir: "out".into(),
             files: 7,
@@ -60,15 +99,20 @@ mod tests {
                 file("config.json", Damage::Length { expected: 10, found: 9 }),
                 file("a\nb", Damage::Missing),
             ],
+            repaired: Vec::new(),
         };
+        report.damaged[0].tensors = ["a", "b", "c\n", "d"].map(str::to_owned).to_vec();
         let expected = "\
 damaged: 3 of 7 files, 13.5 GB
-  model-00001-of-00003.safetensors  has other bytes than were written
+  model-00001-of-00003.safetensors  has other bytes than were written, in a, b, c\\u{a} and 1 more
   config.json                       has 9 bytes, 10 were written
   a\\u{a}b                           is missing
+'tiesmith verify DIR --repair' makes damaged files again from the inputs
 ";
         assert_eq!(render(&report), expected);
-        (report.intact, report.damaged) = (true, Vec::new());
+        (report.intact, report.repaired) = (true, vec!["config.json".into()]);
+        assert!(render(&report).starts_with("repaired: 3 of 7 files") && !render(&report).contains("--repair"));
+        (report.damaged, report.repaired) = (Vec::new(), Vec::new());
         assert_eq!(render(&report), "intact: 7 files, 13.5 GB\n");
     }
 }

@@ -3,7 +3,7 @@
 //! - Parts are element ranges, not chunks: the run that goes on may cut its work differently.
 //! - Counts of what is kept go into the report as if this run had done it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::cut::TieCounts;
 use super::records::{RangeDone, UnitDone};
@@ -33,6 +33,8 @@ pub(super) struct Kept {
     pub differing: BTreeSet<u32>,
     /// Number of parts.
     pub ranges: u64,
+    /// Tensors that are not looked at at all: in a repair, those that are intact.
+    skipped: HashSet<u32>,
 }
 
 impl Kept {
@@ -122,6 +124,18 @@ impl Kept {
                 add(&mut span.ties, &behind.ties);
             }
         }
+    }
+
+    /// Leaves all of tensor `tensor` as it is.
+    pub(super) fn skip(&mut self, plan: &Plan, tensor: u32) {
+        self.skipped.insert(tensor);
+        let whole = Span { start: 0, count: plan.length(tensor), ties: Vec::new() };
+        self.spans.insert(tensor, vec![whole]);
+    }
+
+    /// Whether nothing of `unit` is to be done.
+    pub(super) fn skips(&self, unit: &Unit) -> bool {
+        unit.tensors.iter().all(|tensor| self.skipped.contains(tensor))
     }
 
     /// What is known of `unit`, if it is what the plan needs.

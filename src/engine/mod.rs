@@ -19,6 +19,7 @@ mod parts;
 mod passes;
 mod pool;
 mod records;
+mod repair;
 mod select;
 mod shard_hash;
 mod shards;
@@ -26,6 +27,7 @@ mod side_files;
 mod slot;
 mod stored;
 mod sweep;
+mod tensor_hash;
 mod turns;
 mod verify;
 mod worker;
@@ -35,6 +37,7 @@ pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};
 pub use inspect::{DtypeTotal, InspectReport, TensorStats, ValueStats, inspect};
 pub use pack::{PackOutput, PackReport, pack};
 pub use parts::{Job, Part, PartReport, Stage, finish, run_part};
+pub use repair::repair;
 pub use sweep::{SweepEntry, SweepOptions, SweepReport, Variant, sweep};
 pub use verify::{Damage, DamagedFile, VerifyReport, verify};
 
@@ -49,13 +52,13 @@ use kept::Kept;
 use output::OutputDir;
 use passes::Passes;
 use select::Thresholds;
-use shards::SealedShard;
+use shards::Written;
 use worker::Tally;
 
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::limits::MAX_SIDE_FILE_BYTES;
 use crate::method::{Inputs, Sparsify};
-use crate::plan::{Goal, Plan, Schedule};
+use crate::plan::{Goal, Plan, Schedule, Unit};
 use crate::plan::{ThresholdKind, TrimTies};
 use crate::storage::Storage;
 
@@ -183,7 +186,7 @@ fn tidy_up(dir: OutputDir) -> Result<Report> {
 /// What a run found out before its output is published.
 struct Finished {
     report: Report,
-    shards: Vec<SealedShard>,
+    written: Written,
     thresholds: Thresholds,
 }
 /// Whether `dir` holds the finished output of `plan`.
@@ -203,7 +206,13 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     let mut thresholds = Thresholds::default();
     let mut warnings = plan.warnings.clone();
     let mut reused = 0;
-    let shards = shards::write_shards(plan, dir, 0..plan.layout.shards.len(), observer, |writer, kept: &Kept| {
+    // Nothing is merged before the thresholds of its unit are recorded.
+    let makes_sense = |kept: &Kept| {
+        let merged = |unit: &Unit| unit.tensors.iter().any(|&tensor| kept.has_part_of(tensor));
+        schedule.units.iter().all(|unit| !merged(unit) || kept.unit(plan, unit).is_some())
+    };
+    let all = 0..plan.layout.shards.len();
+    let written = shards::write_shards(plan, dir, all, observer, None, &makes_sense, |writer, kept: &Kept| {
         let mut passes = Passes::new(plan, schedule, observer, Some(writer), kept);
         passes.run()?;
         tally = passes.tally();
@@ -217,13 +226,13 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     let mut report = report(plan, schedule, (&dir.dir, dir.resumes()), &tally, &thresholds, warnings);
     report.chunks_reused = reused;
     report.wall_seconds = begin.elapsed().as_secs_f64();
-    Ok(Finished { report, shards, thresholds })
+    Ok(Finished { report, written, thresholds })
 }
 
 fn publish(plan: &Plan, schedule: &Schedule, dir: OutputDir, finished: Finished) -> Result<Report> {
-    let Finished { report, shards, thresholds } = finished;
+    let Finished { report, written, thresholds } = finished;
     let files = side_files::all(plan, &report, &*dir.storage)?;
-    dir.publish(plan, files, |written| side_files::manifest(plan, schedule, &shards, &thresholds, &report, written))?;
+    dir.publish(plan, files, |files| side_files::manifest(plan, schedule, &written, &thresholds, &report, files))?;
     Ok(report)
 }
 
@@ -234,18 +243,10 @@ fn differing_warning(plan: &Plan, differing: &BTreeSet<u32>) -> Option<String> {
     Some(format!("{count} tensors that are copied from base differ between the models (first: \"{name}\")"))
 }
 
-/// A file that changed while it was read gives a mixture that nobody asked for.
+/// Thresholds depend on everything that was read, whatever shard it went into.
 fn check_inputs_unchanged(plan: &Plan) -> Result<()> {
-    for file in plan.checkpoints.iter().flat_map(|c| &c.files) {
-        let (before, now) = (file.file.identity(), file.file.identity_now()?);
-        // A modification time can be put back by whoever changes a file; the change time cannot.
-        if *before != now {
-            return Err(Error::failed("the file changed while it was read")
-                .at(file.file.path())
-                .help("do not change inputs during a merge; run it again"));
-        }
-    }
-    Ok(())
+    let mut files = plan.checkpoints.iter().flat_map(|c| &c.files);
+    files.try_for_each(|file| shards::check_input(&*file.file))
 }
 
 fn report(

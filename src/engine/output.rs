@@ -9,6 +9,7 @@
 //! Knows names and order; what is written into shards is the business of `shards`.
 
 mod parts;
+mod repair;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -77,7 +78,7 @@ pub(super) struct OutputDir {
     untouchable: AtomicBool,
     /// An earlier attempt got as far as publishing everything.
     published: bool,
-    /// None only while the directory is being opened.
+    /// None while the directory is being opened, and in a repair.
     journal: Mutex<Option<Journal>>,
     _lock: Lock,
 }
@@ -389,7 +390,8 @@ impl OutputDir {
 
     fn record(&self, kind: u8, payload: &[u8]) -> Result<()> {
         let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
-        journal.as_mut().expect("an open directory has a journal").append(kind, payload)
+        // A repair has none.
+        journal.as_mut().map_or(Ok(()), |journal| journal.append(kind, payload))
     }
 
     /// Shows all records of work that is done to `each`.

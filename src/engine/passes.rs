@@ -18,7 +18,7 @@ use super::shards::ShardWriter;
 use super::slot::{Loaded, Slot, locate};
 use super::turns::{Ordered, Pending};
 use super::worker::{Known, Tally, Worker};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::plan::ThresholdKind;
 use crate::plan::{Action, Chunk, Goal, Piece, Plan, Schedule, Trim, Unit, UnitKind, Wanted};
@@ -116,11 +116,11 @@ impl<'a> Passes<'a> {
         }
         let mut solo = Vec::new();
         for unit in &self.schedule.units {
+            if self.kept.skips(unit) {
+                continue;
+            }
             if let Some(known) = self.kept.unit(self.plan, unit) {
                 self.known_unit(unit, known)?;
-            } else if unit.tensors.iter().any(|&tensor| self.kept.has_part_of(tensor)) {
-                return Err(Error::failed("the journal has results of a merge without their thresholds")
-                    .help("use --restart to start over"));
             } else if unit.kind == UnitKind::Solo {
                 solo.push(unit);
             } else {

@@ -19,7 +19,7 @@ use crate::limits::HASH_LEAF_BYTES as LEAF_BYTES;
 pub(super) type Digest = [u8; 16];
 
 /// A subtree: where it starts, how long it is, and its value.
-type Node = (u64, u64, ChainingValue);
+pub(super) type Node = (u64, u64, ChainingValue);
 
 /// The hash of one file while it is written.
 pub(super) struct ShardHash {
@@ -48,6 +48,23 @@ impl ShardHash {
             self.insert(nodes);
         }
         found == *digest
+    }
+
+    /// The whole subtrees inside a range, in order.
+    pub(super) fn whole_subtrees(&self, offset: u64, data: &[u8]) -> Vec<Node> {
+        let end = offset + data.len() as u64;
+        let (mut nodes, mut start) = (Vec::new(), offset);
+        while start < end {
+            match self.subtree_at(start, end) {
+                Some(length) => {
+                    let part = &data[(start - offset) as usize..(start + length - offset) as usize];
+                    nodes.push((start, length, value_of(start, part)));
+                    start += length;
+                }
+                None => start = end.min((start / LEAF_BYTES + 1) * LEAF_BYTES),
+            }
+        }
+        nodes
     }
 
     /// The whole subtrees inside a range, and the digest of the range: a function of its place and its bytes.
@@ -89,7 +106,8 @@ impl ShardHash {
         Some(aligned.min(1 << room.ilog2()))
     }
 
-    fn insert(&self, nodes: Vec<Node>) {
+    /// Takes in subtrees.
+    pub(super) fn insert(&self, nodes: Vec<Node>) {
         let mut known = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         for (mut start, mut length, mut value) in nodes {
             // A parent is made of two equal halves; the root is not made here, and the ragged end has no sibling.

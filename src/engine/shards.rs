@@ -23,11 +23,12 @@ use super::kept::Kept;
 use super::output::OutputDir;
 use super::records::{self, Entry, Piece, RangeDone, UnitDone};
 use super::shard_hash::ShardHash;
+use super::tensor_hash::{Hash, TensorHashes};
 use super::worker::Tally;
 use crate::error::{Error, Result};
 use crate::limits::{RECORD_BYTES, WRITE_BEHIND_BYTES, WRITE_BEHIND_SECONDS};
-use crate::plan::{Chunk, Plan};
-use crate::storage::OutputFile;
+use crate::plan::{Chunk, Plan, Wanted};
+use crate::storage::{InputFile, OutputFile};
 
 /// What workers tell the thread that follows them.
 enum Message {
@@ -67,6 +68,9 @@ struct Shards<'a> {
     hashes: Vec<ShardHash>,
     /// Those that this process writes.
     own: Range<usize>,
+    tensors: TensorHashes,
+    /// Where a finished output is repaired: the hash that each shard to be written must get; the others are left alone.
+    repairs: Option<&'a [Option<String>]>,
 }
 
 /// Takes encoded bytes from all workers and puts them where the plan says.
@@ -110,8 +114,14 @@ impl ChunkWriter<'_> {
     pub(super) fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
         let shards = self.writer.shards;
         shards.observer.go_on()?;
-        let place = &shards.plan.layout.tensors[self.chunk.tensor as usize];
-        let (shard, offset) = (place.shard as usize, place.offset + offset);
+        let (plan, tensor) = (shards.plan, self.chunk.tensor);
+        let place = &plan.layout.tensors[tensor as usize];
+        let shard = place.shard as usize;
+        if !shards.writes(shard) {
+            return Ok(());
+        }
+        shards.tensors.add(tensor, plan.output_bytes(tensor), offset, bytes);
+        let offset = place.offset + offset;
         shards.file(shard)?.write_at(bytes, offset)?;
         let digest = shards.hashes[shard].add(offset, bytes);
         let length = u32::try_from(bytes.len()).expect("a window is shorter than 4 GiB");
@@ -121,7 +131,11 @@ impl ChunkWriter<'_> {
 
     /// Says that the chunk is done, counted as `tally`; `unit` are its thresholds if they are not kept yet.
     pub(super) fn done(self, tally: Tally, ties: TieCounts, differs: bool, unit: Option<UnitDone>) -> Result<()> {
-        self.writer.shards.output.storage.check_mapped()?;
+        let shards = self.writer.shards;
+        shards.output.storage.check_mapped()?;
+        if !shards.writes(shards.plan.layout.tensors[self.chunk.tensor as usize].shard as usize) {
+            return Ok(());
+        }
         if let Some(unit) = unit {
             self.writer.send(Message::Done(Entry::Unit(unit)))?;
         }
@@ -142,9 +156,17 @@ impl ChunkWriter<'_> {
 }
 
 impl<'a> Shards<'a> {
-    fn new(plan: &'a Plan, output: &'a OutputDir, own: Range<usize>, observer: &'a dyn Observer) -> Self {
+    fn new(
+        plan: &'a Plan,
+        output: &'a OutputDir,
+        own: Range<usize>,
+        observer: &'a dyn Observer,
+        repairs: Option<&'a [Option<String>]>,
+    ) -> Self {
         let shards = &plan.layout.shards;
         Self {
+            repairs,
+            tensors: TensorHashes::new(plan.tensors.len()),
             plan,
             output,
             observer,
@@ -152,6 +174,21 @@ impl<'a> Shards<'a> {
             hashes: shards.iter().map(|shard| ShardHash::new(shard.bytes)).collect(),
             own,
         }
+    }
+
+    /// Whether the shard is to be written.
+    fn writes(&self, shard: usize) -> bool {
+        self.repairs.is_none_or(|repairs| repairs[shard].is_some())
+    }
+
+    /// Reads the tensors of a complete shard whose hashes are not known.
+    fn complete_tensors(&self, shard: usize, file: &dyn InputFile) -> Result<()> {
+        let places = self.plan.layout.tensors.iter().enumerate();
+        for (tensor, place) in places.filter(|(_, place)| place.shard as usize == shard) {
+            let read = |buffer: &mut [u8], at: u64| file.read_at(buffer, place.offset + at);
+            self.tensors.complete(tensor as u32, self.plan.output_bytes(tensor as u32), read)?;
+        }
+        Ok(())
     }
 
     /// The open file of a shard, created with its header on first use.
@@ -187,9 +224,19 @@ impl<'a> Shards<'a> {
         let partial = self.output.partial(&planned.name);
         let written = self.output.storage.open(&partial)?;
         let hash = self.hashes[shard].finish(|buffer, offset| written.read_at(buffer, offset))?;
+        self.complete_tensors(shard, &*written)?;
         file.release(0, planned.bytes);
         self.set(shard, ShardFile::Sealed);
-        if !self.output.holds_shards(self.plan) {
+        check_inputs(self.plan, shard)?;
+        let wanted = self.repairs.and_then(|repairs| repairs[shard].as_ref());
+        if let Some(wanted) = wanted.filter(|wanted| **wanted != hash) {
+            return Err(Error::failed(format!("made again, the shard has the hash {hash}, not {wanted} as listed"))
+                .at(&self.output.dir.join(&planned.name))
+                .help(
+                    "an input was changed without changing its length, or versions differ: merge again with --force",
+                ));
+        }
+        if wanted.is_some() || !self.output.holds_shards(self.plan) {
             self.output.storage.rename(&partial, &self.output.dir.join(&planned.name))?;
             self.output.storage.sync_dir(&self.output.dir)?;
         }
@@ -297,24 +344,36 @@ impl Follower<'_> {
     }
 }
 
-/// Lets `work` write the shards `own`; returns what sealing said about each of these, in order.
+/// What is known of the shards once they are complete.
+pub(super) struct Written {
+    /// Of the shards to be written, in the order of the layout.
+    pub shards: Vec<SealedShard>,
+    /// BLAKE3 of each tensor's bytes; zeros for tensors in other shards.
+    pub tensors: Vec<Hash>,
+}
+
+/// Lets `work` write the shards `own`, after what earlier attempts left is taken over, which must make sense. Of a
+/// finished output, those with a hash in `repairs` are written again, and must get it.
 pub(super) fn write_shards(
     plan: &Plan,
     output: &OutputDir,
     own: Range<usize>,
     observer: &dyn Observer,
+    repairs: Option<&[Option<String>]>,
+    makes_sense: &dyn Fn(&Kept) -> bool,
     work: impl FnOnce(&ShardWriter<'_>, &Kept) -> Result<()>,
-) -> Result<Vec<SealedShard>> {
+) -> Result<Written> {
     let mut remaining = vec![0u64; plan.layout.shards.len()];
     for (tensor, place) in plan.layout.tensors.iter().enumerate() {
         if own.contains(&(place.shard as usize)) {
             remaining[place.shard as usize] += plan.output_bytes(tensor as u32);
         }
     }
-    let shards = Shards::new(plan, output, own.clone(), observer);
+    let shards = Shards::new(plan, output, own.clone(), observer, repairs);
+    let left_alone = |shard: usize| SealedShard { hash: String::new(), bytes: plan.layout.shards[shard].bytes };
     let mut follower = Follower {
         shards: &shards,
-        sealed: vec![None; remaining.len()],
+        sealed: (0..remaining.len()).map(|shard| (!shards.writes(shard)).then(|| left_alone(shard))).collect(),
         dirty: vec![0..0; remaining.len()],
         remaining,
         dirty_bytes: 0,
@@ -322,7 +381,7 @@ pub(super) fn write_shards(
         entries_bytes: 0,
         flushed: Instant::now(),
     };
-    let kept = if output.resumes() { follower.take_over()? } else { Kept::new(plan) };
+    let kept = if output.resumes() { follower.take_over(makes_sense)? } else { Kept::new(plan) };
     let failure = Mutex::new(None);
     // Bounded, so that workers wait for the disk instead of filling the page cache.
     let (behind, messages) = crossbeam_channel::bounded(64);
@@ -340,5 +399,38 @@ pub(super) fn write_shards(
         done.and(followed)
     })?;
     follower.seal_complete()?;
-    Ok(follower.sealed.drain(own).map(|sealed| sealed.expect("all work is done")).collect())
+    let sealed = follower.sealed.drain(own).map(|sealed| sealed.expect("all work is done")).collect();
+    Ok(Written { shards: sealed, tensors: shards.tensors.finish() })
+}
+
+/// Fails if an input that the shard was made of is not what it was when the run began.
+fn check_inputs(plan: &Plan, shard: usize) -> Result<()> {
+    let tensors = plan.layout.tensors.iter().zip(0..).filter(|(place, _)| place.shard as usize == shard);
+    let mut used: Vec<(u32, u32)> = tensors
+        .flat_map(|(_, tensor)| plan.pieces(tensor, Wanted::All))
+        .map(|piece| (piece.checkpoint, plan.checkpoints[piece.checkpoint as usize].tensors[piece.entry as usize].file))
+        .collect();
+    used.sort_unstable();
+    used.dedup();
+    used.into_iter().try_for_each(|(checkpoint, file)| {
+        check_input(&*plan.checkpoints[checkpoint as usize].files[file as usize].file)
+    })
+}
+
+/// A file that changed while it was read gives a mixture that nobody asked for.
+pub(super) fn check_input(file: &dyn InputFile) -> Result<()> {
+    let changed = |what: &str| {
+        Err(Error::failed(format!("the file {what} while it was read"))
+            .at(file.path())
+            .help("do not change inputs during a merge; run it again"))
+    };
+    // A modification time can be put back by whoever changes a file; the change time cannot.
+    if *file.identity() != file.identity_now()? {
+        return changed("changed");
+    }
+    match file.identity_there()? {
+        None => changed("was removed"),
+        Some(now) if now != *file.identity() => changed("was replaced by another"),
+        Some(_) => Ok(()),
+    }
 }

@@ -5,20 +5,21 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
+use serde::ser::{SerializeMap as _, Serializer};
 use serde_json::{Value, json};
 
 use super::output::MANIFEST;
 use super::select::{Thresholds, UnitThresholds};
-use super::shards::SealedShard;
+use super::shards::Written;
+use super::tensor_hash::Hash;
 use super::{PROGRAM, Report};
 use crate::error::{Error, Result, printable};
 use crate::limits::{MAX_CONFIG_BYTES, MAX_SIDE_FILE_BYTES};
-use crate::plan::{Action, LAYER_COUNT_KEYS, LayerMap, Plan, PlanSummary, Schedule};
+use crate::plan::{Action, LAYER_COUNT_KEYS, LayerMap, MANIFEST_VERSION, Plan, PlanSummary, Schedule};
 use crate::sketch::Threshold;
 use crate::storage::Storage;
 
-/// Version of the manifest's format.
-const MANIFEST_VERSION: u32 = 1;
 /// Sets of parameters that the manifest lists.
 const SETTINGS_LISTED: usize = 10_000;
 /// Tensors that the manifest names for each set of parameters.
@@ -274,18 +275,72 @@ fn recipe_without_paths(plan: &Plan) -> impl serde::Serialize {
     recipe
 }
 
+/// The manifest, as it is written. Not a JSON value: an output may have very many tensors.
+#[derive(Serialize)]
+struct WrittenManifest<'a> {
+    format_version: u32,
+    program: &'a str,
+    fingerprint: &'a str,
+    recipe: &'a crate::plan::Recipe,
+    settings: Value,
+    inputs: Vec<Value>,
+    thresholds: Vec<Value>,
+    shards: Vec<WrittenShard<'a>>,
+    side_files: Vec<Value>,
+    run: Value,
+    report: &'a Report,
+}
+
+#[derive(Serialize)]
+struct WrittenShard<'a> {
+    name: &'a str,
+    bytes: u64,
+    blake3: &'a str,
+    tensors: TensorList<'a>,
+}
+
+/// BLAKE3 of the bytes of a shard's tensors, by name, in the order of the file.
+struct TensorList<'a>(Vec<(&'a str, &'a Hash)>);
+
+impl Serialize for TensorList<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (name, hash) in &self.0 {
+            map.serialize_entry(name, blake3::Hash::from_bytes(**hash).to_hex().as_str())?;
+        }
+        map.end()
+    }
+}
+
+/// What is listed of the shards.
+fn shard_list<'a>(plan: &'a Plan, written: &'a Written) -> Vec<WrittenShard<'a>> {
+    let mut order: Vec<usize> = (0..plan.tensors.len()).collect();
+    order.sort_by_key(|&tensor| (plan.layout.tensors[tensor].shard, plan.layout.tensors[tensor].offset));
+    let mut order = order.into_iter().peekable();
+    let shards = plan.layout.shards.iter().zip(&written.shards).zip(0..);
+    let shard = |((planned, sealed), shard): ((&'a crate::plan::ShardLayout, &'a super::shards::SealedShard), u32)| {
+        let own = std::iter::from_fn(|| order.next_if(|&tensor| plan.layout.tensors[tensor].shard == shard));
+        let tensors = own.map(|tensor| (&*plan.tensors[tensor].name, &written.tensors[tensor])).collect();
+        WrittenShard { name: &planned.name, bytes: sealed.bytes, blake3: &sealed.hash, tensors: TensorList(tensors) }
+    };
+    shards.map(shard).collect()
+}
+
 /// The manifest: everything needed to check the output and to make it again.
 pub(super) fn manifest(
     plan: &Plan,
     schedule: &Schedule,
-    shards: &[SealedShard],
+    written: &Written,
     thresholds: &Thresholds,
     report: &Report,
     side_files: &[SideFile],
 ) -> Result<Vec<u8>> {
     let inputs: Vec<Value> = PlanSummary::inputs(plan)
         .zip(&plan.checkpoints)
-        .map(|(summary, checkpoint)| {
+        .map(|(mut summary, checkpoint)| {
+            // For those who look for it from elsewhere.
+            let absolute = std::path::absolute(&checkpoint.dir).unwrap_or_else(|_| checkpoint.dir.clone());
+            summary.path = absolute.to_string_lossy().into_owned();
             // A view of other files' rows is no file of its own.
             let files = checkpoint.files.iter().filter(|file| file.header_bytes > 0).map(|file| {
                 let identity = file.file.identity();
@@ -299,27 +354,20 @@ pub(super) fn manifest(
             json!({ "checkpoint": summary, "files": files.collect::<Vec<_>>() })
         })
         .collect();
-    let shards: Vec<Value> = plan
-        .layout
-        .shards
-        .iter()
-        .zip(shards)
-        .map(|(planned, sealed)| json!({ "name": planned.name, "bytes": sealed.bytes, "blake3": sealed.hash }))
-        .collect();
     let side_files = side_files.iter().map(|f| json!({ "name": f.name, "bytes": f.bytes, "blake3": f.blake3 }));
-    let manifest = json!({
-        "format_version": MANIFEST_VERSION,
-        "program": PROGRAM,
-        "fingerprint": plan.fingerprint,
-        "recipe": plan.recipe,
-        "settings": settings(plan),
-        "inputs": inputs,
-        "thresholds": thresholds.listed.iter().map(|unit| unit_thresholds(plan, unit)).collect::<Vec<_>>(),
-        "shards": shards,
-        "side_files": side_files.collect::<Vec<_>>(),
-        "run": { "threads": schedule.threads, "memory_limit_bytes": schedule.memory_limit },
-        "report": report,
-    });
+    let manifest = WrittenManifest {
+        format_version: MANIFEST_VERSION,
+        program: PROGRAM,
+        fingerprint: &plan.fingerprint,
+        recipe: &plan.recipe,
+        settings: settings(plan),
+        inputs,
+        thresholds: thresholds.listed.iter().map(|unit| unit_thresholds(plan, unit)).collect(),
+        shards: shard_list(plan, written),
+        side_files: side_files.collect(),
+        run: json!({ "threads": schedule.threads, "memory_limit_bytes": schedule.memory_limit }),
+        report,
+    };
     let text = serde_json::to_string_pretty(&manifest).map_err(|e| Error::failed(format!("{MANIFEST}: {e}")))?;
     Ok((text + "\n").into_bytes())
 }

@@ -1,7 +1,11 @@
 //! Checks a finished output against its manifest: every file that is listed is read and hashed again.
 //!
+//! In a damaged shard, tensors are hashed one by one, so that it can be said which are damaged.
+//!
 //! Files are read by several threads, in pieces, so that the disk is the limit and memory is not.
 
+use std::collections::HashMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,9 +14,10 @@ use serde_json::Value;
 
 use super::output::{MANIFEST, is_file_name};
 use super::{Observer, pool};
-use crate::error::{Error, Result};
+use crate::checkpoint;
+use crate::error::{Error, ErrorKind, Result};
 use crate::limits::MAX_MANIFEST_BYTES;
-use crate::storage::Storage;
+use crate::storage::{InputFile, Storage};
 
 /// Bytes read at once by each thread.
 const PIECE_BYTES: usize = 1 << 20;
@@ -46,6 +51,9 @@ pub struct DamagedFile {
     pub name: String,
     /// What is wrong.
     pub damage: Damage,
+    /// Tensors whose bytes are others, as far as that can be told.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tensors: Vec<String>,
 }
 
 /// What [`verify()`] found.
@@ -61,6 +69,8 @@ pub struct VerifyReport {
     pub intact: bool,
     /// What is damaged, in the manifest's order.
     pub damaged: Vec<DamagedFile>,
+    /// What was damaged and has been made again.
+    pub repaired: Vec<String>,
 }
 
 /// A file as the manifest lists it.
@@ -68,6 +78,8 @@ struct Listed {
     name: String,
     bytes: u64,
     blake3: String,
+    /// Hashes of tensors, by name.
+    tensors: Vec<(String, String)>,
 }
 
 /// Reads every file that the manifest in `dir` lists, with `threads` threads, and compares lengths and hashes.
@@ -84,7 +96,9 @@ pub fn verify(dir: &Path, threads: usize, storage: &Arc<dyn Storage>, observer: 
         |_| (),
         |buffer, ordinal, file| {
             if let Some(damage) = check(dir, file, buffer, &**storage, observer)? {
-                damaged.lock().unwrap_or_else(PoisonError::into_inner).push((ordinal, file.name.clone(), damage));
+                let tensors = damaged_tensors(dir, file, buffer, &**storage, observer)?;
+                let found = DamagedFile { name: file.name.clone(), damage, tensors };
+                damaged.lock().unwrap_or_else(PoisonError::into_inner).push((ordinal, found));
             }
             Ok(())
         },
@@ -96,7 +110,8 @@ pub fn verify(dir: &Path, threads: usize, storage: &Arc<dyn Storage>, observer: 
         files: listed.len() as u64,
         bytes,
         intact: damaged.is_empty(),
-        damaged: damaged.into_iter().map(|(_, name, damage)| DamagedFile { name, damage }).collect(),
+        damaged: damaged.into_iter().map(|(_, file)| file).collect(),
+        repaired: Vec::new(),
     })
 }
 
@@ -123,19 +138,61 @@ fn check(
     if found != file.bytes {
         return Ok(Some(Damage::Length { expected: file.bytes, found }));
     }
-    let (mut hasher, mut at) = (blake3::Hasher::new(), 0);
-    while at < found {
+    match hash(&*input, 0..found, buffer, observer, true) {
+        Ok(hash) => Ok((hash != file.blake3).then_some(Damage::Content)),
+        Err(error) if error.kind() == ErrorKind::Interrupted => Err(error),
+        Err(error) => unreadable(error),
+    }
+}
+
+/// BLAKE3 of a range of a file, in hexadecimal; `counts` if its bytes are part of the stage.
+fn hash(
+    input: &dyn InputFile,
+    range: Range<u64>,
+    buffer: &mut [u8],
+    observer: &dyn Observer,
+    counts: bool,
+) -> Result<String> {
+    let (mut hasher, mut at) = (blake3::Hasher::new(), range.start);
+    while at < range.end {
         observer.go_on()?;
-        let part = &mut buffer[..(found - at).min(PIECE_BYTES as u64) as usize];
-        if let Err(error) = input.read_at(part, at) {
-            return unreadable(error);
-        }
+        let part = &mut buffer[..(range.end - at).min(PIECE_BYTES as u64) as usize];
+        input.read_at(part, at)?;
         hasher.update(part);
         at += part.len() as u64;
-        observer.advance(part.len() as u64);
+        if counts {
+            observer.advance(part.len() as u64);
+        }
         input.prefetch(at, 8 * PIECE_BYTES as u64);
     }
-    Ok((hasher.finalize().to_hex().as_str() != file.blake3).then_some(Damage::Content))
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// Which tensors of a damaged shard are not what was written: none where its header can no longer tell where they are.
+fn damaged_tensors(
+    dir: &Path,
+    file: &Listed,
+    buffer: &mut [u8],
+    storage: &dyn Storage,
+    observer: &dyn Observer,
+) -> Result<Vec<String>> {
+    let mut damaged = Vec::new();
+    let path = dir.join(&file.name);
+    if file.tensors.is_empty() || !storage.is_file(&path) {
+        return Ok(damaged);
+    }
+    let Ok(input) = storage.open(&path) else { return Ok(damaged) };
+    let Ok(header) = checkpoint::tensors_of(&*input, file.bytes) else { return Ok(damaged) };
+    let found: HashMap<&str, (u64, u64)> = header.iter().map(|t| (&*t.name, (t.offset, t.bytes))).collect();
+    for (name, wanted) in &file.tensors {
+        let Some(&(offset, bytes)) = found.get(&**name) else { return Ok(Vec::new()) };
+        match hash(&*input, offset..offset + bytes, buffer, observer, false) {
+            Ok(hash) if hash == *wanted => {}
+            Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
+            _ => damaged.push(name.clone()),
+        }
+    }
+    Ok(damaged)
 }
 
 /// The files that the manifest lists, shards first.
@@ -156,6 +213,13 @@ fn listed(dir: &Path, storage: &dyn Storage) -> Result<Vec<Listed>> {
             name: entry["name"].as_str().filter(|name| is_file_name(name))?.to_owned(),
             bytes: entry["bytes"].as_u64()?,
             blake3: entry["blake3"].as_str()?.to_owned(),
+            tensors: match &entry["tensors"] {
+                Value::Object(tensors) => {
+                    let one = |(name, hash): (&String, &Value)| Some((name.clone(), hash.as_str()?.to_owned()));
+                    tensors.iter().map(one).collect::<Option<_>>()?
+                }
+                _ => Vec::new(),
+            },
         })
     };
     let mut files = Vec::new();

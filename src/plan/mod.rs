@@ -10,6 +10,7 @@ mod assembly;
 mod build;
 mod chat;
 mod layers;
+mod manifest;
 mod params;
 mod schedule;
 mod shares;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 
 pub use layers::LAYER_COUNT_KEYS;
 pub(crate) use layers::split as split_layer;
+pub use manifest::{ListedFile, MANIFEST_VERSION, Manifest};
 pub(crate) use schedule::near_keys;
 pub use schedule::{Chunk, Run, Schedule, Study, Together, Unit, UnitKind};
 pub use summary::{InputSummary, PassSummary, PlanSummary, Spread};
@@ -30,13 +32,13 @@ pub use summary::{InputSummary, PassSummary, PlanSummary, Spread};
 pub use vocabulary::TokenizerFiles;
 
 use crate::checkpoint::layout::Layout;
+pub use crate::checkpoint::layout::ShardLayout;
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, Float};
 use crate::error::Result;
 use crate::limits::{MIN_CHUNK_ELEMENTS, OUT_ELEMENTS, ROW_ELEMENTS, TILE_ELEMENTS};
 use crate::method::{Merger, Method, Needs, Settings, Sparsify, Statistics};
-use crate::recipe::Recipe;
-pub use crate::recipe::{NonFinite, Overflow, Scope, ThresholdKind, TrimTies};
+pub use crate::recipe::{NonFinite, Overflow, Recipe, Scope, ThresholdKind, TrimTies};
 use crate::storage::{InputFile, Storage};
 
 /// A tensor of an opened checkpoint: indexes into [`Plan::checkpoints`] and its `tensors`.

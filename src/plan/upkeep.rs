@@ -20,6 +20,9 @@ const PARSED_SHARE: u64 = 40;
 /// A file of an input: its name, identity and hash, in the catalogue, the journal's first record and the manifest.
 const FILE_BYTES: u64 = 2_000;
 
+/// A tensor's line in the manifest, but for its name.
+const LISTED_TENSOR_BYTES: u64 = 80;
+
 /// What the catalogues of all checkpoints and the plan itself hold, and what making them takes.
 pub(super) fn catalogue_bytes(plan: &Plan) -> u64 {
     let entry =
@@ -74,7 +77,10 @@ pub(super) fn account_bytes(plan: &Plan, units: u64) -> u64 {
     // Per tensor: its ranges that are done, survivors, and ties before and in it.
     let ranges = 2 * MAP_ENTRY_BYTES + 4 * ALLOCATION_BYTES + 120 + 8 * (models + 2 * searches);
     let side_files = plan.parsed_bytes * PARSED_SHARE;
-    subtrees * SUBTREE_BYTES + journal + units * unit + merged * ranges + side_files
+    // Per tensor: its hash, and its line of the manifest while that grows.
+    let listed: u64 = plan.tensors.iter().map(|t| 33 + 2 * (t.name.len() as u64 + LISTED_TENSOR_BYTES)).sum();
+    // Those of the file, and those of the tensors that are written to.
+    listed + 2 * subtrees * SUBTREE_BYTES + journal + units * unit + merged * ranges + side_files
 }
 
 /// How many values of subtrees the hash of a file needs for bytes `start` to `end`: whole leaves, joined as far as their

@@ -9,7 +9,7 @@ mod setting;
 use std::collections::BTreeSet;
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::dtype::Float;
 use crate::error::{Error, Result};
@@ -18,7 +18,7 @@ use crate::method::{self, Method, Statistics, Value};
 pub use setting::{Case, Filter, Params, Setting};
 
 /// One threshold per task vector over the whole model, or one per tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
     /// Over all merged tensors (the paper).
@@ -29,7 +29,7 @@ pub enum Scope {
 }
 
 /// How the trim threshold is found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ThresholdKind {
     /// The true k-th largest magnitude.
@@ -40,7 +40,7 @@ pub enum ThresholdKind {
 }
 
 /// What happens to magnitudes equal to the threshold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TrimTies {
     /// All are kept (the paper's code).
@@ -53,7 +53,7 @@ pub enum TrimTies {
 }
 
 /// What to do with a tensor that some model lacks or has in another shape.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Missing {
     /// Refuse, naming all parties.
@@ -66,7 +66,7 @@ pub enum Missing {
 }
 
 /// What a NaN or an infinity in an input does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NonFinite {
     /// Refuse, naming model, tensor and index.
@@ -79,7 +79,7 @@ pub enum NonFinite {
 }
 
 /// What a result too large for the output type does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Overflow {
     /// Refuse, naming the tensor.
@@ -90,7 +90,8 @@ pub enum Overflow {
 }
 
 /// One model to merge.
-#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct ModelInput {
     /// The checkpoint as the user named it.
     pub source: String,
@@ -105,7 +106,8 @@ pub struct ModelInput {
 }
 
 /// Layers of the output, taken from layers of the inputs.
-#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Slice {
     /// How many layers.
     pub layers: u64,
@@ -118,7 +120,8 @@ pub struct Slice {
 }
 
 /// A model in a slice.
-#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct LayerSource {
     /// Index of the model in the recipe.
     pub model: usize,
@@ -132,7 +135,7 @@ pub struct LayerSource {
 }
 
 /// Which vocabulary the output has.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Vocabulary {
     /// Base's (or the first model's).
@@ -144,7 +147,8 @@ pub enum Vocabulary {
 }
 
 /// What a single token's row is, where the output's vocabulary is reconciled.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TokenRule {
     /// The token; it is added to the vocabulary if it is not in it.
     pub token: String,
@@ -158,7 +162,7 @@ pub struct TokenRule {
 }
 
 /// Where a token's row comes from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenSource {
     /// The same token in the model called so.
@@ -190,7 +194,7 @@ impl TokenSource {
 }
 
 /// Which chat template the output has.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ChatTemplate {
     /// The one that most inputs have.
@@ -200,7 +204,8 @@ pub enum ChatTemplate {
 }
 
 /// Base in a slice.
-#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct BaseLayers {
     /// Index of the model in the recipe that is base here; the recipe's base if absent.
     pub model: Option<usize>,
@@ -209,7 +214,8 @@ pub struct BaseLayers {
 }
 
 /// A whole request. Build one, then lower it with [`crate::Plan::new`].
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Recipe {
     /// Method name, see [`crate::METHODS`].
     pub method: String,
@@ -246,7 +252,7 @@ pub struct Recipe {
     /// Seed of every random draw.
     pub seed: u64,
     /// Output type of all float tensors; `None` keeps the stored type of base.
-    #[serde(serialize_with = "serialize_float")]
+    #[serde(serialize_with = "serialize_float", deserialize_with = "deserialize_float")]
     pub dtype: Option<Float>,
     /// Globs of tensor names to merge; empty means all.
     pub include: Vec<String>,
@@ -394,9 +400,40 @@ fn serialize_float<S: serde::Serializer>(float: &Option<Float>, s: S) -> std::re
     float.map(Float::torch_name).serialize(s)
 }
 
+fn deserialize_float<'de, D: serde::Deserializer<'de>>(d: D) -> std::result::Result<Option<Float>, D::Error> {
+    let Some(name) = Option::<String>::deserialize(d)? else { return Ok(None) };
+    let known = [Float::F32, Float::BF16, Float::F16].into_iter().find(|float| float.torch_name() == name);
+    known.map(Some).ok_or_else(|| serde::de::Error::custom(format!("no element type is called {name:?}")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_recipe_is_read_back_from_json_as_it_was() {
+        let mut recipe =
+            Recipe { base: Some("b".into()), dtype: Some(Float::BF16), seed: u64::MAX, ..Recipe::default() };
+        let cases = vec![
+            Case { filter: Some(Filter::new("*.mlp.*").unwrap()), value: Setting::Gradient(vec![0.1, 1.0 / 3.0]) },
+            Case { filter: None, value: Value::Number(0.7 + 0.1).into() },
+        ];
+        recipe.params.insert("lambda".into(), Setting::Cases(cases));
+        recipe.params.insert("elect".into(), Value::Word("count".into()).into());
+        let steps = vec![Value::Word("mean".into()), Value::Word("sum".into())];
+        recipe.params.insert("combine".into(), Setting::Steps(steps));
+        let params = recipe.params.clone();
+        recipe.models.push(ModelInput { source: "m".into(), params, ..ModelInput::default() });
+        recipe.vocabulary = Some(Vocabulary::Model("m".into()));
+        recipe.chat_template = Some(ChatTemplate::Text("{{ x }}".into()));
+        recipe.slices.push(Slice { layers: 2, sources: vec![LayerSource::default()], ..Slice::default() });
+        let json = serde_json::to_string(&recipe).unwrap();
+        assert_eq!(serde_json::from_str::<Recipe>(&json).unwrap(), recipe);
+        for broken in [r#"{"params":{"lambda":[]}}"#, r#"{"dtype":"int8"}"#, r#"{"no_such_field":1}"#, r#"{"seed":-1}"#]
+        {
+            assert!(serde_json::from_str::<Recipe>(broken).is_err(), "{broken}");
+        }
+    }
 
     #[test]
     fn globs_match_across_dots_and_exclude_wins() {

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use globset::{Glob, GlobMatcher};
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, Result};
 use crate::method::Value;
@@ -17,8 +17,8 @@ use crate::method::Value;
 pub type Params = BTreeMap<String, Setting>;
 
 /// A value, or how it depends on the tensor.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(untagged)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, try_from = "Written")]
 pub enum Setting {
     /// The same everywhere.
     Value(Value),
@@ -31,13 +31,38 @@ pub enum Setting {
 }
 
 /// One of several values.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Case {
     /// Names it is for; absent for all.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub filter: Option<Filter>,
     /// The value for these.
     pub value: Setting,
+}
+
+/// A setting as JSON may hold it: not checked yet.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Value(Value),
+    Gradient(Vec<f64>),
+    Steps(Vec<Value>),
+    Cases(Vec<Case>),
+}
+
+impl TryFrom<Written> for Setting {
+    type Error = &'static str;
+
+    fn try_from(written: Written) -> std::result::Result<Self, Self::Error> {
+        match written {
+            Written::Value(value) => Ok(Self::Value(value)),
+            Written::Gradient(numbers) if numbers.is_empty() => Err("a setting without values"),
+            Written::Gradient(numbers) => Ok(Self::Gradient(numbers)),
+            Written::Steps(values) => Ok(Self::Steps(values)),
+            Written::Cases(cases) => Ok(Self::Cases(cases)),
+        }
+    }
 }
 
 /// Matches tensor names: a text that they contain, or, with `*`, `?` or `[`, a glob of the whole name.
@@ -140,6 +165,12 @@ impl Filter {
 impl PartialEq for Filter {
     fn eq(&self, other: &Self) -> bool {
         self.text == other.text
+    }
+}
+
+impl<'de> Deserialize<'de> for Filter {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        Self::new(&String::deserialize(d)?).map_err(serde::de::Error::custom)
     }
 }
 

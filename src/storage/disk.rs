@@ -67,7 +67,8 @@ impl Disk {
                 continue;
             }
             // Only information for the next one who asks: failing to write it changes nothing.
-            let holder = format!("process {} on {}", std::process::id(), system::host_name());
+            let (host, now) = (system::host_name(), system::now_text());
+            let holder = format!("process {} on {host} since {now}", std::process::id());
             let _ = file.set_len(0).and_then(|()| file.write_all(holder.as_bytes()));
             // Kept open: the operating system releases the lock when the process ends, however it ends.
             return Ok(Ok(Lock::new(file)));
@@ -96,6 +97,10 @@ impl InputFile for DiskInput {
 
     fn identity_now(&self) -> Result<Identity> {
         self.file.metadata().map(|m| system::identity_of(&m)).map_err(|e| Error::io("examine", &self.path, &e))
+    }
+
+    fn identity_there(&self) -> Result<Option<Identity>> {
+        identity_at(&self.path)
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
@@ -281,11 +286,7 @@ impl Storage for Disk {
     }
 
     fn identity(&self, path: &Path) -> Result<Option<Identity>> {
-        match std::fs::metadata(path) {
-            Ok(metadata) => Ok(Some(system::identity_of(&metadata))),
-            Err(e) if matches!(e.kind(), IoKind::NotFound | IoKind::NotADirectory) => Ok(None),
-            Err(e) => Err(Error::io("examine", path, &e)),
-        }
+        identity_at(path)
     }
 
     fn is_dir(&self, path: &Path) -> bool {
@@ -298,6 +299,14 @@ impl Storage for Disk {
 
     fn canonical(&self, path: &Path) -> PathBuf {
         path.canonicalize().unwrap_or_else(|_| path.to_path_buf())
+    }
+}
+
+fn identity_at(path: &Path) -> Result<Option<Identity>> {
+    match std::fs::metadata(path) {
+        Ok(metadata) => Ok(Some(system::identity_of(&metadata))),
+        Err(e) if matches!(e.kind(), IoKind::NotFound | IoKind::NotADirectory) => Ok(None),
+        Err(e) => Err(Error::io("examine", path, &e)),
     }
 }
 

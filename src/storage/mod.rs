@@ -53,6 +53,10 @@ pub trait InputFile: Send + Sync {
     fn identity(&self) -> &Identity;
     /// Identity of the open file now, to notice a change during the run.
     fn identity_now(&self) -> Result<Identity>;
+    /// Identity of what is at the path now, which may be another file; `None` if there is nothing.
+    fn identity_there(&self) -> Result<Option<Identity>> {
+        self.identity_now().map(Some)
+    }
     /// Fills `buffer` from `offset`; an end of file before that is an error.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()>;
     /// Makes `window` show `length` bytes from `offset`, mapped or read as the storage's mode says.

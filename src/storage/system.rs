@@ -144,6 +144,26 @@ pub(super) fn host_name() -> String {
     std::env::var("COMPUTERNAME").unwrap_or_else(|_| "this host".to_owned())
 }
 
+/// The time now, in UTC to the second: `2026-11-25 14:03:21 UTC`.
+pub(super) fn now_text() -> String {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    utc_text(since.as_secs())
+}
+
+/// A time given in seconds since 1970.
+fn utc_text(seconds: u64) -> String {
+    // Days since 0000-03-01, in eras of 400 years; a year that begins in March has its leap day last.
+    let (days, rest) = (seconds / 86_400 + 719_468, seconds % 86_400);
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let (day, month) = (day - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
+    let year = year + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
 #[cfg(target_os = "linux")]
 pub(super) fn hint(file: &File, offset: u64, length: u64, hint: Hint) {
     use rustix::fs::Advice;
@@ -161,5 +181,26 @@ pub(super) fn hint(file: &File, offset: u64, length: u64, hint: Hint) {
 pub(super) fn hint(_file: &File, _offset: u64, _length: u64, hint: Hint) {
     match hint {
         Hint::WillNeed | Hint::DontNeed => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_shown_in_utc() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_399, "2000-02-28 23:59:59 UTC"),
+            (951_782_400, "2000-02-29 00:00:00 UTC"),
+            (1_709_251_199, "2024-02-29 23:59:59 UTC"),
+            (1_709_251_200, "2024-03-01 00:00:00 UTC"),
+            (4_107_542_399, "2100-02-28 23:59:59 UTC"),
+            (4_107_542_400, "2100-03-01 00:00:00 UTC"),
+            (1_798_761_599, "2026-12-31 23:59:59 UTC"),
+        ] {
+            assert_eq!(utc_text(seconds), text);
+        }
     }
 }

@@ -22,6 +22,7 @@
 //! | `output` | the files of a finished output |
 //! | `parts` | merges in parts, on many machines |
 //! | `resume` | what becomes of an unfinished output |
+//! | `repair` | a manifest makes its output again, and its damaged files |
 //! | `sweep` | grids of merges, against merges |
 //! | `torch` | PyTorch checkpoints as inputs |
 //! | `verify` | damage to a finished output is found and named |
@@ -35,6 +36,7 @@ mod adapters;
 mod analyze;
 mod bad_input;
 mod cli;
+mod corpus;
 mod determinism;
 mod digits;
 mod draws;
@@ -52,6 +54,7 @@ mod perturb;
 mod properties;
 mod recipes;
 mod regmean;
+mod repair;
 mod resume;
 mod sweep;
 mod torch;

@@ -9,7 +9,8 @@ use super::super::kept::Kept;
 use super::super::output::OutputDir;
 use super::super::passes::Passes;
 use super::super::select::{Thresholds, UnitThresholds};
-use super::super::shards::SealedShard;
+use super::super::shards::{SealedShard, Written};
+use super::super::tensor_hash::Hash;
 use super::super::worker::Tally;
 use super::Part;
 use super::board::Board;
@@ -25,6 +26,8 @@ pub(super) struct PartDone {
     first: usize,
     /// (bytes, BLAKE3) of each shard.
     shards: Vec<(u64, String)>,
+    /// BLAKE3 of each tensor in them, with its index.
+    tensors: Vec<(u32, Hash)>,
     pub kept: Vec<u64>,
     pub agreeing: Vec<u64>,
     pub conflicts: u64,
@@ -64,9 +67,24 @@ impl PartDone {
         passes.kept.add_survivors(&unit.tensors, &mut self.unit_kept);
     }
 
-    pub(super) fn seal(&mut self, own: Range<usize>, sealed: Vec<SealedShard>) {
+    /// What was written to the shards `own`.
+    pub(super) fn seal(&mut self, plan: &Plan, own: Range<usize>, written: Written) {
+        let hashes = plan.layout.tensors.iter().zip(written.tensors).zip(0..);
+        let mine = hashes.filter(|((place, _), _)| own.contains(&(place.shard as usize)));
+        self.tensors = mine.map(|((_, hash), tensor)| (tensor, hash)).collect();
         self.first = own.start;
-        self.shards = sealed.into_iter().map(|shard| (shard.bytes, shard.hash)).collect();
+        self.shards = written.shards.into_iter().map(|shard| (shard.bytes, shard.hash)).collect();
+    }
+
+    /// What all `parts` wrote.
+    pub(super) fn written(plan: &Plan, parts: &[Self]) -> Written {
+        let mut tensors = vec![Hash::default(); plan.tensors.len()];
+        for &(tensor, hash) in parts.iter().flat_map(|part| &part.tensors) {
+            if let Some(known) = tensors.get_mut(tensor as usize) {
+                *known = hash;
+            }
+        }
+        Written { shards: parts.iter().flat_map(Self::shards).map(|(_, shard)| shard).collect(), tensors }
     }
 
     /// The thresholds of units of the part's own.

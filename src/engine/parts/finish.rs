@@ -49,8 +49,8 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
     report.chunks_reused = parts.iter().map(|part| part.reused).sum();
     report.resumed = report.chunks_reused > 0;
     report.wall_seconds = begin.elapsed().as_secs_f64();
-    let shards = parts.iter().flat_map(PartDone::shards).map(|(_, shard)| shard).collect();
-    let finished = Finished { report, shards, thresholds: finished.thresholds };
+    let written = PartDone::written(plan, &parts);
+    let finished = Finished { report, written, thresholds: finished.thresholds };
     let mut report = publish(plan, &desk.schedule, dir, finished)?;
     report.wall_seconds = begin.elapsed().as_secs_f64();
     report.peak_memory_bytes = peak_memory_bytes();

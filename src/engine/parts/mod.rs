@@ -271,7 +271,7 @@ impl Desk<'_> {
         }
         let schedule = self.schedule_of(part.index);
         let mut done = PartDone::new(plan, &schedule);
-        let sealed = write_shards(plan, &dir, own.clone(), self.observer, |writer, kept: &Kept| {
+        let written = write_shards(plan, &dir, own.clone(), self.observer, None, &|_| true, |writer, kept: &Kept| {
             let mut passes = Passes::new(plan, &schedule, self.observer, Some(writer), kept);
             match &found {
                 Some(found) => self.merge_shared(&mut passes, found, &mut done)?,
@@ -283,7 +283,7 @@ impl Desk<'_> {
         })?;
         check_inputs_unchanged(plan)?;
         self.observer.go_on()?;
-        done.seal(own, sealed);
+        done.seal(plan, own, written);
         done.write(board, part)
     }
 

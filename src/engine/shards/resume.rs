@@ -17,7 +17,7 @@ struct Leftover {
 
 impl Follower<'_> {
     /// See the module's documentation. Shards that turn out to be complete are sealed.
-    pub(super) fn take_over(&mut self) -> Result<Kept> {
+    pub(super) fn take_over(&mut self, makes_sense: &dyn Fn(&Kept) -> bool) -> Result<Kept> {
         let (plan, output, observer) = (self.shards.plan, self.shards.output, self.shards.observer);
         let decode = |payload: &[u8]| records::decode(payload).ok_or_else(|| output.senseless_journal());
         let mut listed_bytes = 0;
@@ -48,6 +48,9 @@ impl Follower<'_> {
             }
             Ok(())
         })?;
+        if !makes_sense(&kept) {
+            return Err(output.senseless_journal());
+        }
         // What was written without being recorded takes up room already.
         output.check_space(self.remaining.iter().sum::<u64>().saturating_sub(2 * WRITE_BEHIND_BYTES))?;
         output.taken_over();
@@ -87,14 +90,18 @@ impl Follower<'_> {
         let mut offset = place.offset + range.start * width;
         for piece in &range.pieces {
             let end = offset + u64::from(piece.bytes);
-            if end > file.identity().bytes {
+            let mut intact = end <= file.identity().bytes;
+            if intact {
+                buffer.resize(piece.bytes as usize, 0);
+                file.read_at(buffer, offset)?;
+                intact = self.shards.hashes[shard].add_if(offset, buffer, &piece.digest);
+            }
+            if !intact {
+                // What came of it so far will come again.
+                self.shards.tensors.lose(range.tensor);
                 return Ok(false);
             }
-            buffer.resize(piece.bytes as usize, 0);
-            file.read_at(buffer, offset)?;
-            if !self.shards.hashes[shard].add_if(offset, buffer, &piece.digest) {
-                return Ok(false);
-            }
+            self.shards.tensors.add(range.tensor, plan.output_bytes(range.tensor), offset - place.offset, buffer);
             offset = end;
         }
         Ok(true)
@@ -112,6 +119,7 @@ impl Follower<'_> {
             }
             if complete && header == planned.header {
                 let hash = self.shards.hashes[shard].finish(|buffer, offset| file.read_at(buffer, offset))?;
+                self.shards.complete_tensors(shard, &**file)?;
                 self.sealed[shard] = Some(SealedShard { hash, bytes: planned.bytes });
                 self.shards.set(shard, ShardFile::Sealed);
                 return Ok(());

@@ -15,7 +15,7 @@ use crate::engine::passes::{Passes, Resident, lock, lookahead, prefetch_pieces, 
 use crate::engine::pool;
 use crate::engine::records::UnitDone;
 use crate::engine::select::{Thresholds, UnitThresholds, cuts, solo_thresholds, tensor_cuts};
-use crate::engine::shards::{SealedShard, ShardWriter, write_shards};
+use crate::engine::shards::{ShardWriter, Written, write_shards};
 use crate::engine::slot::{Loaded, Slot, locate};
 use crate::engine::turns::Pending;
 use crate::engine::worker::{Known, Sink, Tally, Worker};
@@ -111,14 +111,14 @@ impl Sweep<'_> {
                 return Err(error);
             }
         };
-        for (((at, dir), made), shards) in dirs.into_iter().zip(made).zip(sealed) {
+        for (((at, dir), made), written) in dirs.into_iter().zip(made).zip(sealed) {
             let plan = &variants[at].plan;
             let mut warnings = plan.warnings.clone();
             warnings.extend(made.warnings);
             let mut report = report(plan, schedule, (&dir.dir, dir.resumes()), &made.tally, &made.thresholds, warnings);
             report.chunks_reused = made.reused;
             report.wall_seconds = begin.elapsed().as_secs_f64();
-            let finished = Finished { report, shards, thresholds: made.thresholds };
+            let finished = Finished { report, written, thresholds: made.thresholds };
             reports[at] = Some(publish(plan, schedule, dir, finished)?);
         }
         Ok(reports.into_iter().flatten().collect())
@@ -181,7 +181,7 @@ impl Sweep<'_> {
         variants: &[&Variant],
         dirs: &[(usize, OutputDir)],
         schedule: &Schedule,
-    ) -> Result<(Vec<Made>, Vec<Vec<SealedShard>>)> {
+    ) -> Result<(Vec<Made>, Vec<Written>)> {
         let targets: Vec<(&Plan, &OutputDir)> = dirs.iter().map(|(at, dir)| (&variants[*at].plan, dir)).collect();
         let (mut made, mut sealed) = (Vec::new(), Vec::new());
         let (union, observer) = (self.union, self.observer);
@@ -212,15 +212,16 @@ fn with_writers(
     targets: &[(&Plan, &OutputDir)],
     opened: &[Opened<'_>],
     observer: &dyn Observer,
-    sealed: &mut Vec<Vec<SealedShard>>,
+    sealed: &mut Vec<Written>,
     work: &mut dyn FnMut(&[Opened<'_>]) -> Result<()>,
 ) -> Result<()> {
     let Some((&(plan, dir), rest)) = targets.split_first() else { return work(opened) };
-    let shards = write_shards(plan, dir, 0..plan.layout.shards.len(), observer, |writer, kept| {
+    let all = 0..plan.layout.shards.len();
+    let written = write_shards(plan, dir, all, observer, None, &|_| true, |writer, kept| {
         let opened = [opened, &[(writer, kept)]].concat();
         with_writers(rest, &opened, observer, sealed, work)
     })?;
-    sealed.push(shards);
+    sealed.push(written);
     Ok(())
 }
 
