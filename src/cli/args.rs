@@ -22,6 +22,7 @@ use super::perturb::PerturbArgs;
 use super::progress::Mode;
 use super::statistics::StatisticsArgs;
 use super::sweep;
+use super::verify::VerifyArgs;
 
 use words::{dtypes, io_modes};
 
@@ -429,30 +430,6 @@ pub struct DiffArgs {
     /// Accept values at most N units in the last place apart, in the stored type
     #[arg(long, value_name = "N", value_parser = parse::whole)]
     pub max_ulp: Option<u64>,
-
-    #[command(flatten)]
-    pub report: ReportArgs,
-}
-
-#[derive(Debug, Args)]
-pub struct VerifyArgs {
-    /// Directory that was merged into
-    #[arg(value_name = "DIR")]
-    pub dir: PathBuf,
-
-    /// Make damaged files again from the inputs, which must be those of the merge
-    ///
-    /// Only damaged shards are computed. Each gets its place only if it has the hash that the manifest lists.
-    #[arg(long)]
-    pub repair: bool,
-
-    /// Upper bound of peak resident memory while repairing, such as 2GiB or 500MB
-    #[arg(long, value_name = "SIZE", default_value = "2GiB", value_parser = parse::size)]
-    pub memory: u64,
-
-    /// Worker threads [default: one per core]
-    #[arg(long, value_name = "N", value_parser = parse::threads)]
-    pub threads: Option<usize>,
 
     #[command(flatten)]
     pub report: ReportArgs,

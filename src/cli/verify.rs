@@ -1,13 +1,40 @@
 //! `tiesmith verify`: whether a finished output still is what was written. Exit code 1 if it is not.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use clap::Args;
 use tiesmith::{Damage, IoMode, Manifest, Plan, Result, Run, Schedule, Storage, VerifyReport, printable};
 
-use super::args::VerifyArgs;
+use super::args::ReportArgs;
+use super::parse;
 use super::progress::Progress;
 use super::table::Table;
 use super::{DIFFERS, disk, human, print, print_json, signals};
+
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// Directory that was merged into
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+
+    /// Make damaged files again from the inputs, which must be those of the merge
+    ///
+    /// Only damaged shards are computed. Each gets its place only if it has the hash that the manifest lists.
+    #[arg(long)]
+    pub repair: bool,
+
+    /// Upper bound of peak resident memory while repairing, such as 2GiB or 500MB
+    #[arg(long, value_name = "SIZE", default_value = "2GiB", value_parser = parse::size)]
+    pub memory: u64,
+
+    /// Worker threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = parse::threads)]
+    pub threads: Option<usize>,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
+}
 
 /// Runs the command.
 pub fn run(args: &VerifyArgs) -> Result<u8> {
