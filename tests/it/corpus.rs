@@ -687,7 +687,8 @@ fn odd_but_valid_checkpoints_work() {
     }
     odd("a long name", tensors(&[(&"n".repeat(4096), "F32", "[2]", 8)]));
     odd("escapes in names", file(&format!(r#"{{"\u0061\u00e4\ud83e\udd99":{one}}}"#), &data));
-    let mut layouts: Vec<(&str, fn(&Path) -> PathBuf)> = vec![
+    type Make = fn(&Path) -> PathBuf;
+    let mut layouts: Vec<(&str, Make)> = vec![
         ("a file called otherwise", |dir| {
             let ckpt = single(dir, &good_file());
             fs::rename(ckpt.join("model.safetensors"), ckpt.join("only.safetensors")).unwrap();
@@ -717,7 +718,7 @@ fn odd_but_valid_checkpoints_work() {
             ckpt
         }),
     ];
-    let shards: fn(&Path) -> PathBuf = |dir| {
+    let shards: Make = |dir| {
         let ckpt = single(dir, &good_file());
         sharded(&ckpt, GOOD_INDEX);
         ckpt
