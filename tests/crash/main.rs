@@ -97,7 +97,7 @@ fn inputs() -> Memory {
     memory.put("/in/lora/adapter_config.json", br#"{"peft_type": "LORA", "r": 3, "lora_alpha": 6}"#);
     let fishers = [("a.weight", &[500, 40][..]), ("b.weight", &[9_000])];
     memory.put("/in/fisher/model.safetensors", &floats(&fishers, |i| (i % 11) as f32 / 16.0));
-    let gram = |i: u64| if i % 41 == 0 { 2.0 } else { 0.01 };
+    let gram = |i: u64| if i.is_multiple_of(41) { 2.0 } else { 0.01 };
     memory.put("/in/gram/model.safetensors", &floats(&[("a.weight", &[40, 40])], gram));
     memory.put("/in/base/config.json", br#"{"torch_dtype": "float32"}"#);
     memory.put("/in/base/tokenizer.json", &[b'x'; 3000]);
