@@ -77,7 +77,9 @@ impl Data {
         let models: [&[u8]; MODELS] = std::array::from_fn(|model| &*self.stored[model + 1][tile]);
         let (base, min_keys) = (Some(&*self.stored[0][tile]), &[self.threshold; MODELS]);
         let stored = Stored { float: BF16, base, models: &models, weights: &[1.0; MODELS], min_keys };
-        black_box(bench::merge_stored(isa, fused, &stored, out, &mut [0; MODELS]));
+        let (mut kept, mut agreeing) = ([0; MODELS], [0; MODELS]);
+        let counted = bench::Counted { kept: &mut kept, agreeing: &mut agreeing };
+        black_box(bench::merge_stored(isa, fused, &stored, out, counted));
     }
 }
 

@@ -72,7 +72,7 @@ pub use storage::{Disk, Identity, InputFile, IoMode, Lock, OutputFile, Storage, 
 #[doc(hidden)]
 pub mod bench {
     pub use crate::kernels::{
-        Fused, Isa, NO_KEY, Stored, add, add_scaled, all_finite, collect, combine_mean, conflicts, elect_mass,
+        Counted, Fused, Isa, NO_KEY, Stored, add, add_scaled, all_finite, collect, combine_mean, conflicts, elect_mass,
         histogram, load, merge_stored, store, task_vector, trim,
     };
 }

@@ -8,7 +8,7 @@ use super::cut::Cut;
 use super::slot::{Loaded, Span};
 use super::worker::Worker;
 use crate::dtype::Float;
-use crate::kernels::{self, FUSED_MODELS, Fused, Stored};
+use crate::kernels::{self, Counted, FUSED_MODELS, Fused, Stored};
 use crate::method::Inputs;
 
 /// How the blocks of a chunk are merged the short way.
@@ -62,13 +62,15 @@ impl Worker {
             weights: &self.weights,
             min_keys: &short.min_keys[..count],
         };
-        let mut kept = [0; FUSED_MODELS];
-        let Some(conflicts) = kernels::merge_stored(self.isa, short.fused, &stored, encoded, &mut kept[..count]) else {
+        let (mut kept, mut agreeing) = ([0; FUSED_MODELS], [0; FUSED_MODELS]);
+        let counted = Counted { kept: &mut kept[..count], agreeing: &mut agreeing[..count] };
+        let Some(conflicts) = kernels::merge_stored(self.isa, short.fused, &stored, encoded, counted) else {
             return false;
         };
         self.tally.conflicts += conflicts;
-        for (kept, &(model, _)) in kept.iter().zip(merge.models) {
+        for ((kept, agreeing), &(model, _)) in kept.iter().zip(&agreeing).zip(merge.models) {
             self.tally.kept[model as usize] += kept;
+            self.tally.agreeing[model as usize] += agreeing;
         }
         true
     }

@@ -11,7 +11,7 @@
 use super::body::sign;
 use super::convert::{BFloat16, Binary16, Binary32, Codec, INFINITY, keep, key, mask, select};
 use super::isa::prefetch;
-use super::{Fused, Stored};
+use super::{Counted, Fused, Stored};
 use crate::dtype::Float;
 
 /// Elements of a block: so many that adding up its counts at the end does not matter.
@@ -40,6 +40,7 @@ struct Counts<const N: usize> {
     special: u64,
     conflicts: u64,
     kept: [u64; N],
+    agreeing: [u64; N],
 }
 
 /// How a block is merged.
@@ -96,9 +97,10 @@ impl Rule for Sum {
     ) -> [[u8; W]; L] {
         let (weights, lambda) = (settings.weights, settings.lambda);
         let mut out = [[0; W]; L];
-        let (mut special, mut conflicts) = (0, 0);
+        let (mut special, mut conflicts, mut agreeing) = (0, 0, [0; N]);
         for lane in 0..L {
             let base = C::widen(base[lane]);
+            let mut taus = [0.0f32; N];
             let (mut sum, mut least, mut greatest) = (0.0f32, 0.0f32, 0.0f32);
             for model in 0..N {
                 let tau = C::widen(models[model][lane]) - base;
@@ -106,14 +108,20 @@ impl Rule for Sum {
                 sum += weights[model] * tau;
                 least = if tau < least { tau } else { least };
                 greatest = if tau > greatest { tau } else { greatest };
+                taus[model] = tau;
             }
             conflicts += mask(least < 0.0) & mask(greatest > 0.0) & 1;
-            let (bytes, beyond) = C::narrow_finite(sum * lambda + base);
+            let merged = sum * lambda;
+            for model in 0..N {
+                agreeing[model] += agrees(taus[model], merged);
+            }
+            let (bytes, beyond) = C::narrow_finite(merged + base);
             special += beyond & 1;
             out[lane] = bytes;
         }
         counts.special += u64::from(special);
         counts.conflicts += u64::from(conflicts);
+        add(&mut counts.agreeing, agreeing);
         out
     }
 }
@@ -131,7 +139,7 @@ impl Rule for Elected {
     ) -> [[u8; W]; L] {
         let &Settings { weights, min_keys, lambda, zero_sign, .. } = settings;
         let mut out = [[0; W]; L];
-        let (mut special, mut conflicts, mut survivors) = (0, 0, [0; N]);
+        let (mut special, mut conflicts, mut survivors, mut agreeing) = (0, 0, [0; N], [0; N]);
         for lane in 0..L {
             let base = C::widen(base[lane]);
             let mut taus = [0.0f32; N];
@@ -157,16 +165,32 @@ impl Rule for Elected {
                 divisor += keep(member, weights[model]);
             }
             let mean = keep(mask(divisor != 0.0), sum / divisor);
-            let (bytes, beyond) = C::narrow_finite(mean * lambda + base);
+            let merged = mean * lambda;
+            for model in 0..N {
+                agreeing[model] += agrees(taus[model], merged);
+            }
+            let (bytes, beyond) = C::narrow_finite(merged + base);
             special += beyond & 1;
             out[lane] = bytes;
         }
         counts.special += u64::from(special);
         counts.conflicts += u64::from(conflicts);
-        for (count, survivors) in counts.kept.iter_mut().zip(survivors) {
-            *count += u64::from(survivors);
-        }
+        add(&mut counts.kept, survivors);
+        add(&mut counts.agreeing, agreeing);
         out
+    }
+}
+
+/// 1 if both are above zero or both below.
+#[inline(always)]
+fn agrees(tau: f32, merged: f32) -> u32 {
+    (mask(tau > 0.0) & mask(merged > 0.0) | mask(tau < 0.0) & mask(merged < 0.0)) & 1
+}
+
+#[inline(always)]
+fn add<const N: usize>(sums: &mut [u64; N], counts: [u32; N]) {
+    for (sum, count) in sums.iter_mut().zip(counts) {
+        *sum += u64::from(count);
     }
 }
 
@@ -182,12 +206,12 @@ fn merge<R: Rule, C: Codec<W>, const W: usize, const N: usize>(
     stored: &Stored<'_>,
     settings: &Settings<N>,
     out: &mut [u8],
-    kept: &mut [u64],
+    counted: Counted<'_>,
 ) -> Option<u64> {
     let models: [&[[u8; W]]; N] = std::array::from_fn(|model| stored.models[model].as_chunks::<W>().0);
     // A rule without base is given something of the right length.
     let base = stored.base.map_or(models[0], |base| base.as_chunks::<W>().0);
-    let mut counts = Counts { special: 0, conflicts: 0, kept: [0; N] };
+    let mut counts = Counts { special: 0, conflicts: 0, kept: [0; N], agreeing: [0; N] };
     let (blocks, rest) = out.as_chunks_mut::<W>().0.as_chunks_mut::<BLOCK>();
     let tail = blocks.len() * BLOCK;
     for (index, block) in blocks.iter_mut().enumerate() {
@@ -208,9 +232,8 @@ fn merge<R: Rule, C: Codec<W>, const W: usize, const N: usize>(
     if counts.special != 0 {
         return None;
     }
-    for (kept, count) in kept.iter_mut().zip(counts.kept) {
-        *kept += count;
-    }
+    counted.kept.iter_mut().zip(counts.kept).for_each(|(sum, count)| *sum += count);
+    counted.agreeing.iter_mut().zip(counts.agreeing).for_each(|(sum, count)| *sum += count);
     Some(counts.conflicts)
 }
 
@@ -219,7 +242,7 @@ fn merge_models<C: Codec<W>, const W: usize, const N: usize>(
     fused: Fused,
     stored: &Stored<'_>,
     out: &mut [u8],
-    kept: &mut [u64],
+    counted: Counted<'_>,
 ) -> Option<u64> {
     let mut settings = Settings {
         weights: std::array::from_fn(|model| stored.weights[model]),
@@ -231,27 +254,27 @@ fn merge_models<C: Codec<W>, const W: usize, const N: usize>(
     match fused {
         Fused::Average { divisor } => {
             settings.divisor = divisor;
-            merge::<Average, C, W, N>(stored, &settings, out, kept)
+            merge::<Average, C, W, N>(stored, &settings, out, counted)
         }
         Fused::Sum { lambda } => {
             settings.lambda = lambda;
-            merge::<Sum, C, W, N>(stored, &settings, out, kept)
+            merge::<Sum, C, W, N>(stored, &settings, out, counted)
         }
         Fused::Elected { zero_sign, lambda } => {
             (settings.lambda, settings.zero_sign) = (lambda, zero_sign);
             settings.min_keys = std::array::from_fn(|model| stored.min_keys[model]);
-            merge::<Elected, C, W, N>(stored, &settings, out, kept)
+            merge::<Elected, C, W, N>(stored, &settings, out, counted)
         }
     }
 }
 
 /// The choice of a loop for the number of models: one for each up to four, and up to eight for bfloat16.
 #[inline(always)]
-pub(super) fn merge_stored(fused: Fused, stored: &Stored<'_>, out: &mut [u8], kept: &mut [u64]) -> Option<u64> {
+pub(super) fn merge_stored(fused: Fused, stored: &Stored<'_>, out: &mut [u8], counted: Counted<'_>) -> Option<u64> {
     macro_rules! models {
         ($codec:ty, $width:literal: $($models:literal)*) => {
             match stored.models.len() {
-                $($models => merge_models::<$codec, $width, $models>(fused, stored, out, kept),)*
+                $($models => merge_models::<$codec, $width, $models>(fused, stored, out, counted),)*
                 _ => None,
             }
         };

@@ -8,7 +8,7 @@
 //! The only unsafe code of the kernels is the call into a variant. It does not know what the kernels compute.
 #![allow(unsafe_code)]
 
-use super::{Fused, Near, Stored, Ties, body};
+use super::{Counted, Fused, Near, Stored, Ties, body};
 use crate::dtype::Float;
 
 /// An instruction set that this CPU has.
@@ -83,7 +83,7 @@ macro_rules! kernels {
     ($(fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
         #[cfg(target_arch = "x86_64")]
         mod avx2 {
-            use super::{Float, Fused, Near, Stored, Ties, body};
+            use super::{Counted, Float, Fused, Near, Stored, Ties, body};
             $(
                 #[target_feature(enable = "avx2")]
                 pub(super) fn $name($($arg: $type),*) $(-> $result)? {
@@ -94,7 +94,7 @@ macro_rules! kernels {
 
         #[cfg(target_arch = "x86_64")]
         mod avx512 {
-            use super::{Float, Fused, Near, Stored, Ties, body};
+            use super::{Counted, Float, Fused, Near, Stored, Ties, body};
             $(
                 #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512cd")]
                 pub(super) fn $name($($arg: $type),*) $(-> $result)? {
@@ -151,7 +151,7 @@ kernels! {
     fn cholesky(a: &mut [f64], n: usize, tolerance: f64, scratch: &mut [f64]) -> bool;
     fn solve(l: &[f64], n: usize, p: &mut [f64], scratch: &mut [f64]);
     fn all_weights(values: &[f32]) -> bool;
-    fn merge_stored(fused: Fused, stored: &Stored<'_>, out: &mut [u8], kept: &mut [u64]) -> Option<u64>;
+    fn merge_stored(fused: Fused, stored: &Stored<'_>, out: &mut [u8], counted: Counted<'_>) -> Option<u64>;
     fn dot(a: &[f32], b: &[f32]) -> f64;
     fn scale(values: &mut [f32], factor: f32);
     fn divide(values: &mut [f32], divisor: f32);

@@ -404,15 +404,25 @@ pub struct Stored<'a> {
     pub min_keys: &'a [u32],
 }
 
+/// What [`merge_stored`] counts, added to what is there: an entry per model.
+#[derive(Debug)]
+pub struct Counted<'a> {
+    /// Survivors ([`Fused::Elected`]).
+    pub kept: &'a mut [u64],
+    /// Entries with the sign of the merged task vector (not for [`Fused::Average`]).
+    pub agreeing: &'a mut [u64],
+}
+
 /// A whole merge in one loop: what the other kernels give one after the other, bit for bit.
 ///
-/// Adds to `kept` the survivors of each model ([`Fused::Elected`]) and returns the number of positions at which
-/// survivors have either sign (not for [`Fused::Average`]). `None`, and no meaning in `out`, if some input, task vector or
-/// result is not finite, or if there is no such loop for the type and the number of models.
-pub fn merge_stored(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], kept: &mut [u64]) -> Option<u64> {
+/// Returns the number of positions at which survivors have either sign (not for [`Fused::Average`]). `None`, and no meaning
+/// in `out`, if some input, task vector or result is not finite, or if there is no such loop for the type and the number of
+/// models.
+pub fn merge_stored(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], counted: Counted<'_>) -> Option<u64> {
     let count = stored.models.len();
     assert!(stored.models.iter().chain(&stored.base).all(|input| input.len() == out.len()), "equal lengths");
-    assert!(stored.weights.len() == count && kept.len() == count, "one weight and count per model");
+    let counts = [counted.kept.len(), counted.agreeing.len()];
+    assert!(stored.weights.len() == count && counts == [count; 2], "one weight and count per model");
     match fused {
         Fused::Average { .. } => {}
         Fused::Sum { .. } => assert!(stored.base.is_some(), "task vectors need a base"),
@@ -421,7 +431,7 @@ pub fn merge_stored(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8],
             assert!(stored.min_keys.iter().all(|&key| key >= 1), "zeros never survive a trim");
         }
     }
-    isa::merge_stored(isa, fused, stored, out, kept)
+    isa::merge_stored(isa, fused, stored, out, counted)
 }
 
 // ---- Linear -------------------------------------------------------------------------------------------------------

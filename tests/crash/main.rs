@@ -163,7 +163,7 @@ fn jobs() -> Vec<Job> {
 
 impl Job {
     fn run(&self, memory: &Memory) -> Result<Report, Error> {
-        self.run_with(memory, 1, 26 << 20, &Silent)
+        self.run_with(memory, 1, 28 << 20, &Silent)
     }
 
     fn run_with(

@@ -6,7 +6,7 @@ const LENGTHS: [usize; 7] = [0, 1, 64, 255, 256, 257, 700];
 const FLOATS: [Float; 3] = [Float::BF16, Float::F16, Float::F32];
 
 /// One merge, kernel by kernel, as [`merge_stored`] does it at once; `None` where something is not finite.
-fn in_steps(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], kept: &mut [u64]) -> Option<u64> {
+fn in_steps(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], counted: Counted<'_>) -> Option<u64> {
     let float = stored.float;
     let length = out.len() / float.width();
     let (mut base, mut merged, mut gamma) = (vec![0.0; length], vec![0.0; length], vec![0.0; length]);
@@ -22,7 +22,7 @@ fn in_steps(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], kept: &
         }
         finite &= all_finite(isa, &tau);
         if let Fused::Elected { .. } = fused {
-            kept[model] += trim(isa, &mut tau, stored.min_keys[model]);
+            counted.kept[model] += trim(isa, &mut tau, stored.min_keys[model]);
         }
         tau
     };
@@ -37,6 +37,7 @@ fn in_steps(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], kept: &
         Fused::Sum { lambda } => {
             combine_sum(isa, &inputs, stored.weights, None, &mut merged);
             scale(isa, &mut merged, lambda);
+            inputs.iter().zip(&mut *counted.agreeing).for_each(|(tau, sum)| *sum += agreeing(isa, tau, &merged));
             add(isa, &mut merged, &base);
             conflicts(isa, &inputs)
         }
@@ -47,6 +48,7 @@ fn in_steps(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], kept: &
             }
             combine_mean(isa, &inputs, stored.weights, Some(&gamma), &mut merged);
             scale(isa, &mut merged, lambda);
+            inputs.iter().zip(&mut *counted.agreeing).for_each(|(tau, sum)| *sum += agreeing(isa, tau, &merged));
             add(isa, &mut merged, &base);
             conflicts(isa, &inputs)
         }
@@ -84,26 +86,27 @@ fn checkpoints(float: Float, len: usize, count: usize, value: impl Fn(u64) -> Ve
 fn assert_alike(float: Float, len: usize, checkpoints: &[Vec<u8>], fused: Fused, weights: &[f32]) -> Option<u64> {
     let min_keys: Vec<u32> =
         (0..weights.len()).map(|model| [0.004f32.to_bits(), 1, 0.01f32.to_bits()][model % 3]).collect();
-    type Merge = fn(Isa, Fused, &Stored<'_>, &mut [u8], &mut [u64]) -> Option<u64>;
+    type Merge = fn(Isa, Fused, &Stored<'_>, &mut [u8], Counted<'_>) -> Option<u64>;
     let run = |merge: Merge, isa: Isa, tiles: &[Range<usize>]| {
         let mut out = vec![0; len * float.width()];
-        let mut kept = vec![0; weights.len()];
+        let (mut kept, mut agreeing) = (vec![0; weights.len()], vec![0; weights.len()]);
         let mut opposed = Some(0);
         for tile in tiles {
             let bytes = tile.start * float.width()..tile.end * float.width();
             let models: Vec<&[u8]> = checkpoints[1..].iter().map(|bytes_of| &bytes_of[bytes.clone()]).collect();
             let base = Some(&checkpoints[0][bytes.clone()]);
             let stored = Stored { float, base, models: &models, weights, min_keys: &min_keys };
-            let found = merge(isa, fused, &stored, &mut out[bytes], &mut kept);
+            let counted = Counted { kept: &mut kept, agreeing: &mut agreeing };
+            let found = merge(isa, fused, &stored, &mut out[bytes], counted);
             opposed = opposed.and_then(|sum| Some(sum + found?));
         }
         // Without an answer nothing else has a meaning.
-        opposed.map(|opposed| (out, kept, opposed))
+        opposed.map(|opposed| (out, kept, agreeing, opposed))
     };
     let expected = everywhere(len, |isa, tiles| run(in_steps, isa, tiles));
     let found = everywhere(len, |isa, tiles| run(merge_stored, isa, tiles));
     assert_eq!(found, expected, "{float:?}, {} models, {fused:?}", weights.len());
-    found.map(|(_, _, opposed)| opposed)
+    found.map(|(_, _, _, opposed)| opposed)
 }
 
 #[test]
@@ -160,7 +163,9 @@ fn other_types_and_more_models_have_no_loop() {
     let merge = |float, count: usize| {
         let models = vec![&bytes[..]; count];
         let stored = Stored { float, base: Some(&bytes), models: &models, weights: &vec![1.0; count], min_keys: &[] };
-        merge_stored(Isa::detect(), Fused::Sum { lambda: 1.0 }, &stored, &mut [1; 16], &mut vec![0; count])
+        let (mut kept, mut agreeing) = (vec![0; count], vec![0; count]);
+        let counted = Counted { kept: &mut kept, agreeing: &mut agreeing };
+        merge_stored(Isa::detect(), Fused::Sum { lambda: 1.0 }, &stored, &mut [1; 16], counted)
     };
     assert_eq!(merge(Float::BF16, FUSED_MODELS), Some(0));
     for (float, count) in [(Float::BF16, 9), (Float::BF16, 0), (Float::F32, 5), (Float::F64, 1), (Float::E4M3, 1)] {

@@ -14,7 +14,9 @@ pub fn fisher_of(model: &Tensors) -> Tensors {
         let values: Vec<f32> = tensor.f32s().iter().map(|value| value.abs()).collect();
         Tensor::floats(tensor.dtype, &tensor.shape, &values)
     };
-    model.iter().map(|(name, tensor)| (name.clone(), magnitudes(tensor))).collect()
+    let floats =
+        model.iter().filter(|(_, tensor)| !matches!(tensor.dtype, Dtype::I64 | Dtype::I32 | Dtype::U8 | Dtype::BOOL));
+    floats.map(|(name, tensor)| (name.clone(), magnitudes(tensor))).collect()
 }
 
 /// The Gram matrices that a model gets here, for its matrices: WᵀW and a little on the diagonal, as if its rows had been the
