@@ -66,7 +66,7 @@ pub use recipe::{
     Scope, Setting, Slice, ThresholdKind, TrimTies, Vocabulary,
 };
 pub use report::{Analysis, Line, Remark, remarks};
-pub use storage::{Disk, Identity, InputFile, IoMode, Lock, OutputFile, Storage, Window};
+pub use storage::{Disk, Identity, InputFile, IoMode, Lock, Online, OutputFile, Pinned, Storage, Window};
 
 /// What the benchmarks measure. No part of the API: it changes without notice.
 #[doc(hidden)]

@@ -187,6 +187,12 @@ impl Checkpoint {
         self.derived.stored.get(&tensor.name).copied().unwrap_or(tensor.dtype)
     }
 
+    /// Whether it is read over the network.
+    pub fn is_remote(&self) -> bool {
+        let dir = self.dir.as_os_str().as_encoded_bytes();
+        [&b"hf://"[..], b"https://", b"http://"].iter().any(|scheme| dir.starts_with(scheme))
+    }
+
     /// The tensor called `name`.
     pub fn get(&self, name: &str) -> Option<&TensorEntry> {
         self.tensors.binary_search_by(|t| (*t.name).cmp(name)).ok().map(|i| &self.tensors[i])

@@ -2,7 +2,7 @@
 //!
 //! - What exists on disk wins over a Hub id of the same spelling.
 //! - In a directory safetensors win over PyTorch files, and an index wins over single files; where it is not clear which file is meant, nothing is guessed.
-//! - A Hub id is looked up in the local cache (`models--org--name/{refs,snapshots}`), never on the network.
+//! - A Hub id is looked up in the local cache (`models--org--name/{refs,snapshots}`), then on the Hub.
 //! - A refusal says what was looked for and what to do: most people who get here have an incomplete download.
 //!
 //! Reads directory listings and refs only; knows nothing of headers and tensors.
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use super::index::{is_plain_component, shard_number};
 use super::{HubRef, directory_of, torch};
 use crate::error::{Error, Result, printable};
-use crate::storage::Storage;
+use crate::storage::{Pinned, Storage};
 
 /// The usual names: of the index, and of a model in one file.
 const INDEX: &str = "model.safetensors.index.json";
@@ -58,6 +58,9 @@ pub(super) enum Source {
 /// Finds what `spec` names.
 pub(super) fn resolve(spec: &str, storage: &dyn Storage, env: Env<'_>) -> Result<Found> {
     let path = Path::new(spec);
+    if let Some(id) = spec.strip_prefix("hf://") {
+        return on_hub(id, path, storage, env);
+    }
     if storage.is_dir(path) {
         return in_directory(path, storage);
     }
@@ -66,9 +69,45 @@ pub(super) fn resolve(spec: &str, storage: &dyn Storage, env: Env<'_>) -> Result
         return named_file(path);
     }
     match HubId::parse(spec) {
-        Some(id) => in_cache(&id, path, storage, env),
+        Some(id) => in_cache(&id, path, storage, env).or_else(|absent| match storage.is_offline() {
+            true => Err(absent),
+            false => from_hub(&id, storage, Some(&absent)),
+        }),
+        None if spec.contains("://") => Err(Error::input("there is no such file").at(path).help("check the address")),
         None => Err(Error::input("no such file or directory").at(path).help("check the path")),
     }
+}
+
+/// A repository of the Hub: from the local cache if it is there, else by byte range.
+fn on_hub(spec: &str, path: &Path, storage: &dyn Storage, env: Env<'_>) -> Result<Found> {
+    let Some(id) = HubId::parse(spec) else {
+        return Err(Error::input("not a model of the Hub")
+            .at(path)
+            .help("write hf://org/name or hf://org/name@revision"));
+    };
+    match in_cache(&id, path, storage, env) {
+        Ok(found) => Ok(found),
+        Err(absent) if storage.is_offline() => Err(absent),
+        Err(_) => from_hub(&id, storage, None),
+    }
+}
+
+/// A repository that is read from the Hub; `absent` is why it is, where nobody said so.
+fn from_hub(id: &HubId<'_>, storage: &dyn Storage, absent: Option<&Error>) -> Result<Found> {
+    let pinned = storage.pin(id.id, id.revision).map_err(|error| match absent {
+        Some(absent) => Error::input(format!("{absent}; nor can it be read from the Hub: {error}")),
+        None => error,
+    })?;
+    let Some(Pinned { dir, commit, endpoint }) = pinned else {
+        return Err(Error::input("there is no network here").at(Path::new(id.id)).help("download the model first"));
+    };
+    let mut found = in_directory(&dir, storage)?;
+    if absent.is_some() {
+        let (id, commit) = (id.id, &commit[..commit.len().min(12)]);
+        found.warnings.push(format!("{id} is not in the local cache: it is read from {endpoint}, at commit {commit}"));
+    }
+    found.hub = Some(HubRef { id: id.id.to_owned(), commit });
+    Ok(found)
 }
 
 fn named_file(path: &Path) -> Result<Found> {

@@ -9,6 +9,7 @@ mod args;
 mod bars;
 mod completions;
 mod diff;
+mod estimate;
 mod finish;
 mod human;
 mod inspect;
@@ -38,7 +39,7 @@ use std::ffi::OsString;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tiesmith::{Disk, Error, ErrorKind, IoMode, Result, Storage};
+use tiesmith::{Disk, Error, ErrorKind, IoMode, Online, Result, Storage};
 
 use args::{Cli, Command};
 use output::Out;
@@ -105,9 +106,9 @@ fn print_json(value: &impl serde::Serialize) -> Result<u8> {
     print(&format!("{json}\n"))
 }
 
-/// The local file system.
+/// The local file system, and what is on the network.
 fn disk(io: IoMode) -> Arc<dyn Storage> {
-    Arc::new(Disk::new(io))
+    Arc::new(Online::new(Disk::new(io)))
 }
 
 /// Makes a panic one line and exit code 1, once, whichever thread it happens in.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use tiesmith::{Error, InputSummary, PlanSummary, Result, Schedule, printable};
 
 use super::args::PlanArgs;
+use super::estimate::Rates;
 use super::table::Table;
 use super::{disk, human, job, jobs, lower, output, print, print_json};
 
@@ -14,6 +15,7 @@ const LISTED_SHARDS: usize = 6;
 
 /// Runs the command.
 pub fn run(args: &PlanArgs) -> Result<u8> {
+    let rates = Rates { disk: args.disk, network: args.network };
     let (args, save) = (&args.merge, args.save.as_deref());
     let storage = disk(args.run.io);
     let mut jobs = jobs::read(args, "plan", &*storage)?;
@@ -56,6 +58,7 @@ pub fn run(args: &PlanArgs) -> Result<u8> {
             text.push_str(&format!("{}\n\n", printable(&name)));
         }
         text.push_str(&render(&summary));
+        text.push_str(&rates.render(&plan, &summary));
         if !alone {
             text.push('\n');
         }

@@ -259,6 +259,9 @@ fn model_card(plan: &Plan, report: &Report) -> String {
 
 /// A local path's last component: a card is published, the paths of the machine it was made on are not.
 pub(super) fn base_name(source: &str) -> String {
+    if let Some(id) = source.strip_prefix("hf://") {
+        return id.to_owned();
+    }
     let path = Path::new(source);
     let local = path.is_absolute() || source.starts_with('.') || path.components().count() > 2;
     match path.file_name() {

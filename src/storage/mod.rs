@@ -8,11 +8,15 @@
 //! Knows bytes, paths and durability; knows nothing of tensors.
 
 mod disk;
+mod http;
+mod hub;
 mod mmap;
+mod online;
 mod system;
 
 pub use disk::Disk;
 pub use mmap::Window;
+pub use online::Online;
 
 use std::path::{Path, PathBuf};
 
@@ -71,6 +75,21 @@ pub trait InputFile: Send + Sync {
     fn note(&self) -> Option<String> {
         None
     }
+    /// Bytes of it that are held in memory for as long as it is open.
+    fn held_bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// A repository of the Hub at the commit that a revision meant when it was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pinned {
+    /// A path that [`Storage`] takes for the directory of its files.
+    pub dir: PathBuf,
+    /// The commit.
+    pub commit: String,
+    /// Which Hub it is from.
+    pub endpoint: String,
 }
 
 /// An output file being written. Its first failure is sticky: every later operation reports it again.
@@ -87,6 +106,15 @@ pub trait OutputFile: Send + Sync {
 
 /// A file system.
 pub trait Storage: Send + Sync {
+    /// Finds repository `id` on the Hub, at a revision or the main one; `None` for a storage without network.
+    fn pin(&self, id: &str, revision: Option<&str>) -> Result<Option<Pinned>> {
+        let _ = (id, revision);
+        Ok(None)
+    }
+    /// Whether [`Storage::pin`] is not to ask anybody.
+    fn is_offline(&self) -> bool {
+        true
+    }
     /// Opens a regular file for reading; anything else (directory, FIFO, device) is refused.
     fn open(&self, path: &Path) -> Result<Box<dyn InputFile>>;
     /// Fails if an input could not be read while a window showed it, so that what was made of it is worthless.

@@ -21,6 +21,7 @@
 //! | `packed` | packed task vectors: there and back, as inputs, damaged |
 //! | `output` | the files of a finished output |
 //! | `parts` | merges in parts, on many machines |
+//! | `remote` | inputs from the Hub and from web servers, with every fault |
 //! | `resume` | what becomes of an unfinished output |
 //! | `repair` | a manifest makes its output again, and its damaged files |
 //! | `sweep` | grids of merges, against merges |
@@ -54,6 +55,7 @@ mod perturb;
 mod properties;
 mod recipes;
 mod regmean;
+mod remote;
 mod repair;
 mod resume;
 mod sweep;

@@ -7,6 +7,7 @@ use tiesmith::{IoMode, Stage};
 
 use super::words::io_modes;
 use super::{MergeArgs, ReportArgs, choice};
+use crate::cli::estimate;
 use crate::cli::parse;
 use crate::cli::ranks::PartSpec;
 
@@ -36,6 +37,14 @@ pub struct PlanArgs {
     /// Write the plan down, for 'tiesmith run' on several machines; needs --out
     #[arg(long, value_name = "FILE", help_heading = "Several machines")]
     pub save: Option<PathBuf>,
+
+    /// Rate of the disks, such as 2GB/s: adds an estimate of the time
+    #[arg(long, value_name = "RATE", help_heading = "Estimate", value_parser = estimate::rate)]
+    pub disk: Option<f64>,
+
+    /// Rate of the network, such as 1Gbit/s, where inputs are read over it
+    #[arg(long, value_name = "RATE", help_heading = "Estimate", value_parser = estimate::rate)]
+    pub network: Option<f64>,
 }
 
 #[derive(Debug, Args)]

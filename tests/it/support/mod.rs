@@ -5,6 +5,7 @@
 pub mod adapters;
 pub mod family;
 pub mod files;
+pub mod hub;
 pub mod interference;
 pub mod numbers;
 pub mod oracle;

@@ -22,7 +22,11 @@ pub fn command() -> Command {
     for variable in ["HF_HOME", "HF_HUB_CACHE", "NO_COLOR", "CLICOLOR_FORCE", "RUST_BACKTRACE"] {
         command.env_remove(variable);
     }
-    command.stdin(Stdio::null());
+    for variable in ["HF_TOKEN", "HF_ENDPOINT", "HF_TOKEN_PATH", "HF_HUB_DOWNLOAD_TIMEOUT"] {
+        command.env_remove(variable);
+    }
+    // Nothing leaves the machine, whatever a test names.
+    command.env("HF_HUB_OFFLINE", "1").stdin(Stdio::null());
     command
 }
 

@@ -1,0 +1,277 @@
+//! HTTP as far as byte ranges need it: requests, redirects, patience.
+//!
+//! - A range is answered with 206 and exactly the bytes asked for, or it is an error: a server that ignores ranges would
+//!   send whole models.
+//! - Redirects are followed here, so that a token goes to the host it is for and to no other.
+//! - What may pass (429, 5xx, resets, stalls) is tried again, later each time, or when the server says. Bytes that did
+//!   arrive are kept.
+//!
+//! Knows requests and bytes; not what is behind an address.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::Read;
+use std::path::Path;
+use std::time::Duration;
+
+use ureq::http::{HeaderMap, Response, StatusCode};
+use ureq::{Agent, Body};
+
+use crate::error::{Error, Result, printable};
+
+/// Redirects followed for one request.
+const MAX_REDIRECTS: usize = 8;
+/// Attempts in a row that bring nothing before giving up.
+const MAX_ATTEMPTS: u32 = 6;
+/// The same before any work is done: a wrong address should be known soon.
+const FIRST_ATTEMPTS: u32 = 3;
+/// Before the second attempt; doubled for each after it.
+const FIRST_WAIT: Duration = Duration::from_millis(250);
+/// Longest pause between attempts, whatever a server asks for.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest silence of a server, unless `HF_HUB_DOWNLOAD_TIMEOUT` says otherwise.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// A client with its connections.
+pub(super) struct Http {
+    agent: Agent,
+    /// The host (scheme, name and port) that the token is for, and the token.
+    credentials: Option<(String, String)>,
+}
+
+/// An answer, with the address it came from after redirects.
+pub(super) struct Answer {
+    pub response: Response<Body>,
+    pub url: String,
+    /// `X-Linked-Etag` of a redirect on the way: the content's hash at the Hub.
+    pub linked_etag: Option<String>,
+}
+
+impl Answer {
+    pub(super) fn header(&self, name: &str) -> Option<&str> {
+        header(self.response.headers(), name)
+    }
+}
+
+/// Why a request brought nothing.
+pub(super) enum Failure {
+    /// Another attempt may succeed, not before so long.
+    Passing(String, Option<Duration>),
+    /// No other attempt will.
+    Final(Error),
+}
+
+/// Attempts at one thing.
+pub(super) struct Patience {
+    attempts: u32,
+    most: u32,
+}
+
+impl Patience {
+    /// With a server that answered before.
+    pub(super) fn at_work() -> Self {
+        Self { attempts: 0, most: MAX_ATTEMPTS }
+    }
+
+    /// With a server that was not asked yet.
+    pub(super) fn at_first() -> Self {
+        Self { attempts: 0, most: FIRST_ATTEMPTS }
+    }
+
+    /// Something was achieved.
+    pub(super) fn renew(&mut self) {
+        self.attempts = 0;
+    }
+
+    /// Waits before another attempt after a passing failure, or gives up.
+    pub(super) fn after(&mut self, failure: Failure, url: &str) -> Result<()> {
+        let (why, wait) = match failure {
+            Failure::Final(error) => return Err(error),
+            Failure::Passing(why, wait) => (why, wait),
+        };
+        self.attempts += 1;
+        if self.attempts >= self.most {
+            return Err(Error::failed(format!("gave up after {} attempts: {why}", self.attempts))
+                .at(Path::new(url))
+                .help("check the network and run the same command again to go on"));
+        }
+        let doubled = FIRST_WAIT * 2u32.pow(self.attempts - 1);
+        // Workers that failed together do not come back together.
+        let jitter = RandomState::new().build_hasher().finish() % 256;
+        let own = doubled.mul_f64(0.75 + jitter as f64 / 512.0);
+        std::thread::sleep(wait.unwrap_or(own).max(own.min(FIRST_WAIT)).min(LONGEST_WAIT));
+        Ok(())
+    }
+}
+
+impl Http {
+    /// A client that shows `token` to the host of `endpoint` only.
+    pub(super) fn new(endpoint: &str, token: Option<String>) -> Self {
+        let silence = std::env::var("HF_HUB_DOWNLOAD_TIMEOUT").ok().and_then(|seconds| seconds.parse().ok());
+        let silence = silence.map_or(SILENCE, |seconds: u64| Duration::from_secs(seconds.clamp(1, 3600)));
+        let config = Agent::config_builder()
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .timeout_connect(Some(CONNECT_TIMEOUT))
+            .timeout_resolve(Some(CONNECT_TIMEOUT))
+            .timeout_recv_response(Some(silence))
+            .timeout_per_read(Some(silence))
+            .max_idle_connections_per_host(64)
+            .user_agent(concat!("tiesmith/", env!("CARGO_PKG_VERSION")))
+            .build();
+        Self { agent: config.into(), credentials: token.map(|token| (origin(endpoint).to_owned(), token)) }
+    }
+
+    pub(super) fn has_token(&self) -> bool {
+        self.credentials.is_some()
+    }
+
+    /// One GET, redirects followed; of bytes `range` (first, last), if given.
+    pub(super) fn get(&self, url: &str, range: Option<(u64, u64)>) -> Result<Answer, Failure> {
+        let mut url = url.to_owned();
+        let mut linked_etag = None;
+        for _ in 0..MAX_REDIRECTS {
+            admit(&url).map_err(Failure::Final)?;
+            // Compressed ranges would be ranges of something else.
+            let mut request = self.agent.get(&url).header("Accept-Encoding", "identity");
+            if let Some((first, last)) = range {
+                request = request.header("Range", format!("bytes={first}-{last}"));
+            }
+            if let Some((host, token)) = &self.credentials
+                && origin(&url) == host
+            {
+                request = request.header("Authorization", format!("Bearer {token}"));
+            }
+            let response = request.call().map_err(|e| failure_of(&e, &url))?;
+            if !response.status().is_redirection() {
+                return Ok(Answer { response, url, linked_etag });
+            }
+            let headers = response.headers();
+            linked_etag = header(headers, "x-linked-etag").map(str::to_owned).or(linked_etag);
+            let Some(target) = header(headers, "location") else {
+                return Err(Failure::Final(Error::input("a redirect to nowhere").at(Path::new(&url))));
+            };
+            url = join(&url, target);
+        }
+        Err(Failure::Final(Error::input("too many redirects").at(Path::new(&url))))
+    }
+
+    /// The whole body of a small answer, at most `limit` bytes.
+    pub(super) fn body(&self, answer: Answer, limit: u64) -> Result<Vec<u8>, Failure> {
+        let url = answer.url;
+        let mut body = Vec::new();
+        let mut reader = answer.response.into_body().into_reader().take(limit + 1);
+        reader.read_to_end(&mut body).map_err(|e| Failure::Passing(format!("the answer broke off: {e}"), None))?;
+        if body.len() as u64 > limit {
+            let text = format!("an answer of more than {limit} bytes");
+            return Err(Failure::Final(Error::input(text).at(Path::new(&url))));
+        }
+        Ok(body)
+    }
+}
+
+/// What a status that is no success means for another attempt; `None` if the status itself has to be judged.
+pub(super) fn passing(answer: &Answer) -> Option<Failure> {
+    let status = answer.response.status();
+    let again = status.is_server_error()
+        || matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY);
+    let seconds = answer.header("retry-after").and_then(|value| value.trim().parse().ok()).map(Duration::from_secs);
+    again.then(|| Failure::Passing(format!("the server says {status}"), seconds))
+}
+
+/// The bounds and total of `bytes FIRST-LAST/TOTAL`.
+pub(super) fn content_range(text: &str) -> Option<(u64, u64, u64)> {
+    let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    Some((first.trim().parse().ok()?, last.trim().parse().ok()?, total.trim().parse().ok()?))
+}
+
+fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+/// Unencrypted connections leave the machine only where the user's own endpoint is one.
+fn admit(url: &str) -> Result<()> {
+    let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_default();
+    let host = origin(url);
+    let name = host.strip_prefix("http://").unwrap_or_default();
+    let name = name.rsplit_once(':').map_or(name, |(name, _)| name);
+    let loopback = matches!(name, "127.0.0.1" | "localhost" | "[::1]");
+    if url.starts_with("https://") || loopback || (!endpoint.is_empty() && origin(&endpoint) == host) {
+        return Ok(());
+    }
+    Err(Error::input("not encrypted").at(Path::new(url)).help("use https://"))
+}
+
+/// Scheme, host and port of an address.
+pub(super) fn origin(url: &str) -> &str {
+    let start = url.find("://").map_or(0, |at| at + 3);
+    let end = url[start..].find(['/', '?', '#']).map_or(url.len(), |at| start + at);
+    &url[..end]
+}
+
+/// Where `target`, as a redirect at `url` says it, leads.
+fn join(url: &str, target: &str) -> String {
+    if target.contains("://") {
+        return target.to_owned();
+    }
+    match target.strip_prefix("//") {
+        Some(rest) => format!("{}://{rest}", url.split("://").next().unwrap_or("https")),
+        None if target.starts_with('/') => format!("{}{target}", origin(url)),
+        None => {
+            let path = url.split(['?', '#']).next().unwrap_or(url);
+            let dir =
+                if path.len() > origin(url).len() { path.rsplit_once('/').map_or(path, |(dir, _)| dir) } else { path };
+            format!("{dir}/{target}")
+        }
+    }
+}
+
+fn failure_of(error: &ureq::Error, url: &str) -> Failure {
+    let at = |error: Error| Failure::Final(error.at(Path::new(origin(url))));
+    match error {
+        ureq::Error::HostNotFound => {
+            at(Error::input("there is no such host, or no network").help("check the address and the network"))
+        }
+        ureq::Error::BadUri(_) => at(Error::input("not an address").help("check it")),
+        ureq::Error::Tls(_) | ureq::Error::Rustls(_) => {
+            at(Error::input(format!("no trusted connection: {}", printable(&error.to_string()))))
+        }
+        other => Failure::Passing(printable(&other.to_string()), None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_exact_content_ranges_are_understood() {
+        assert_eq!(content_range("bytes 0-7/100"), Some((0, 7, 100)));
+        for bad in ["bytes 0-7/*", "bytes */100", "0-7/100", "bytes 7/100", "items 0-7/100", ""] {
+            assert_eq!(content_range(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn addresses_are_taken_apart_and_joined() {
+        assert_eq!(origin("https://a.b:1/c?d"), "https://a.b:1");
+        assert_eq!(origin("https://a.b?x=/y"), "https://a.b");
+        assert_eq!(join("https://a/b/c?x=1/2", "d"), "https://a/b/d");
+        assert_eq!(join("https://a/b/c", "/d"), "https://a/d");
+        assert_eq!(join("https://a/b", "//c/d"), "https://c/d");
+        assert_eq!(join("https://a/b", "http://c/d"), "http://c/d");
+        assert_eq!(join("https://a", "d"), "https://a/d");
+    }
+
+    #[test]
+    fn unencrypted_hosts_are_refused_unless_they_are_this_one() {
+        for fine in ["https://a/b", "http://127.0.0.1:80/x", "http://localhost/x", "http://[::1]:8/x"] {
+            assert!(admit(fine).is_ok(), "{fine}");
+        }
+        for bad in ["http://example.org/x", "http://127.0.0.1.example.org/x", "ftp://a/b", "http://user@localhost/"] {
+            assert!(admit(bad).is_err(), "{bad}");
+        }
+    }
+}

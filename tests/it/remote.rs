@@ -1,0 +1,301 @@
+//! Inputs from the Hub and from web servers: the bytes of local ones, or one clear error, whatever the network does.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use safetensors::Dtype;
+use serde_json::Value;
+
+use crate::support::family::{Deltas, Saved, Spec, text};
+use crate::support::files::read_tree;
+use crate::support::hub::{COMMIT, Fault, Hub, Request};
+use crate::support::oracle::Recipe;
+use crate::support::run::{Outcome, command, run};
+
+/// What the first request of a file asks for.
+const HEAD_BYTES: u64 = 64 << 10;
+
+/// What a checkpoint is called, from its short name.
+type Name<'a> = &'a dyn Fn(&str) -> String;
+
+/// A family on disk and on a server.
+struct Remote {
+    saved: Saved,
+    hub: Hub,
+}
+
+impl Remote {
+    fn new() -> Self {
+        let spec = Spec {
+            seed: 21,
+            shapes: vec![("a", vec![300, 257]), ("b", vec![70_001]), ("c", vec![3]), ("d", vec![])],
+            base: Dtype::BF16,
+            models: vec![Dtype::BF16, Dtype::F32, Dtype::BF16],
+            deltas: Deltas::Stepped,
+        };
+        let (saved, hub) = (spec.family().save(), Hub::start());
+        hub.add("org/base", &saved.base);
+        for (index, model) in (1..).zip(&saved.models) {
+            hub.add(&format!("org/model{index}"), model);
+        }
+        Self { saved, hub }
+    }
+
+    /// The command with the server as its Hub, and an empty cache.
+    fn command(&self) -> Command {
+        let mut command = command();
+        command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", &self.hub.endpoint).env("HF_HUB_DOWNLOAD_TIMEOUT", "1");
+        command.env("HF_HOME", self.saved.path("home")).env("HOME", self.saved.path("home"));
+        command.current_dir(self.saved.dir.path().join("base"));
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Outcome {
+        let mut command = self.command();
+        command.args(args);
+        run(command)
+    }
+
+    /// A merge of models called `name` and their number into `out`.
+    fn merge(&self, verb: &str, name: &dyn Fn(&str) -> String, flags: &[&str]) -> Outcome {
+        let sources = ["model1", "model2", "model3"].map(name);
+        let base = name("base");
+        let mut args = vec![verb, "--progress=none", "--json", "--base", &base];
+        sources.iter().for_each(|source| args.extend(["--model", source]));
+        args.extend(flags);
+        self.run(&args)
+    }
+
+    fn local(&self, flags: &[&str]) -> BTreeMap<PathBuf, Vec<u8>> {
+        lasting(&self.saved.merge(&Recipe::default(), flags).path)
+    }
+}
+
+fn hf(name: &str) -> String {
+    format!("hf://org/{name}")
+}
+
+/// What does not depend on how inputs are named.
+fn lasting(out: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = read_tree(out);
+    files.retain(|path, _| !["tiesmith.json", "README.md"].contains(&path.to_str().unwrap()));
+    files
+}
+
+fn content_bytes(log: &[Request]) -> u64 {
+    log.iter().filter(|request| request.content).map(|request| request.sent).sum()
+}
+
+#[test]
+fn remote_inputs_give_the_bytes_of_local_ones() {
+    let remote = Remote::new();
+    let file = |name: &str| match name {
+        "model1" => remote.hub.address("org/model1", "model.safetensors"),
+        name => remote.hub.address(&format!("org/{name}"), "model.safetensors.index.json"),
+    };
+    let names: [(&str, Name<'_>); 4] = [
+        ("hf", &hf),
+        ("revision", &|name| format!("hf://org/{name}@v1")),
+        ("bare", &|name| format!("org/{name}")),
+        ("address", &file),
+    ];
+    for flags in [&["--memory=64MB", "--threads=1"][..], &["--scope=tensor", "--threads=3", "--max-shard-size=100KB"]] {
+        let local = remote.local(flags);
+        for (kind, name) in names {
+            let out = tempfile::tempdir().unwrap();
+            let merged = out.path().join("merged");
+            let outcome = remote.merge("merge", name, &[flags, &["--out", &text(&merged)]].concat()).succeeded();
+            assert_eq!(lasting(&merged), local, "{}", outcome.command);
+            let warnings = outcome.json()["warnings"].to_string();
+            assert_eq!(warnings.contains("not in the local cache: it is read from http://127.0.0.1"), kind == "bare");
+            let manifest: Value =
+                serde_json::from_slice(&std::fs::read(merged.join("tiesmith.json")).unwrap()).unwrap();
+            assert_eq!(manifest["inputs"][0]["hub"].to_string().contains(COMMIT), kind != "address", "{kind}");
+        }
+    }
+}
+
+#[test]
+fn what_is_read_is_what_the_plan_says() {
+    let remote = Remote::new();
+    for scope in ["--scope=tensor", "--scope=model"] {
+        let flags = [scope, "--memory=64MB"];
+        remote.hub.log();
+        let plan = remote.merge("plan", &hf, &flags).succeeded().json();
+        let planning = remote.hub.log();
+        assert!(planning.iter().filter(|r| r.content).all(|r| r.range.is_some_and(|(_, last)| last < HEAD_BYTES)));
+        assert_eq!(planning.iter().filter(|r| r.path.starts_with("/api/")).count(), 4, "a revision is asked for once");
+        let out = tempfile::tempdir().unwrap();
+        let merged = text(&out.path().join("merged"));
+        remote.merge("merge", &hf, &[&flags[..], &["--out", &merged]].concat()).succeeded();
+        let log = remote.hub.log();
+        let heads = content_bytes(&planning);
+        let (read, planned) = (content_bytes(&log), plan["bytes_read"].as_u64().unwrap());
+        assert!(read <= planned + 2 * heads, "{scope}: {read} bytes sent, {planned} planned, {heads} of heads");
+        // Heads hold data too, which is not asked for again.
+        assert!(read + heads >= planned, "{scope}: {read} bytes sent, {planned} planned");
+        // One redirect a file, then straight to where it is.
+        let files = planning.iter().filter(|r| r.content).count();
+        assert!(log.iter().filter(|r| r.path.contains("/resolve/")).count() <= files + 4, "{scope}");
+    }
+}
+
+#[test]
+fn passing_faults_cost_time_and_no_byte() {
+    let remote = Remote::new();
+    let flags = ["--memory=64MB", "--threads=1"];
+    let local = remote.local(&flags);
+    remote.hub.log();
+    remote.merge("plan", &hf, &flags).succeeded();
+    let opened = remote.hub.log().iter().filter(|r| r.content).count();
+    let faults = [
+        (Fault::Stall, 1),
+        (Fault::Reset, 3),
+        (Fault::Truncate, 3),
+        (Fault::TooMany, 1),
+        (Fault::Unavailable, 3),
+        (Fault::WrongRange, 1),
+        (Fault::NoContentRange, 1),
+        (Fault::Expired, 1),
+        (Fault::ShortLived, 1000),
+    ];
+    for (fault, times) in faults {
+        for from in [0, opened + 1] {
+            if from == 0
+                && matches!(fault, Fault::WrongRange | Fault::NoContentRange | Fault::Expired | Fault::ShortLived)
+            {
+                continue;
+            }
+            // Before anything is read there is less patience.
+            let times = if from == 0 { times.min(1) } else { times };
+            let out = tempfile::tempdir().unwrap();
+            let merged = out.path().join("merged");
+            remote.hub.misbehave(fault, from, times);
+            let outcome = remote.merge("merge", &hf, &[&flags[..], &["--out", &text(&merged)]].concat());
+            assert_eq!(outcome.code, Some(0), "{fault:?} from {from}: {}", outcome.stderr);
+            assert_eq!(lasting(&merged), local, "{fault:?} from {from}");
+        }
+    }
+}
+
+#[test]
+fn lasting_faults_are_one_line_and_the_same_command_goes_on() {
+    let remote = Remote::new();
+    let flags = ["--memory=64MB", "--threads=1", "--scope=tensor"];
+    let local = remote.local(&flags);
+    remote.hub.log();
+    remote.merge("plan", &hf, &flags).succeeded();
+    let opened = remote.hub.log().iter().filter(|r| r.content).count();
+    for (fault, words) in [
+        (Fault::ChangedTag, "changed while it was read"),
+        (Fault::IgnoresRanges, "ignores byte ranges"),
+        (Fault::Unavailable, "gave up after 6 attempts: the server says 503"),
+        (Fault::Expired, "no such model, or it is private (status 403)"),
+    ] {
+        let out = tempfile::tempdir().unwrap();
+        let merged = out.path().join("merged");
+        remote.hub.misbehave(fault, opened + 3, 1_000_000);
+        let again = || remote.merge("merge", &hf, &[&flags[..], &["--out", &text(&merged)]].concat());
+        let outcome = again();
+        let code = outcome.code.unwrap();
+        assert!(outcome.error_line(code).contains(words), "{fault:?}: {}", outcome.stderr);
+        assert!(matches!(code, 1 | 2), "{fault:?}");
+        assert!(!merged.join("model.safetensors").exists());
+        remote.hub.misbehave(fault, 0, 0);
+        again().succeeded();
+        assert_eq!(lasting(&merged), local, "{fault:?}");
+    }
+    for (fault, words) in [
+        (Fault::IgnoresRanges, "ignores byte ranges"),
+        (Fault::NoContentRange, "answered with no Content-Range"),
+        (Fault::WrongRange, "answered with bytes 1-"),
+    ] {
+        remote.hub.misbehave(fault, 0, 1_000_000);
+        let outcome = remote.merge("plan", &hf, &flags);
+        assert!(outcome.refusal().contains(words), "{fault:?}: {}", outcome.stderr);
+    }
+}
+
+#[test]
+fn tokens_go_to_the_hub_and_nowhere_else() {
+    let remote = Remote::new();
+    remote.hub.protect("org/model1", "hf_secret", false);
+    remote.hub.log();
+    let with = |variables: &[(&str, &str)]| {
+        let mut command = remote.command();
+        command.args(["inspect", "hf://org/model1"]).envs(variables.iter().copied());
+        run(command)
+    };
+    let says = |outcome: &Outcome, words: &[&str]| {
+        let line = outcome.refusal();
+        words.iter().for_each(|word| assert!(line.contains(word), "{word}: {line}"));
+        assert!(!line.contains("hf_"), "{line}");
+    };
+    says(&with(&[]), &["hf://org/model1", "it is private", "set HF_TOKEN"]);
+    says(&with(&[("HF_TOKEN", "hf_wrong")]), &["this token may not read it", "HF_TOKEN or"]);
+    with(&[("HF_TOKEN", " hf_secret\n")]).succeeded();
+    let file = remote.saved.path("token");
+    std::fs::write(&file, "hf_secret\n").unwrap();
+    with(&[("HF_TOKEN_PATH", &text(&file))]).succeeded();
+    std::fs::create_dir_all(remote.saved.path("home")).unwrap();
+    std::fs::copy(&file, remote.saved.path("home").join("token")).unwrap();
+    with(&[]).succeeded();
+    let log = remote.hub.log();
+    assert!(log.iter().any(|r| !r.content && r.token.as_deref() == Some("hf_secret")));
+    assert!(log.iter().all(|r| !r.content || r.token.is_none()), "a token went to the host of the content");
+    remote.hub.protect("org/model1", "hf_other", true);
+    says(&with(&[]), &["gated", "accept its terms at", "/org/model1"]);
+}
+
+#[test]
+fn what_is_not_there_is_explained() {
+    let remote = Remote::new();
+    let bin = remote.saved.path("bin");
+    std::fs::create_dir(&bin).unwrap();
+    std::fs::write(bin.join("pytorch_model.bin"), b"x").unwrap();
+    remote.hub.add("org/bin", &bin);
+    let says = |args: &[&str], words: &[&str]| {
+        let outcome = remote.run(args);
+        let line = outcome.refusal();
+        words.iter().for_each(|word| assert!(line.contains(word), "{word}: {line}"));
+    };
+    says(&["inspect", "hf://org/nothing"], &["hf://org/nothing", "no such model"]);
+    says(&["inspect", "org/nothing"], &["not in the Hub cache", "nor can it be read from the Hub", "no such model"]);
+    says(&["inspect", "hf://org/base@v9"], &["there is no revision v9"]);
+    says(&["inspect", "hf://org/bin"], &["pytorch_model.bin", "not a PyTorch checkpoint"]);
+    says(&["inspect", "hf://nonsense"], &["not a model of the Hub", "hf://org/name"]);
+    says(&["inspect", &remote.hub.address("org/base", "no.safetensors")], &["there is no such file"]);
+    says(&["inspect", "http://example.invalid/model.safetensors"], &["not encrypted", "use https://"]);
+    let mut offline = remote.command();
+    offline.env("HF_HUB_OFFLINE", "1").args(["inspect", "hf://org/base"]);
+    assert!(run(offline).refusal().contains("not in the Hub cache"));
+    let mut nobody = remote.command();
+    nobody.env("HF_ENDPOINT", "http://127.0.0.1:1").args(["inspect", "hf://org/base"]);
+    let outcome = run(nobody);
+    assert!(outcome.refusal().contains("gave up after 3 attempts"), "{}", outcome.stderr);
+}
+
+#[test]
+fn a_model_in_the_cache_is_not_asked_for() {
+    let remote = Remote::new();
+    let repository = remote.saved.path("home").join("hub/models--org--base");
+    let snapshot = repository.join("snapshots").join(COMMIT);
+    crate::support::files::copy_tree(&remote.saved.base, &snapshot);
+    std::fs::create_dir_all(repository.join("refs")).unwrap();
+    std::fs::write(repository.join("refs/main"), COMMIT).unwrap();
+    remote.hub.log();
+    remote.run(&["inspect", "hf://org/base"]).succeeded();
+    remote.run(&["inspect", "org/base"]).succeeded();
+    assert!(remote.hub.log().is_empty());
+}
+
+/// For other clients: serves a family until it is stopped, and says where.
+#[test]
+#[ignore = "runs until it is stopped"]
+fn serve() {
+    let remote = Remote::new();
+    std::fs::write(std::env::temp_dir().join("tiesmith-hub"), &remote.hub.endpoint).unwrap();
+    println!("HF_ENDPOINT={} repositories org/base, org/model1 to org/model3", remote.hub.endpoint);
+    std::thread::sleep(std::time::Duration::from_secs(600));
+}
