@@ -62,7 +62,7 @@ pub(super) fn catalogue_bytes(plan: &Plan) -> u64 {
         + rows
         + derived
         + params
-        + files().count() as u64 * FILE_BYTES
+        + files().map(|f| FILE_BYTES + f.file.held_bytes()).sum::<u64>()
 }
 
 /// What a run keeps account of: hashes of the output, what is done, what of an earlier attempt is taken over, and side
