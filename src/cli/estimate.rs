@@ -74,13 +74,15 @@ fn remote_share(plan: &Plan) -> f64 {
 /// `2GB/s`, `500MiB/s`, `1Gbit/s`: bytes per second.
 pub fn rate(text: &str) -> Result<f64, String> {
     const EXPECTED: &str = "a rate is like 2GB/s or 1Gbit/s";
-    let amount = text.trim().strip_suffix("/s").or(text.trim().strip_suffix("ps")).ok_or(EXPECTED)?;
+    let amount = text.trim().strip_suffix("/s").ok_or(EXPECTED)?;
     let (amount, share) = match amount.strip_suffix("bit") {
         Some(bits) => (format!("{bits}B"), 8.0),
-        None => (amount.to_owned(), 1.0),
+        // Without a B it might mean either.
+        None if amount.ends_with('B') => (amount.to_owned(), 1.0),
+        None => return Err(EXPECTED.into()),
     };
     let bytes = super::parse::size(&amount).map_err(|e| format!("{e}; {EXPECTED}"))?;
-    Ok(bytes as f64 / share)
+    if bytes == 0 { Err(EXPECTED.into()) } else { Ok(bytes as f64 / share) }
 }
 
 #[cfg(test)]
