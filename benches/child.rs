@@ -43,7 +43,12 @@ pub fn run(command: &mut Command) -> Run {
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the child starts");
     let mut marks = Vec::new();
     let mut messages = String::new();
-    // The report is one line, which fits into the pipe while stderr is read.
+    // Beside the other stream: a report may be longer than a pipe holds.
+    let mut stdout = child.stdout.take().expect("piped");
+    let report = std::thread::spawn(move || {
+        let mut output = String::new();
+        stdout.read_to_string(&mut output).map(|_| output)
+    });
     for line in BufReader::new(child.stderr.take().expect("piped")).lines().map_while(Result::ok) {
         match serde_json::from_str::<Value>(&line).unwrap_or_default()["stage"].as_str() {
             Some(stage) if marks.last().is_none_or(|(last, _)| last != stage) => {
@@ -52,8 +57,7 @@ pub fn run(command: &mut Command) -> Run {
             _ => messages += &line,
         }
     }
-    let mut output = String::new();
-    child.stdout.take().expect("piped").read_to_string(&mut output).expect("a report in UTF-8");
+    let output = report.join().expect("a thread that reads").expect("a report in UTF-8");
     let status = child.wait().expect("a child to wait for");
     let wall = begin.elapsed().as_secs_f64();
     assert!(status.success(), "{command:?}: {messages}");
