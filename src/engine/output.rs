@@ -153,6 +153,15 @@ impl Found {
     }
 }
 
+/// Where `dir` has its work: in itself, whatever links there are.
+pub(super) fn work_dir(dir: &Path, storage: &dyn Storage) -> Result<PathBuf> {
+    let work = dir.join(WORK_DIR);
+    if storage.identity(&work)?.is_some() && storage.canonical(&work) != storage.canonical(dir).join(WORK_DIR) {
+        return Err(Error::input("the work directory is a link to somewhere else").at(&work).help("remove it"));
+    }
+    Ok(work)
+}
+
 fn finished_already(dir: &Path) -> Error {
     Error::input("a finished merge is already there").at(dir).help("use another --out, or --force to replace it")
 }
@@ -183,10 +192,7 @@ impl OutputDir {
     pub(super) fn open(plan: &Plan, options: &OutputOptions, storage: &Arc<dyn Storage>) -> Result<Self> {
         let dir = &options.dir;
         refuse_inputs(plan, dir, &**storage)?;
-        let work = dir.join(WORK_DIR);
-        if storage.identity(&work)?.is_some() && storage.canonical(&work) != storage.canonical(dir).join(WORK_DIR) {
-            return Err(Error::input("the work directory is a link to somewhere else").at(&work).help("remove it"));
-        }
+        let work = work_dir(dir, &**storage)?;
         let before = Found::look(dir, &work, &**storage)?;
         before.admit(dir, options)?;
         if !before.begun() {
@@ -194,13 +200,25 @@ impl OutputDir {
         }
         let unwritable = |e: Error| e.as_input().help("choose an --out that you may write to");
         let lock = storage.lock(&work.join(LOCK)).map_err(unwritable)?;
-        let mut output = Self {
+        let mut output = Self { created: !before.exists, ..Self::taken(dir, work.join(JOURNAL), lock, storage) };
+        match output.take_over(plan, options) {
+            Ok(()) => Ok(output),
+            Err(error) => {
+                output.leave();
+                Err(error)
+            }
+        }
+    }
+
+    /// The directory under its `lock`, before anything is known of what it holds.
+    fn taken(dir: &Path, journal_path: PathBuf, lock: Lock, storage: &Arc<dyn Storage>) -> Self {
+        Self {
             storage: Arc::clone(storage),
-            dir: dir.clone(),
-            journal_path: work.join(JOURNAL),
-            work,
+            dir: dir.to_path_buf(),
+            work: dir.join(WORK_DIR),
+            journal_path,
             in_parts: false,
-            created: !before.exists,
+            created: false,
             replaces: false,
             stale: None,
             resumes: false,
@@ -208,13 +226,6 @@ impl OutputDir {
             published: false,
             journal: Mutex::default(),
             _lock: lock,
-        };
-        match output.take_over(plan, options) {
-            Ok(()) => Ok(output),
-            Err(error) => {
-                output.leave();
-                Err(error)
-            }
         }
     }
 

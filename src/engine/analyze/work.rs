@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::super::OutputOptions;
 use super::super::identity::Begin;
-use super::super::output::{JOURNAL, LOCK, WORK_DIR, refuse_inputs};
+use super::super::output::{JOURNAL, LOCK, WORK_DIR, refuse_inputs, work_dir};
 use super::study::Study;
 use crate::error::{Error, Result};
 use crate::journal::{Journal, Record, replay};
@@ -60,10 +60,7 @@ impl WorkDir {
     pub(super) fn open(study: &Study, options: &OutputOptions, storage: &Arc<dyn Storage>) -> Result<Self> {
         let dir = &options.dir;
         refuse_inputs(&study.plan, dir, &**storage)?;
-        let work = dir.join(WORK_DIR);
-        if storage.identity(&work)?.is_some() && storage.canonical(&work) != storage.canonical(dir).join(WORK_DIR) {
-            return Err(Error::input("the work directory is a link to somewhere else").at(&work).help("remove it"));
-        }
+        let work = work_dir(dir, &**storage)?;
         let created = storage.identity(dir)?.is_none();
         if !created && !storage.is_dir(dir) {
             return Err(Error::input("the output is a file, not a directory").at(dir).help("choose another --out"));

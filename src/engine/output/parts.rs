@@ -6,7 +6,6 @@
 //!   its own.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use super::{Found, JOURNAL, LOCK, Log, OutputDir, WORK_DIR, check_space, finished_already, kind, refuse_inputs};
@@ -136,21 +135,7 @@ impl OutputDir {
     }
 
     fn bare(dir: &Path, journal_path: PathBuf, lock: Lock, storage: &Arc<dyn Storage>) -> Self {
-        Self {
-            storage: Arc::clone(storage),
-            dir: dir.to_path_buf(),
-            work: dir.join(WORK_DIR),
-            journal_path,
-            in_parts: true,
-            created: false,
-            replaces: false,
-            stale: None,
-            resumes: false,
-            untouchable: AtomicBool::new(false),
-            published: false,
-            journal: Mutex::default(),
-            _lock: lock,
-        }
+        Self { in_parts: true, ..Self::taken(dir, journal_path, lock, storage) }
     }
 
     fn begin_journal(&mut self, plan: &Plan) -> Result<()> {

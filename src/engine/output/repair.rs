@@ -2,10 +2,9 @@
 //! every file as it was or repaired, and is begun anew.
 
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use super::{Found, JOURNAL, LOCK, OutputDir, WORK_DIR};
+use super::{Found, JOURNAL, LOCK, OutputDir, work_dir};
 use crate::engine::side_files::Content;
 use crate::error::{Error, Result};
 use crate::plan::ListedFile;
@@ -14,10 +13,7 @@ use crate::storage::Storage;
 impl OutputDir {
     /// Takes the finished output in `dir`. Its manifest is there.
     pub(in crate::engine) fn for_repair(dir: &Path, storage: &Arc<dyn Storage>) -> Result<Self> {
-        let work = dir.join(WORK_DIR);
-        if storage.identity(&work)?.is_some() && storage.canonical(&work) != storage.canonical(dir).join(WORK_DIR) {
-            return Err(Error::input("the work directory is a link to somewhere else").at(&work).help("remove it"));
-        }
+        let work = work_dir(dir, &**storage)?;
         let begun = |storage: &dyn Storage| Found::look(dir, &work, storage).map(|found| found.begun());
         let unfinished = || {
             Err(Error::input("a merge into this output is unfinished")
@@ -32,21 +28,7 @@ impl OutputDir {
         if begun(&**storage)? {
             return unfinished();
         }
-        let output = Self {
-            storage: Arc::clone(storage),
-            dir: dir.to_path_buf(),
-            journal_path: work.join(JOURNAL),
-            work,
-            in_parts: false,
-            created: false,
-            replaces: false,
-            stale: None,
-            resumes: false,
-            untouchable: AtomicBool::new(false),
-            published: false,
-            journal: Mutex::default(),
-            _lock: lock,
-        };
+        let output = Self::taken(dir, work.join(JOURNAL), lock, storage);
         output.clear_work()?;
         Ok(output)
     }
