@@ -333,6 +333,8 @@ struct Demand {
     longest: u64,
     /// Longest tensor that is a unit of its own.
     longest_unit: u64,
+    /// Elements of the largest unit.
+    unit_elements: u64,
     trims: bool,
     tensor_scope: bool,
     /// Thresholds are the true ones, so that units are probed and sketched narrowly.
@@ -397,6 +399,10 @@ impl Demand {
             ranks: if needs.looks.contains(&Look::Ranks) { MAX_RANKS as u64 } else { 0 },
             longest: longest(&direct).max(longest(&grouped)).max(1),
             longest_unit: if tensor_scope { longest(&grouped) } else { 0 },
+            unit_elements: match tensor_scope {
+                true => longest(&grouped),
+                false => grouped.iter().map(|&t| plan.length(t)).sum(),
+            },
             trims: plan.selects(),
             tensor_scope,
             exact: plan.selects() && plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact),
@@ -433,6 +439,8 @@ impl Demand {
                 (false, Some(_)) => (SKETCH_BINS_MAX / 4, limit / 4),
                 (false, None) => (SKETCH_BINS_MAX, limit),
             };
+            // More bins than magnitudes would only be memory to clear.
+            let most = most.min(self.unit_elements.min(SKETCH_BINS_MAX as u64).next_power_of_two() as usize);
             let sketches = |bins| total(slot, bins) - total(slot, 0);
             while bins < most && sketches(bins * 2) <= share && total(slot, bins * 2) <= limit / 4 * 3 {
                 bins *= 2;

@@ -207,6 +207,7 @@ prop_compose! {
             ranks,
             longest,
             longest_unit: if tensor_scope { longest * unit_share / 4 } else { 0 },
+            unit_elements: longest * (unit_share + 1),
             trims,
             tensor_scope,
             exact: exact && trims,
