@@ -62,8 +62,8 @@ pub use method::{METHODS, Method, ParamKind, ParamSpec, Statistics, Value};
 pub use plan::{InputSummary, ListedFile, Manifest, PassSummary, Plan, PlanSummary, Run, Schedule, Spread};
 pub use recipe::mergekit;
 pub use recipe::{
-    BaseLayers, Case, ChatTemplate, Filter, LayerSource, Missing, ModelInput, NonFinite, Overflow, Params, Recipe,
-    Scope, Setting, Slice, ThresholdKind, TrimTies, Vocabulary,
+    BaseLayers, Case, ChatTemplate, Filter, LayerSource, Missing, ModelInput, Module, ModuleModel, NonFinite, Overflow,
+    Params, Recipe, Scope, Setting, Slice, ThresholdKind, TokenRule, TokenSource, TrimTies, Vocabulary,
 };
 pub use report::{Analysis, Line, Remark, remarks};
 pub use storage::{Disk, Identity, InputFile, IoMode, Lock, Online, OutputFile, Pinned, Storage, Window};

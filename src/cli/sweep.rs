@@ -214,8 +214,8 @@ impl Grid {
         for subset in &self.subsets {
             sets.extend(subset.sets(base.models.len())?);
         }
-        if !sets.is_empty() && !base.slices.is_empty() {
-            return Err(Error::usage("--subset cannot be used with slices: they name their models"));
+        if !sets.is_empty() && !(base.slices.is_empty() && base.modules.is_empty()) {
+            return Err(Error::usage("--subset cannot be used with slices or modules: they name their models"));
         }
         sets.retain(|set| !set.is_empty());
         let mut seen = BTreeSet::new();

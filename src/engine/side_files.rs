@@ -16,7 +16,7 @@ use super::tensor_hash::Hash;
 use super::{PROGRAM, Report};
 use crate::error::{Error, Result, printable};
 use crate::limits::{MAX_CONFIG_BYTES, MAX_SIDE_FILE_BYTES};
-use crate::plan::{Action, LAYER_COUNT_KEYS, LayerMap, MANIFEST_VERSION, Plan, PlanSummary, Schedule};
+use crate::plan::{Action, LAYER_COUNT_KEYS, LayerMap, MANIFEST_VERSION, Plan, PlanSummary, Schedule, may_describe};
 use crate::sketch::Threshold;
 use crate::storage::Storage;
 
@@ -147,7 +147,8 @@ fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Content)>> 
 
 /// `config.json` with its data type, layers and vocabulary as they are in the output; other content and its order stay.
 fn updated_config(path: &Path, content: Vec<u8>, plan: &Plan) -> Result<Vec<u8>> {
-    if plan.float.is_none() && plan.layers.is_none() && plan.vocabulary.is_none() {
+    if plan.float.is_none() && plan.layers.is_empty() && plan.vocabulary.is_none() && plan.recipe.architecture.is_none()
+    {
         return Ok(content);
     }
     let mut config: Value = serde_json::from_slice(&content)
@@ -169,10 +170,14 @@ fn updated_config(path: &Path, content: Vec<u8>, plan: &Plan) -> Result<Vec<u8>>
             *size = rows.into();
         }
     }
-    if let Some(layers) = &plan.layers {
+    for layers in &plan.layers {
         set_layers(object, layers);
         // Models of several parts describe each in an object of its own.
-        object.values_mut().filter_map(Value::as_object_mut).for_each(|part| set_layers(part, layers));
+        let others = object.iter_mut().filter(|(key, _)| layers.module.as_ref().is_none_or(|m| may_describe(key, m)));
+        others.filter_map(|(_, part)| part.as_object_mut()).for_each(|part| set_layers(part, layers));
+    }
+    if let Some(architecture) = &plan.recipe.architecture {
+        object.insert("architectures".into(), json!([architecture]));
     }
     if config == before {
         return Ok(content);
@@ -195,7 +200,8 @@ fn with_template(path: &Path, content: &[u8], plan: &Plan) -> Result<Vec<u8>> {
 /// Brings the number of layers, and lists that have an entry per layer, in line with where layers were taken from.
 fn set_layers(config: &mut serde_json::Map<String, Value>, layers: &LayerMap) {
     let mut described = false;
-    for key in LAYER_COUNT_KEYS {
+    let fitting = |key: &&&str| layers.module.as_ref().is_none_or(|module| may_describe(key, module));
+    for key in LAYER_COUNT_KEYS.iter().filter(fitting) {
         if let Some(count) = config.get_mut(*key).filter(|count| count.as_u64() == Some(layers.depth)) {
             *count = layers.from.len().into();
             described = true;

@@ -350,7 +350,7 @@ fn searches<'a>(plans: impl Iterator<Item = &'a Plan>) -> u64 {
 /// Whether `plan` can be merged from what `union` loads, chunk by chunk.
 fn fits(plan: &Plan, union: &Plan) -> bool {
     let needs = plan.needs();
-    let simple = |plan: &Plan| plan.layers.is_none() && plan.tokenizer.is_none();
+    let simple = |plan: &Plan| plan.layers.is_empty() && plan.tokenizer.is_none();
     let in_units = union.selects() || union.votes();
     let same_units = plan.scope == union.scope && (in_units || !plan.selects() && !plan.votes());
     let sought = union.trim.is_some() || !plan.selects();

@@ -1,6 +1,7 @@
 //! Which tensors the output has, and which tensors of the inputs each is made of.
 //!
 //! - Whole models: the template's tensors, in the order in which its files hold them, so that reads stay sequential.
+//! - Modules (`modules`): the same for each part of a model, by the names of its tensors.
 //! - Slices: the input side of the first slice, its layers and those of all further slices numbered consecutively, and
 //!   the output side of the last slice. Names are changed at the layer number and nowhere else.
 //!
@@ -64,44 +65,77 @@ pub(super) struct Opened<'a> {
 pub(super) struct Assembly<'a> {
     pub targets: Vec<Target<'a>>,
     /// Where layers come from, unless whole models are merged.
-    pub layers: Option<LayerMap>,
+    pub layers: Vec<LayerMap>,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}
+
+/// The part of a model that is assembled: which names are in it, and what it is called where it is not all.
+#[derive(Clone, Copy)]
+pub(super) struct Extent<'w> {
+    pub wanted: &'w dyn Fn(&str) -> bool,
+    pub module: Option<&'w str>,
+}
+
+impl Extent<'_> {
+    /// All of it.
+    const WHOLE: Self = Self { wanted: &|_| true, module: None };
 }
 
 impl<'a> Opened<'a> {
     /// All tensors of the output.
     pub(super) fn assemble(self, storage: &dyn Storage) -> Result<Assembly<'a>> {
-        match self.recipe.slices.is_empty() {
-            true => Ok(Assembly { targets: self.whole(storage)?, layers: None }),
-            false => self.sliced(storage),
+        let (mut targets, mut layers, mut warnings) = (Vec::new(), Vec::new(), Vec::new());
+        if !self.recipe.modules.is_empty() {
+            warnings = self.in_modules(storage, &mut targets, &mut layers)?;
+        } else if !self.recipe.slices.is_empty() {
+            layers.push(self.sliced(&self.recipe.slices, Extent::WHOLE, storage, &mut targets)?);
+        } else {
+            let models: Vec<_> = self.recipe.models.iter().map(|model| &model.params).enumerate().collect();
+            self.whole(&models, None, Extent::WHOLE, storage, &mut targets)?;
         }
+        Ok(Assembly { targets, layers, warnings })
     }
 
-    fn template(self) -> usize {
+    pub(super) fn template(self) -> usize {
         self.base.unwrap_or(self.first_model)
     }
 
-    fn whole(self, storage: &dyn Storage) -> Result<Vec<Target<'a>>> {
-        let template = &self.checkpoints[self.template()];
-        let stacks = Stacks::of(template, storage)?;
+    /// Whole `models`, each with its own parameters, as far as `extent` goes.
+    pub(super) fn whole(
+        self,
+        models: &[(usize, &'a Params)],
+        shared: Option<&'a Params>,
+        extent: Extent<'_>,
+        storage: &dyn Storage,
+        targets: &mut Vec<Target<'a>>,
+    ) -> Result<()> {
+        let index = match (self.base, models) {
+            (Some(base), _) => base,
+            (None, models) => self.first_model + models.first().map_or(0, |(model, _)| *model),
+        };
+        let template = &self.checkpoints[index];
+        let stacks = Stacks::of(template, storage, extent.wanted)?;
         let target = |(checkpoint, tensor): (usize, &'a TensorEntry)| {
             let name = || Cow::Borrowed(&*tensor.name);
-            let models = self.recipe.models.iter().enumerate();
             Target {
                 name: name(),
                 template: Input { checkpoint, name: name() },
                 base: self.base.map(|checkpoint| Input { checkpoint, name: name() }),
-                sources: models.map(|(model, m)| Source { model, name: name(), params: &m.params }).collect(),
-                slice: None,
+                sources: models.iter().map(|&(model, params)| Source { model, name: name(), params }).collect(),
+                slice: shared,
                 t: stacks.place(&tensor.name),
             }
         };
-        let heads = self.untied_heads();
-        Ok(stored_order(template).map(|tensor| (self.template(), tensor)).chain(heads).map(target).collect())
+        let heads = self.untied_heads(index);
+        let all = stored_order(template).map(|tensor| (index, tensor)).chain(heads);
+        targets.extend(all.filter(|(_, tensor)| (extent.wanted)(&tensor.name)).map(target));
+        Ok(())
     }
 
     /// Heads that some model has and the template lacks, where a head that is not stored is the input embedding.
-    fn untied_heads(self) -> impl Iterator<Item = (usize, &'a TensorEntry)> {
-        let template = &self.checkpoints[self.template()];
+    fn untied_heads(self, index: usize) -> impl Iterator<Item = (usize, &'a TensorEntry)> {
+        let template = &self.checkpoints[index];
         let mut heads: BTreeMap<&str, (usize, &TensorEntry)> = BTreeMap::new();
         for index in (0..self.recipe.models.len()).map(|model| self.first_model + model) {
             let all = self.checkpoints[index].tensors.iter();
@@ -110,7 +144,7 @@ impl<'a> Opened<'a> {
             }
         }
         let wanted = self.recipe.tied_heads;
-        heads.into_values().filter(move |(_, head)| wanted && self.find(self.template(), &head.name).is_some())
+        heads.into_values().filter(move |(_, head)| wanted && self.find(index, &head.name).is_some())
     }
 
     /// The tensor called `name` in a checkpoint; where the recipe says so, a head that it lacks is its embedding.
@@ -139,28 +173,35 @@ impl<'a> Opened<'a> {
         Some((checkpoint?, base.first))
     }
 
-    fn sliced(self, storage: &dyn Storage) -> Result<Assembly<'a>> {
-        let stacks: Vec<Stacks> = self.checkpoints.iter().map(|c| Stacks::of(c, storage)).collect::<Result<_>>()?;
-        let slices = &self.recipe.slices;
+    /// Layers of models, and what is before and behind them, as far as `extent` goes.
+    pub(super) fn sliced(
+        self,
+        slices: &'a [Slice],
+        extent: Extent<'_>,
+        storage: &dyn Storage,
+        targets: &mut Vec<Target<'a>>,
+    ) -> Result<LayerMap> {
+        let of = |checkpoint| Stacks::of(checkpoint, storage, extent.wanted);
+        let stacks: Vec<Stacks> = self.checkpoints.iter().map(of).collect::<Result<_>>()?;
         let total = slices.iter().fold(0u64, |sum, slice| sum.saturating_add(slice.layers));
         if total > MAX_LAYERS {
             return Err(Error::usage(format!("{total} layers, but at most {MAX_LAYERS} are supported")));
         }
         let (first, last) = (&slices[0], &slices[slices.len() - 1]);
-        let mut targets = self.outside(first, layers::is_input_side);
+        targets.extend(self.outside(first, |name| (extent.wanted)(name) && layers::is_input_side(name)));
         let (mut layers, mut next) = (Vec::new(), 0);
         for slice in slices {
             self.check_range(slice, &stacks)?;
             for layer in 0..slice.layers {
-                self.layer(slice, layer, next, &stacks, &mut targets)?;
+                self.layer(slice, layer, next, &stacks, targets)?;
                 layers.push(slice.sources[0].first + layer);
                 next += 1;
             }
         }
-        targets.extend(self.outside(last, |name| !layers::is_input_side(name)));
+        targets.extend(self.outside(last, |name| (extent.wanted)(name) && !layers::is_input_side(name)));
         let template = self.template();
         let (_, depth) = stacks[template].main(&self.checkpoints[template])?;
-        Ok(Assembly { targets, layers: Some(LayerMap { depth, from: layers }) })
+        Ok(LayerMap { depth, module: extent.module.map(str::to_owned), from: layers })
     }
 
     fn check_range(self, slice: &Slice, stacks: &[Stacks]) -> Result<()> {
@@ -193,7 +234,7 @@ impl<'a> Opened<'a> {
     }
 
     /// The tensors outside the layers whose names `wanted` accepts, merged as `slice` says.
-    fn outside(self, slice: &'a Slice, wanted: impl Fn(&str) -> bool + 'a) -> Vec<Target<'a>> {
+    fn outside(self, slice: &'a Slice, wanted: impl Fn(&str) -> bool) -> Vec<Target<'a>> {
         let (template, _) = self.slice_template(slice);
         let base = self.base_of(slice).map(|(checkpoint, _)| checkpoint);
         let outer = stored_order(&self.checkpoints[template]);
@@ -256,7 +297,7 @@ impl<'a> Opened<'a> {
 }
 
 /// The tensors of a checkpoint in the order in which its files hold them.
-fn stored_order(checkpoint: &Checkpoint) -> impl Iterator<Item = &TensorEntry> {
+pub(super) fn stored_order(checkpoint: &Checkpoint) -> impl Iterator<Item = &TensorEntry> {
     in_stored_order(&checkpoint.tensors)
 }
 

@@ -5,16 +5,17 @@ use std::sync::Arc;
 
 use super::assembly::{Assembly, Input, Opened, Source, Target};
 use super::params::{ParamTable, Scopes};
+use super::request::{base_as_model, check_request};
 use super::statistics::Described;
 use super::{Action, ParamSet, Piece, Plan, PlannedTensor, Trim};
-use super::{chat, layers, statistics, vocabulary};
+use super::{chat, layers, vocabulary};
 use crate::checkpoint::layout::{Layout, OutputTensor};
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, Float, dtype_name};
 use crate::error::{Error, Result, printable};
-use crate::limits::{MAX_CONFIG_BYTES, MAX_MODELS};
+use crate::limits::MAX_CONFIG_BYTES;
 use crate::method::{Inputs, Method, Statistics};
-use crate::recipe::{Filter, Missing, ModelInput, NonFinite, Recipe, TensorFilter};
+use crate::recipe::{Filter, Missing, Module, NonFinite, Recipe, Slice, TensorFilter};
 use crate::storage::Storage;
 
 /// Changes whenever a change of the program changes output bytes.
@@ -68,7 +69,8 @@ fn build_from(recipe: &Recipe, storage: &Arc<dyn Storage>, open_one: Open<'_>) -
     let tokenizer = vocabulary::reconcile(recipe, &mut checkpoints, &**storage, &mut warnings)?;
     let chat_template = chat::template(recipe, &checkpoints, &**storage, &mut warnings)?;
     let opened = Opened { recipe, checkpoints: &checkpoints, base, first_model };
-    let Assembly { targets, layers } = opened.assemble(&**storage)?;
+    let Assembly { targets, layers, warnings: assembled } = opened.assemble(&**storage)?;
+    warnings.extend(assembled);
     let reconciler = Reconciler {
         recipe,
         filter,
@@ -81,7 +83,7 @@ fn build_from(recipe: &Recipe, storage: &Arc<dyn Storage>, open_one: Open<'_>) -
     };
     let mut table = ParamTable::new(recipe)?;
     let (tensors, described) = reconciler.tensors(&targets, &mut table, &mut warnings)?;
-    if recipe.slices.is_empty() {
+    if recipe.slices.is_empty() && recipe.modules.is_empty() {
         reconciler.report_leftovers(&targets, &mut warnings)?;
     }
     reconciler.report_idle_globs(&mut warnings)?;
@@ -132,74 +134,13 @@ fn build_from(recipe: &Recipe, storage: &Arc<dyn Storage>, open_one: Open<'_>) -
     })
 }
 
-/// The recipe with base as the first of two models, where the method means that: as one of them, or beside a single one.
-fn base_as_model(recipe: &Recipe, method: &dyn Method) -> Recipe {
-    let mut recipe = recipe.clone();
-    let Some(base) = recipe.base.clone().filter(|_| method.base_is_model()) else { return recipe };
-    let models = &recipe.models;
-    let listed = models.iter().position(|model| model.source == base);
-    recipe.slices.iter_mut().for_each(|slice| slice.sources.sort_by_key(|source| Some(source.model) != listed));
-    match (listed, recipe.slices.is_empty()) {
-        (Some(index), true) => recipe.models[..=index].rotate_right(1),
-        (None, true) if recipe.models.len() == 1 => {
-            recipe.models.insert(0, ModelInput { source: base, ..ModelInput::default() });
-        }
-        _ => {}
-    }
-    recipe
-}
-
-fn check_request(recipe: &Recipe, adapters: bool) -> Result<()> {
-    let method = recipe.method()?;
-    if recipe.models.is_empty() {
-        return Err(Error::usage("no model to merge").help("give at least one --model CKPT"));
-    }
-    if recipe.models.len() > MAX_MODELS {
-        return Err(Error::usage(format!("{} models, but at most {MAX_MODELS} are supported", recipe.models.len()))
-            .help("merge in groups"));
-    }
-    let counts = match recipe.slices.is_empty() {
-        true => vec![recipe.models.len()],
-        false => recipe.slices.iter().map(|slice| slice.sources.len()).collect(),
-    };
-    let (fewest, most) = method.models();
-    if let Some(given) = counts.into_iter().find(|count| !(fewest..=most).contains(count)) {
-        let wanted = match (fewest, most) {
-            (fewest, usize::MAX) => format!("at least {fewest}"),
-            (fewest, most) if fewest == most => fewest.to_string(),
-            (fewest, most) => format!("{fewest} to {most}"),
-        };
-        return Err(Error::usage(format!("{} merges {wanted} models, but {given} are given", method.name()))
-            .help("'tiesmith methods' says what each method takes"));
-    }
-    if method.needs_base() && recipe.base.is_none() && !adapters {
-        return Err(Error::usage(format!("{} works on task vectors and needs a base checkpoint", method.name()))
-            .help("give --base CKPT, the checkpoint that the models were fine-tuned from"));
-    }
-    if recipe.sign_from.is_some() && !recipe.slices.is_empty() {
-        return Err(Error::usage("--sign-from cannot be used with slices: its layers are those of a whole model"));
-    }
-    let baseless = recipe.slices.iter().any(|slice| slice.base.is_none());
-    if recipe.non_finite == NonFinite::CopyBase && baseless {
-        return Err(Error::usage("--non-finite copy-base needs a base in every slice"));
-    }
-    statistics::check(recipe, method)?;
-    let elects = method.params().iter().any(|spec| spec.name == "elect");
-    if recipe.sign_from.is_some() && !elects {
-        return Err(Error::usage(format!("{} elects no signs, so --sign-from has no meaning", method.name())));
-    }
-    if recipe.non_finite == NonFinite::CopyBase && recipe.base.is_none() {
-        return Err(Error::usage("--non-finite copy-base needs a base checkpoint").help("give --base CKPT"));
-    }
-    Ok(())
-}
-
 /// The adapters that are merged with each other, after the base of their task vectors, if that is asked for: no model
 /// is given besides.
 fn adapters(recipe: &Recipe, method: &dyn Method, storage: &Arc<dyn Storage>) -> Result<Option<Vec<Checkpoint>>> {
     let besides =
         recipe.models.iter().any(|model| Statistics::ALL.iter().any(|&kind| model.statistics(kind).is_some()));
-    if recipe.base.is_some() || !recipe.slices.is_empty() || recipe.sign_from.is_some() || besides {
+    let in_parts = !recipe.slices.is_empty() || !recipe.modules.is_empty();
+    if recipe.base.is_some() || in_parts || recipe.sign_from.is_some() || besides {
         return Ok(None);
     }
     let specs: Vec<&str> = recipe.models.iter().map(|model| &*model.source).collect();
@@ -271,7 +212,7 @@ fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint], params: &[ParamSet],
         }
     }
     // Where parameters go by layers, and slices by stacks, `config.json` has its say too.
-    if params.len() > 1 || !recipe.slices.is_empty() {
+    if params.len() > 1 || recipe.assembles_layers() {
         for tensor in tensors {
             hasher.update(&(tensor.name.len() as u64).to_le_bytes());
             hasher.update(tensor.name.as_bytes());
@@ -337,7 +278,7 @@ impl Reconciler<'_> {
         table: &mut ParamTable<'_>,
         warnings: &mut Vec<String>,
     ) -> Result<(Vec<PlannedTensor>, Described)> {
-        if self.recipe.slices.is_empty() {
+        if self.recipe.slices.is_empty() && self.recipe.modules.is_empty() {
             self.check_common_names(&self.checkpoints[self.template()])?;
         }
         let (mut differing, mut cropped, mut described) = (Vec::new(), Vec::new(), Described::default());
@@ -655,10 +596,8 @@ impl Reconciler<'_> {
     fn report_idle_filters(&self, targets: &[Target<'_>], warnings: &mut Vec<String>) {
         let mut filters: Vec<&Filter> = Vec::new();
         let recipe = self.recipe;
-        let slices = recipe
-            .slices
-            .iter()
-            .flat_map(|slice| std::iter::once(&slice.params).chain(slice.sources.iter().map(|source| &source.params)));
+        let slices = recipe.slices.iter().flat_map(Slice::all_params);
+        let slices = slices.chain(recipe.modules.iter().flat_map(Module::all_params));
         let models = recipe.models.iter().map(|model| &model.params);
         for setting in std::iter::once(&recipe.params).chain(models).chain(slices).flat_map(|params| params.values()) {
             setting.filters(&mut |filter| {

@@ -67,10 +67,10 @@ pub(super) struct Stacks {
 }
 
 impl Stacks {
-    /// Reads the names of `checkpoint` and its `config.json`, if it has one.
-    pub(super) fn of(checkpoint: &Checkpoint, storage: &dyn Storage) -> Result<Self> {
+    /// Reads those names of `checkpoint` that are `wanted`, and its `config.json`, if it has one.
+    pub(super) fn of(checkpoint: &Checkpoint, storage: &dyn Storage, wanted: &dyn Fn(&str) -> bool) -> Result<Self> {
         let mut depth: BTreeMap<String, u64> = BTreeMap::new();
-        for tensor in &checkpoint.tensors {
+        for tensor in checkpoint.tensors.iter().filter(|tensor| wanted(&tensor.name)) {
             if let Some((stack, index, _)) = split(&tensor.name) {
                 match depth.get_mut(stack) {
                     Some(count) => *count = (*count).max(index + 1),

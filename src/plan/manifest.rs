@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::Plan;
 use crate::error::{Error, Result, printable};
 use crate::limits::MAX_MANIFEST_BYTES;
-use crate::recipe::{Recipe, TokenSource, Vocabulary};
+use crate::recipe::{Module, Recipe, Slice, TokenSource, Vocabulary};
 use crate::storage::Storage;
 
 /// The version of the format that is read and written.
@@ -112,12 +112,10 @@ impl Manifest {
             return Err(broken(format!("it lists {} inputs of {expected}", manifest.inputs.len())));
         }
         let models = recipe.models.len();
-        let sources = recipe.slices.iter().flat_map(|slice| {
-            let base = slice.base.as_ref().and_then(|base| base.model);
-            slice.sources.iter().map(|source| source.model).chain(base)
-        });
-        if sources.into_iter().any(|model| model >= models) {
-            return Err(broken("a slice is of a model that is not listed".into()));
+        let slices = recipe.slices.iter().flat_map(Slice::models);
+        let sources = slices.chain(recipe.modules.iter().flat_map(Module::sources));
+        if sources.max().is_some_and(|model| model >= models) {
+            return Err(broken("a slice or a module is of a model that is not listed".into()));
         }
         manifest.path = path.to_path_buf();
         Ok(manifest)

@@ -11,7 +11,9 @@ mod build;
 mod chat;
 mod layers;
 mod manifest;
+mod modules;
 mod params;
+mod request;
 mod schedule;
 mod shares;
 mod statistics;
@@ -25,6 +27,7 @@ use std::sync::Arc;
 pub use layers::LAYER_COUNT_KEYS;
 pub(crate) use layers::split as split_layer;
 pub use manifest::{ListedFile, MANIFEST_VERSION, Manifest};
+pub use modules::may_describe;
 pub(crate) use schedule::near_keys;
 pub use schedule::{Chunk, Run, Schedule, Study, Together, Unit, UnitKind};
 pub use summary::{InputSummary, PassSummary, PlanSummary, Spread};
@@ -168,6 +171,8 @@ pub enum Wanted<'a> {
 pub struct LayerMap {
     /// Number of layers of the template, whose `config.json` the output gets.
     pub depth: u64,
+    /// The module whose layers these are, where there are several.
+    pub module: Option<String>,
     /// Per output layer, the number of the layer in its first source.
     pub from: Vec<u64>,
 }
@@ -206,8 +211,8 @@ pub struct Plan {
     pub tensors: Vec<PlannedTensor>,
     /// Where they go: parallel to `tensors`.
     pub layout: Layout,
-    /// Where the output's layers come from, if it is assembled from slices.
-    pub layers: Option<LayerMap>,
+    /// Where the output's layers come from, for each stack that is assembled from slices.
+    pub layers: Vec<LayerMap>,
     /// Rows of the vocabulary in the output, if they may differ from the template's.
     pub vocabulary: Option<u64>,
     /// The output's tokenizer, if it was reconciled.

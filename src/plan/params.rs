@@ -36,6 +36,7 @@ impl<'a> ParamTable<'a> {
     pub(super) fn new(recipe: &'a Recipe) -> Result<Self> {
         let own = recipe.models.iter().map(|m| &m.params);
         let constant = recipe.slices.is_empty()
+            && recipe.modules.is_empty()
             && std::iter::once(&recipe.params).chain(own).flat_map(|p| p.values()).all(|s| s.is_constant());
         let method = recipe.method()?;
         let (sets, known) = (Vec::new(), HashMap::new());

@@ -4,6 +4,7 @@
 //! - It opens no checkpoint: names are only spelled here, numbers only range-checked.
 
 pub mod mergekit;
+mod module;
 mod setting;
 
 use std::collections::BTreeSet;
@@ -15,6 +16,7 @@ use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::method::{self, Method, Statistics, Value};
 
+pub use module::{Module, ModuleModel};
 pub use setting::{Case, Filter, Params, Setting};
 
 /// One threshold per task vector over the whole model, or one per tensor.
@@ -229,6 +231,12 @@ pub struct Recipe {
     pub required: BTreeSet<String>,
     /// The output's layers, in order; empty to merge whole models.
     pub slices: Vec<Slice>,
+    /// Parts of the model that are merged each in its own way; empty to merge all of it alike.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub modules: Vec<Module>,
+    /// What `config.json` of the output names as its architecture; `None` for what the template's says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub architecture: Option<String>,
     /// Whether a head that a checkpoint lacks is its input embedding.
     pub tied_heads: bool,
     /// Whether embeddings and heads of models with longer vocabularies are cropped.
@@ -281,6 +289,8 @@ impl Default for Recipe {
             params: Params::new(),
             required: BTreeSet::new(),
             slices: Vec::new(),
+            modules: Vec::new(),
+            architecture: None,
             tied_heads: false,
             crop_vocabulary: false,
             vocabulary: None,
@@ -354,12 +364,21 @@ impl Recipe {
 
     /// Gives a parameter one value, whatever models and slices say.
     pub fn set_everywhere(&mut self, name: &str, value: Value) {
-        for slice in &mut self.slices {
-            slice.params.remove(name);
-            slice.sources.iter_mut().for_each(|source| drop(source.params.remove(name)));
-        }
+        let inner = self.slices.iter_mut().flat_map(Slice::params_mut);
+        let inner = inner.chain(self.modules.iter_mut().flat_map(Module::params_mut));
+        inner.for_each(|params| drop(params.remove(name)));
         self.models.iter_mut().for_each(|model| drop(model.params.remove(name)));
         self.params.insert(name.to_string(), value.into());
+    }
+
+    /// Whether layers are taken from models one by one, anywhere.
+    pub fn assembles_layers(&self) -> bool {
+        !self.slices.is_empty() || self.modules.iter().any(|module| !module.slices.is_empty())
+    }
+
+    /// All slices, those of modules too.
+    pub fn all_slices(&self) -> impl Iterator<Item = &Slice> {
+        self.slices.iter().chain(self.modules.iter().flat_map(|module| &module.slices))
     }
 
     /// Which tensor names are to be merged.

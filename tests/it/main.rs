@@ -19,6 +19,7 @@
 //! | `perturb` | signs flipped where they should be, and nowhere else |
 //! | `properties` | what must hold for every method of the registry |
 //! | `packed` | packed task vectors: there and back, as inputs, damaged |
+//! | `modules` | models that are merged part by part |
 //! | `output` | the files of a finished output |
 //! | `parts` | merges in parts, on many machines |
 //! | `remote` | inputs from the Hub and from web servers, with every fault |
@@ -47,6 +48,7 @@ mod golden;
 mod mergekit;
 mod merges;
 mod methods;
+mod modules;
 mod output;
 mod packed;
 mod page;

@@ -5,91 +5,14 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 use crate::support::family::text;
 use crate::support::files::{Layout, read_checkpoint, read_file, read_json, read_tree, write_checkpoint};
-use crate::support::random::Random;
+use crate::support::place::{Place, moved};
 use crate::support::repository;
-use crate::support::run::{Outcome, command, run};
+use crate::support::run::{command, run};
 use crate::support::statistics;
 use crate::support::tensor::{Tensor, Tensors, differences};
-
-/// A directory with models in it, where recipes are run.
-struct Place {
-    dir: TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        Self { dir: tempfile::tempdir().unwrap() }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn write(&self, name: &str, content: &str) {
-        fs::write(self.path(name), content).unwrap();
-    }
-
-    /// A model `name` of `layers` layers, its `config.json` and its tensors.
-    fn model(&self, name: &str, layers: u64, seed: u64) -> Tensors {
-        let mut random = Random::new(seed);
-        let mut tensors = Tensors::new();
-        let mut add = |name: &str, shape: &[usize]| {
-            let values: Vec<f32> = (0..shape.iter().product()).map(|_| random.symmetric()).collect();
-            tensors.insert(name.into(), Tensor::floats(Dtype::F32, shape, &values));
-        };
-        add("model.embed_tokens.weight", &[6, 4]);
-        for layer in 0..layers {
-            for part in ["mlp.up_proj.weight", "self_attn.q_proj.weight"] {
-                add(&format!("model.layers.{layer}.{part}"), &[4, 4]);
-            }
-        }
-        add("model.norm.weight", &[4]);
-        add("lm_head.weight", &[6, 4]);
-        let layer = Tensor::raw(Dtype::I64, &[1], seed.to_le_bytes().to_vec());
-        tensors.insert("model.layers.0.positions".into(), layer);
-        self.save(name, &tensors, layers);
-        tensors
-    }
-
-    fn save(&self, name: &str, tensors: &Tensors, layers: u64) {
-        let dir = self.path(name);
-        write_checkpoint(&dir, tensors, Layout::sharded(2, 3));
-        let kinds: Vec<String> = (0..layers).map(|layer| format!("kind{layer}")).collect();
-        let config = json!({
-            "model_type": "fixture", "num_hidden_layers": layers, "layer_types": kinds, "torch_dtype": "float32",
-            "vocab_size": 6,
-        });
-        fs::write(dir.join("config.json"), config.to_string()).unwrap();
-    }
-
-    fn tiesmith(&self, args: &[&str]) -> Outcome {
-        let mut command = command();
-        command.current_dir(self.dir.path()).args(args);
-        run(command)
-    }
-
-    /// Merges as `recipe` says into `out`, which must succeed.
-    fn merge(&self, recipe: &str, extra: &[&str]) -> Tensors {
-        self.write("recipe.yml", recipe);
-        let _ = fs::remove_dir_all(self.path("out"));
-        let args = [&["merge", "recipe.yml", "--out", "out", "--json", "--progress", "none"], extra].concat();
-        self.tiesmith(&args).succeeded();
-        read_checkpoint(&self.path("out"))
-    }
-
-    /// The one line with which `recipe` is refused; nothing is written.
-    fn refusal(&self, recipe: &str, extra: &[&str]) -> String {
-        let _ = fs::remove_dir_all(self.path("out"));
-        self.write("recipe.yml", recipe);
-        let outcome = self.tiesmith(&[&["merge", "recipe.yml", "--out", "out"], extra].concat());
-        assert!(!self.path("out").exists());
-        outcome.refusal().to_owned()
-    }
-}
 
 /// Largest |actual − expected| / max(|expected|, 1e-6) over all tensors.
 fn worst(expected: &Tensors, actual: &Tensors) -> f64 {
@@ -177,13 +100,6 @@ fn a_recipe_and_the_flags_that_say_the_same_give_the_same_bytes() {
     ];
     place.tiesmith(&flags).succeeded();
     assert_eq!(differences(&read_checkpoint(&place.path("flags")), &merged), "");
-}
-
-/// base + weight · (model − base), in the order of operations of the program.
-fn moved(base: &Tensor, model: &Tensor, weight: f32) -> Tensor {
-    let values: Vec<f32> =
-        base.f32s().iter().zip(model.f32s()).map(|(b, m)| (0.0 + weight * (m - b)) * 1.0 + b).collect();
-    Tensor::floats(Dtype::F32, &base.shape, &values)
 }
 
 #[test]
@@ -506,7 +422,9 @@ fn examples(page: &str) -> Vec<String> {
 fn examples_in_the_docs() {
     let place = Place::new();
     for (seed, name) in [(1, "base"), (2, "chat"), (3, "code"), (4, "math")] {
-        place.model(name, 4, seed);
+        let mut model = place.model(name, 4, seed);
+        model.insert("vision_tower.proj.weight".into(), model["model.layers.0.mlp.up_proj.weight"].clone());
+        place.save(name, &model, 4);
         place.write(&format!("{name}/tokenizer.json"), r#"{"model": {"vocab": {"a": 0, "b": 1, "c": 2}}}"#);
     }
     for name in ["chat", "code"] {

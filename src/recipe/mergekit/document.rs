@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::Document;
-use super::models::{Inputs, model_ref};
+use super::models::{Inputs, named};
 use super::node::{Content, Node};
 use super::reader::{Fields, Reader};
 use super::settings::{self, Scope, Settings};
@@ -78,7 +78,11 @@ const DTYPES: &[(&str, Float)] = &[
 pub(super) fn read(reader: Reader<'_>, node: &Node) -> Result<Document> {
     let fields = reader.fields(node, "a recipe", KEYS)?;
     let method = method(reader, &fields)?;
-    let base = fields.get("base_model").map(|node| model_ref(reader, node, "base_model")).transpose()?;
+    let mut architectures = Vec::new();
+    let base = match fields.get("base_model") {
+        Some(node) => Some(named(reader, node, "base_model", &mut architectures)?),
+        None => None,
+    };
     if method.needs_base() && base.is_none() && !every_slice_has_base(reader, &fields) {
         return Err(reader
             .fail(fields.place, format!("{} works on task vectors and needs 'base_model'", method.name()))
@@ -98,7 +102,7 @@ pub(super) fn read(reader: Reader<'_>, node: &Node) -> Result<Document> {
         ..Recipe::default()
     };
     let settings = Settings { reader, method };
-    let mut inputs = Inputs { settings, recipe, warnings: Vec::new() };
+    let mut inputs = Inputs { settings, recipe, warnings: Vec::new(), architectures };
     let mut params = Params::new();
     shared_params(&inputs.settings, &fields, &mut params, &mut inputs.warnings)?;
     inputs.recipe.params = params;
@@ -111,6 +115,9 @@ pub(super) fn read(reader: Reader<'_>, node: &Node) -> Result<Document> {
         };
         inputs.recipe.params.insert(name, setting);
     }
+    let template = inputs.recipe.base.as_ref().or(inputs.recipe.models.first().map(|model| &model.source));
+    let said = inputs.architectures.iter().find(|(source, _)| Some(source) == template);
+    inputs.recipe.architecture = said.map(|(_, architecture)| architecture.clone());
     inputs.recipe.chat_template = fields.get("chat_template").map(|node| chat_template(reader, node)).transpose()?;
     tokenizer::read(reader, &fields, &mut inputs.recipe)?;
     let name = fields.get("name").map(|node| name(reader, node)).transpose()?;
@@ -202,7 +209,10 @@ fn sources(reader: Reader<'_>, fields: &Fields<'_>, inputs: &mut Inputs<'_>) -> 
     let node = |key: &str| fields.get(key).expect("it was found");
     match given[..] {
         ["models"] => inputs.models(node("models")),
-        ["slices"] => inputs.slices(node("slices")),
+        ["slices"] => {
+            inputs.recipe.slices = inputs.slices(node("slices"))?;
+            Ok(())
+        }
         ["modules"] => inputs.modules(node("modules")),
         [] => Err(reader
             .fail(fields.place, "neither 'models' nor 'slices'")

@@ -10,6 +10,7 @@
 
 mod document;
 mod models;
+mod modules;
 mod node;
 mod reader;
 mod settings;

@@ -14,21 +14,29 @@ const MAX_LAYER: u64 = 1_000_000;
 
 /// A checkpoint as a recipe names it.
 pub(super) fn model_ref(reader: Reader<'_>, node: &Node, what: &str) -> Result<String> {
+    named(reader, node, what, &mut Vec::new())
+}
+
+/// The same; if it is said to have another architecture than its `config.json` names, that is noted.
+pub(super) fn named(
+    reader: Reader<'_>,
+    node: &Node,
+    what: &str,
+    architectures: &mut Vec<(String, String)>,
+) -> Result<String> {
     let Content::Map(_) = &node.content else {
         return Ok(reader.text(node, what)?.to_owned());
     };
     let fields = reader.fields(node, what, &["model", "lora", "override_architecture"])?;
-    if let Some(value) = fields.get("override_architecture") {
-        return Err(reader
-            .fail(value.place, "override_architecture is not supported")
-            .help("change config.json instead: architectures are not looked at here"));
-    }
     let model = fields.get("model").ok_or_else(|| reader.fail(node.place, format!("{what} without 'model'")))?;
-    let path = located(reader, model, what)?;
-    match fields.get("lora") {
-        Some(lora) => Ok(format!("{path}+{}", located(reader, lora, "lora")?)),
-        None => Ok(path),
+    let mut name = located(reader, model, what)?;
+    if let Some(lora) = fields.get("lora") {
+        name = format!("{name}+{}", located(reader, lora, "lora")?);
     }
+    if let Some(node) = fields.get("override_architecture") {
+        architectures.push((name.clone(), reader.text(node, "override_architecture")?.to_owned()));
+    }
+    Ok(name)
 }
 
 /// A checkpoint or an adapter by its path, which may have a revision.
@@ -48,14 +56,16 @@ pub(super) struct Inputs<'a> {
     pub settings: Settings<'a>,
     pub recipe: Recipe,
     pub warnings: Vec<String>,
+    /// Checkpoints that are said to have another architecture than they say themselves.
+    pub architectures: Vec<(String, String)>,
 }
 
 impl<'a> Inputs<'a> {
-    fn reader(&self) -> Reader<'a> {
+    pub(super) fn reader(&self) -> Reader<'a> {
         self.settings.reader
     }
 
-    fn params(&mut self, fields: &Fields<'_>, scope: Scope) -> Result<Params> {
+    pub(super) fn params(&mut self, fields: &Fields<'_>, scope: Scope) -> Result<Params> {
         let mut params = Params::new();
         if let Some(node) = fields.get("parameters") {
             self.settings.read(node, scope, &mut params, &mut self.warnings)?;
@@ -65,8 +75,20 @@ impl<'a> Inputs<'a> {
 
     /// `models`: whole models.
     pub(super) fn models(&mut self, node: &Node) -> Result<()> {
+        for (model, place) in self.listed(node)? {
+            self.recipe.models.push(model);
+            self.check_count(place)?;
+        }
+        match self.recipe.models.is_empty() {
+            true => Err(self.reader().fail(node.place, "no model but base").help("list the models to merge")),
+            false => Ok(()),
+        }
+    }
+
+    /// The entries of a list of models, but for base where that is no model.
+    pub(super) fn listed(&mut self, node: &Node) -> Result<Vec<(ModelInput, Place)>> {
         let items = self.reader().list(node, "models")?;
-        let mut seen: Vec<(String, Place)> = Vec::new();
+        let (mut models, mut seen) = (Vec::new(), Vec::new());
         for item in items {
             let fields = self.reader().fields(item, "a model", &["model", "parameters", "fisher", "gram"])?;
             let source = self.source(&fields)?;
@@ -77,13 +99,9 @@ impl<'a> Inputs<'a> {
             }
             let own = |key| fields.get(key).map(|node| model_ref(self.reader(), node, key)).transpose();
             let (fisher, gram) = (own("fisher")?, own("gram")?);
-            self.recipe.models.push(ModelInput { source, params, fisher, gram });
-            self.check_count(item.place)?;
+            models.push((ModelInput { source, params, fisher, gram }, item.place));
         }
-        match self.recipe.models.is_empty() {
-            true => Err(self.reader().fail(node.place, "no model but base").help("list the models to merge")),
-            false => Ok(()),
-        }
+        Ok(models)
     }
 
     /// A method on task vectors has no use for the difference of base to itself.
@@ -91,11 +109,11 @@ impl<'a> Inputs<'a> {
         self.settings.method.needs_base() && base == Some(source)
     }
 
-    fn source(&self, fields: &Fields<'_>) -> Result<String> {
+    fn source(&mut self, fields: &Fields<'_>) -> Result<String> {
         let Some(node) = fields.get("model") else {
             return Err(self.reader().fail(fields.place, "an entry without 'model'").help("write '- model: CKPT'"));
         };
-        model_ref(self.reader(), node, "model")
+        named(self.reader(), node, "model", &mut self.architectures)
     }
 
     fn refuse_twice(&self, seen: &mut Vec<(String, Place)>, source: &str, at: Place) -> Result<()> {
@@ -115,16 +133,12 @@ impl<'a> Inputs<'a> {
     }
 
     /// `slices`: layers of models.
-    pub(super) fn slices(&mut self, node: &Node) -> Result<()> {
+    pub(super) fn slices(&mut self, node: &Node) -> Result<Vec<Slice>> {
         let items = self.reader().list(node, "slices")?;
         if items.len() > MAX_SLICES {
             return Err(self.reader().fail(node.place, format!("{} slices, but at most {MAX_SLICES}", items.len())));
         }
-        for item in items {
-            let slice = self.slice(item)?;
-            self.recipe.slices.push(slice);
-        }
-        Ok(())
+        items.iter().map(|item| self.slice(item)).collect()
     }
 
     fn slice(&mut self, node: &Node) -> Result<Slice> {
@@ -135,7 +149,7 @@ impl<'a> Inputs<'a> {
             self.warnings.push(format!("{spot}: residual_weight has no effect, as in mergekit"));
         }
         let base = match fields.get("base_model") {
-            Some(node) => Some(model_ref(self.reader(), node, "base_model")?),
+            Some(node) => Some(named(self.reader(), node, "base_model", &mut self.architectures)?),
             None => self.recipe.base.clone(),
         };
         let params = self.params(&fields, Scope::Shared)?;
@@ -193,7 +207,7 @@ impl<'a> Inputs<'a> {
     }
 
     /// The index of the model called `source`, which is added if it is new.
-    fn model(&mut self, source: String, at: Place) -> Result<usize> {
+    pub(super) fn model(&mut self, source: String, at: Place) -> Result<usize> {
         if let Some(index) = self.recipe.models.iter().position(|model| model.source == source) {
             return Ok(index);
         }
@@ -219,36 +233,5 @@ impl<'a> Inputs<'a> {
             return Err(reader.fail(node.place, text).help("the end is not included: [0, 8] are eight layers"));
         }
         Ok((node.place, start, end - start))
-    }
-
-    /// `modules`: one module is the whole model.
-    pub(super) fn modules(&mut self, node: &Node) -> Result<()> {
-        let reader = self.reader();
-        let modules = reader.map(node, "modules")?;
-        let mut entries = modules.iter();
-        let (Some((name, module)), rest) = (entries.next(), entries.next()) else {
-            return Err(reader.fail(node.place, "modules is empty"));
-        };
-        if let Some((second, _)) = rest {
-            let (first, second_name) = (printable(&name.text), printable(&second.text));
-            return Err(reader
-                .fail(second.place, format!("two modules, \"{first}\" and \"{second_name}\": only one is supported"))
-                .help("merge whole models with 'models', and use filters for parts"));
-        }
-        let fields = reader.fields(module, "a module", &["models", "slices", "parameters"])?;
-        let inner = self.params(&fields, Scope::Shared)?;
-        // The inner scope wins; where its cases say nothing, the outer one is asked.
-        for (name, setting) in inner {
-            let merged = match self.recipe.params.remove(&name) {
-                Some(outer) => setting.or(outer),
-                None => setting,
-            };
-            self.recipe.params.insert(name, merged);
-        }
-        match (fields.get("models"), fields.get("slices")) {
-            (Some(models), None) => self.models(models),
-            (None, Some(slices)) => self.slices(slices),
-            _ => Err(self.reader().fail(fields.place, "a module has either 'models' or 'slices'")),
-        }
     }
 }

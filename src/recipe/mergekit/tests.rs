@@ -384,8 +384,8 @@ fn mistakes_are_named_with_their_place() {
         (with("chat_template: []"), "chat_template must be a text, not a list"),
         (instead("- model: m", "- model: {model: m, lora: {revision: l}}"), "lora without 'path'"),
         (
-            instead("- model: m", "- model: {model: m, override_architecture: A}"),
-            "override_architecture is not supported",
+            instead("- model: m", "- model: {model: m, override_architecture: [A]}"),
+            "r.yml:4:44: override_architecture must be a text, not a list",
         ),
         (instead("- model: m", "- model: {model: {path: m, revison: l}}"), "did you mean \"revision\"?"),
         (instead("- model: m\n  ", "- "), "r.yml:4:3: an entry without 'model'"),
@@ -403,7 +403,10 @@ fn mistakes_are_named_with_their_place() {
         ),
         (slice("source: []"), "did you mean \"sources\"?"),
         (slice("parameters: {scale: 1}"), "r.yml:3:3: a slice without 'sources'"),
-        ("merge_method: linear\nmodules: {a: {models: [{model: x}]}, b: {}}\n".into(), "only one is supported"),
+        (
+            "merge_method: linear\nmodules: {a: {models: [{model: x}]}, b: {}}\n".into(),
+            "r.yml:2:41: the module \"b\" has either 'models' or 'slices'",
+        ),
         ("merge_method: linear\nmodules: {a: {}}\n".into(), "a module has either 'models' or 'slices'"),
         ("- a\n".into(), "r.yml:1:1: a recipe must be a mapping, not a list"),
         ("".into(), "r.yml:1:1: an empty recipe"),

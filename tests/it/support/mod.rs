@@ -9,6 +9,7 @@ pub mod hub;
 pub mod interference;
 pub mod numbers;
 pub mod oracle;
+pub mod place;
 pub mod random;
 pub mod reference;
 pub mod run;
