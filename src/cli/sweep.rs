@@ -214,7 +214,8 @@ impl Grid {
         for subset in &self.subsets {
             sets.extend(subset.sets(base.models.len())?);
         }
-        if !sets.is_empty() && !(base.slices.is_empty() && base.modules.is_empty()) {
+        let whole = base.slices.is_empty() && base.modules.is_empty();
+        if !sets.is_empty() && !whole {
             return Err(Error::usage("--subset cannot be used with slices or modules: they name their models"));
         }
         sets.retain(|set| !set.is_empty());
