@@ -97,6 +97,12 @@ impl Error {
         self
     }
 
+    /// The same failure with what was tried before it.
+    #[must_use]
+    pub(crate) fn after(self, before: &str) -> Self {
+        Self::new(self.kind, format!("{before}{self}"))
+    }
+
     /// Says something else to do next.
     #[must_use]
     pub fn replace_help(self, help: impl Into<String>) -> Self {

@@ -99,6 +99,16 @@ pub const THREAD_BYTES: u64 = 200_000;
 
 /// Input bytes announced to the system ahead of their use: keeps a slow disk busy while workers compute.
 pub const PREFETCH_BYTES: u64 = 64_000_000;
+/// Most memory for ranges that are fetched from a network ahead of their use: keeps ten gigabits per second busy at 200 ms.
+pub const AHEAD_BYTES: u64 = 256_000_000;
+/// Share of the limit of memory that they may have, as a divisor.
+pub const AHEAD_SHARE: u64 = 8;
+/// What connections and the threads that read from them take.
+pub const CONNECTIONS_BYTES: u64 = 8_000_000;
+/// Blocks of a probe that each worker announces ahead, where they are fetched from a network.
+pub const PROBES_AHEAD: usize = 64;
+/// Most elements of a probe that is fetched from a network: each block costs a request, and more would say little more.
+pub const PROBE_REMOTE_ELEMENTS: u64 = 1 << 23;
 /// Written bytes that may wait for the disk before writers pause. When they are durable, the journal says so: a kill
 /// costs at most what was written since.
 pub const WRITE_BEHIND_BYTES: u64 = 128_000_000;

@@ -189,8 +189,7 @@ impl Checkpoint {
 
     /// Whether it is read over the network.
     pub fn is_remote(&self) -> bool {
-        let dir = self.dir.as_os_str().as_encoded_bytes();
-        [&b"hf://"[..], b"https://", b"http://"].iter().any(|scheme| dir.starts_with(scheme))
+        crate::storage::is_remote(&self.dir)
     }
 
     /// The tensor called `name`.

@@ -19,7 +19,7 @@ use super::rows::{Part, read_elements};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Isa, PANEL};
-use crate::storage::{Identity, InputFile, Window};
+use crate::storage::{Identity, InputFile};
 
 /// Rows that are solved at once.
 const ROWS: u64 = 64;
@@ -339,12 +339,6 @@ impl InputFile for Regression {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         read_elements(buffer, offset, 4, |first, out| self.elements(first, out))
     }
-
-    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
-        window.fill(length, |buffer| self.read_at(buffer, offset))
-    }
-
-    fn prefetch(&self, _offset: u64, _length: u64) {}
 
     fn is_exclusive(&self) -> bool {
         true

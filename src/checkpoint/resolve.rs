@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use super::index::{is_plain_component, shard_number};
 use super::{HubRef, directory_of, torch};
 use crate::error::{Error, Result, printable};
-use crate::storage::{Pinned, Storage};
+use crate::storage::{Pinned, Storage, hub_cache};
 
 /// The usual names: of the index, and of a model in one file.
 const INDEX: &str = "model.safetensors.index.json";
@@ -95,7 +95,7 @@ fn on_hub(spec: &str, path: &Path, storage: &dyn Storage, env: Env<'_>) -> Resul
 /// A repository that is read from the Hub; `absent` is why it is, where nobody said so.
 fn from_hub(id: &HubId<'_>, storage: &dyn Storage, absent: Option<&Error>) -> Result<Found> {
     let pinned = storage.pin(id.id, id.revision).map_err(|error| match absent {
-        Some(absent) => Error::input(format!("{absent}; nor can it be read from the Hub: {error}")),
+        Some(absent) => error.after(&format!("{absent}; nor can it be read from the Hub: ")),
         None => error,
     })?;
     let Some(Pinned { dir, commit, endpoint }) = pinned else {
@@ -152,30 +152,17 @@ fn in_directory(dir: &Path, storage: &dyn Storage) -> Result<Found> {
         .filter_map(|name| name.into_string().ok())
         .filter(|name| !name.starts_with('.'))
         .collect();
-    let source = choose(&names).map_err(|e| e.at(dir))?;
-    let source = match source {
-        Choice::File(name) => Source::File(dir.join(name)),
-        Choice::Index(name) => Source::Index(dir.join(name)),
-        Choice::Packed(name) => Source::Packed(dir.join(name)),
-        Choice::Adapter => Source::Adapter,
-    };
+    let source = choose(dir, &names).map_err(|e| e.at(dir))?;
     Ok(Found { dir: dir.to_path_buf(), source, hub: None, warnings: Vec::new() })
 }
 
-enum Choice<'a> {
-    File(&'a str),
-    Index(&'a str),
-    Packed(&'a str),
-    Adapter,
-}
-
-/// The file to open among the `names` of a directory.
-fn choose(names: &[String]) -> Result<Choice<'_>> {
+/// The file to open among the `names` in `dir`.
+fn choose(dir: &Path, names: &[String]) -> Result<Source> {
     let ending = |suffix: &str| names.iter().map(|n| &**n).filter(|n| n.ends_with(suffix)).collect::<Vec<_>>();
     let indexes = ending(".safetensors.index.json");
     match indexes[..] {
-        _ if indexes.contains(&INDEX) => return Ok(Choice::Index(INDEX)),
-        [only] => return Ok(Choice::Index(only)),
+        _ if indexes.contains(&INDEX) => return Ok(Source::Index(dir.join(INDEX))),
+        [only] => return Ok(Source::Index(dir.join(only))),
         [] => {}
         _ => {
             return Err(Error::input(format!("{} index files: {}", indexes.len(), listed(&indexes)))
@@ -186,15 +173,15 @@ fn choose(names: &[String]) -> Result<Choice<'_>> {
     let adapter = names.iter().any(|n| n == "adapter_config.json");
     let packed = ending(PACKED);
     match files[..] {
-        _ if files.contains(&SINGLE) => Ok(Choice::File(SINGLE)),
-        [] | ["adapter_model.safetensors"] if adapter => Ok(Choice::Adapter),
+        _ if files.contains(&SINGLE) => Ok(Source::File(dir.join(SINGLE))),
+        [] | ["adapter_model.safetensors"] if adapter => Ok(Source::Adapter),
         ["adapter_model.safetensors"] => Err(Error::input("a PEFT adapter without its adapter_config.json")
             .help("download the adapter again, configuration and weights together")),
-        [] if packed.len() == 1 => Ok(Choice::Packed(packed[0])),
-        [] => choose_torch(names),
+        [] if packed.len() == 1 => Ok(Source::Packed(dir.join(packed[0]))),
+        [] => choose_torch(dir, names),
         [only] => match shard_number(only).filter(|&(_, count)| count > 1) {
             Some((_, count)) => Err(incomplete(&files, count)),
-            None => Ok(Choice::File(only)),
+            None => Ok(Source::File(dir.join(only))),
         },
         _ => match files.iter().find_map(|name| shard_number(name)) {
             Some((_, count)) => Err(incomplete(&files, count)),
@@ -204,13 +191,13 @@ fn choose(names: &[String]) -> Result<Choice<'_>> {
     }
 }
 
-/// The PyTorch file to open among the `names` of a directory that has no safetensors file.
-fn choose_torch(names: &[String]) -> Result<Choice<'_>> {
+/// The PyTorch file to open among the `names` in `dir`, which has no safetensors file.
+fn choose_torch(dir: &Path, names: &[String]) -> Result<Source> {
     let has = |name: &str| names.iter().any(|n| n == name);
     let shards: Vec<&str> = names.iter().map(|n| &**n).filter(|n| n.starts_with("pytorch_model-")).collect();
     match shards.iter().find_map(|name| shard_number(name)) {
-        _ if has(TORCH_INDEX) => Ok(Choice::Index(TORCH_INDEX)),
-        _ if has(TORCH_SINGLE) => Ok(Choice::File(TORCH_SINGLE)),
+        _ if has(TORCH_INDEX) => Ok(Source::Index(dir.join(TORCH_INDEX))),
+        _ if has(TORCH_SINGLE) => Ok(Source::File(dir.join(TORCH_SINGLE))),
         Some((_, count)) => Err(incomplete(&shards, count)),
         None => Err(nothing_to_open(names)),
     }
@@ -269,23 +256,6 @@ impl<'a> HubId<'a> {
     }
 }
 
-/// The directory of the Hub's cache, as huggingface_hub determines it.
-fn cache_dir(env: Env<'_>) -> Option<PathBuf> {
-    let home = || env("HOME").or_else(|| env("USERPROFILE")).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let variable = |name: &str| {
-        let path = env(name).filter(|v| !v.is_empty()).map(PathBuf::from)?;
-        match path.strip_prefix("~") {
-            Ok(rest) => home().map(|home| home.join(rest)),
-            Err(_) => Some(path),
-        }
-    };
-    variable("HF_HUB_CACHE")
-        .or_else(|| variable("HUGGINGFACE_HUB_CACHE"))
-        .or_else(|| variable("HF_HOME").map(|p| p.join("hub")))
-        .or_else(|| variable("XDG_CACHE_HOME").map(|p| p.join("huggingface").join("hub")))
-        .or_else(|| home().map(|p| p.join(".cache").join("huggingface").join("hub")))
-}
-
 fn in_cache(id: &HubId<'_>, path: &Path, storage: &dyn Storage, env: Env<'_>) -> Result<Found> {
     let HubId { id: name, revision } = id;
     let download = match revision {
@@ -294,7 +264,7 @@ fn in_cache(id: &HubId<'_>, path: &Path, storage: &dyn Storage, env: Env<'_>) ->
             "download it with `hf download {name}` (older: `huggingface-cli download {name}`), or check the path"
         ),
     };
-    let Some(cache) = cache_dir(env) else {
+    let Some(cache) = hub_cache(env) else {
         return Err(Error::input("no such file or directory, and no home directory to look for a Hub cache")
             .at(path)
             .help(download));

@@ -15,7 +15,7 @@ use super::TensorEntry;
 use crate::dtype::Float;
 use crate::error::Result;
 use crate::kernels::{self, Isa};
-use crate::storage::{Identity, InputFile, Window};
+use crate::storage::{Identity, InputFile};
 
 /// Elements that are converted at a time.
 const BLOCK: usize = 1024;
@@ -270,10 +270,4 @@ impl InputFile for Rows {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         read_elements(buffer, offset, self.parts[0].float.width(), |element, buffer| self.elements(element, buffer))
     }
-
-    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
-        window.fill(length, |buffer| self.read_at(buffer, offset))
-    }
-
-    fn prefetch(&self, _offset: u64, _length: u64) {}
 }

@@ -99,7 +99,7 @@ pub fn run(args: &AnalyzeArgs) -> Result<u8> {
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     let run = Run { memory_bytes: args.run.memory, threads: args.run.threads.unwrap_or_else(cores) };
     let study = Study::new(plan, &args.look.densities, run)?;
-    let output = OutputOptions { dir, force: args.look.force, restart: args.look.restart };
+    let output = OutputOptions { dir, force: args.look.force, restart: args.look.restart, on_shard: None };
     let report = tiesmith::analyze(&study, &output, &storage, &progress)?;
     for warning in &report.analysis.warnings {
         progress.warn(warning);

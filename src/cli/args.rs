@@ -354,6 +354,10 @@ pub struct OutputArgs {
     /// Throw an unfinished run's work away instead of going on with it
     #[arg(long)]
     pub restart: bool,
+
+    /// Command for each finished shard, such as 'rclone copy {} remote:merged && rm {}'
+    #[arg(long, value_name = "CMD", long_help = parts::ON_SHARD)]
+    pub on_shard: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -72,7 +72,12 @@ pub fn output(args: &MergeArgs) -> Result<OutputOptions> {
     let dir: PathBuf = args.output.out.clone().ok_or_else(|| {
         Error::usage("no output directory is given").help("add '--out DIR', or use 'tiesmith plan' to write nothing")
     })?;
-    Ok(OutputOptions { dir, force: args.output.force, restart: args.output.restart })
+    Ok(OutputOptions {
+        dir,
+        force: args.output.force,
+        restart: args.output.restart,
+        on_shard: args.output.on_shard.clone(),
+    })
 }
 
 /// What the command line says beside a recipe file goes before what the file says.

@@ -94,7 +94,7 @@ fn part(args: &MergeArgs, mut job: Job, storage: &Arc<dyn Storage>) -> Result<()
         return Ok(());
     }
     let schedule = Schedule::new(&plan, lower::run(args))?;
-    let output = OutputOptions { dir, force: args.output.force, restart: args.output.restart };
+    let output = OutputOptions { dir, force: args.output.force, restart: args.output.restart, on_shard: None };
     let report = tiesmith::merge(&plan, &schedule, &output, storage, &progress)?;
     for warning in &report.warnings {
         progress.warn(&format!("{name}: {warning}"));
@@ -116,6 +116,9 @@ pub fn summary(report: &Report) -> String {
     line("contents", format!("{tensors}, {} parameters", human::count(report.elements)));
     let shards = human::plural(report.shards, "shard");
     line("written", format!("{} in {shards}", human::bytes(report.bytes_written)));
+    if report.shards_handed_over > 0 {
+        line("handed over", human::plural(report.shards_handed_over, "shard"));
+    }
     line("read", human::bytes(report.bytes_read));
     if report.resumed {
         line("resumed", format!("{} taken over", human::plural(report.chunks_reused, "chunk")));
@@ -167,6 +170,7 @@ mod tests {
             shards: 3,
             bytes_read: 81_000_000_000,
             bytes_written: 13_476_839_424,
+            shards_handed_over: 0,
             wall_seconds: 95.0,
             peak_memory_bytes: Some(1_930_000_000),
             resumed: true,

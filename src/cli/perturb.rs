@@ -98,7 +98,7 @@ pub fn run(args: &PerturbArgs) -> Result<u8> {
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     let run = Run { memory_bytes: args.run.memory, threads: args.run.threads.unwrap_or_else(cores) };
     let schedule = Schedule::new(&plan, run)?;
-    let output = OutputOptions { dir: args.out.clone(), force: args.force, restart: args.restart };
+    let output = OutputOptions { dir: args.out.clone(), force: args.force, restart: args.restart, on_shard: None };
     let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
     for warning in &report.warnings {
         progress.warn(warning);

@@ -74,7 +74,11 @@ fn repair(
 }
 
 fn render(report: &VerifyReport) -> String {
-    let all = format!("{}, {}", human::plural(report.files, "file"), human::bytes(report.bytes));
+    let mut all = format!("{}, {}", human::plural(report.files, "file"), human::bytes(report.bytes));
+    if !report.handed_over.is_empty() {
+        let shards = human::plural(report.handed_over.len() as u64, "shard");
+        all.push_str(&format!(", but for {shards} that --on-shard took away"));
+    }
     if report.intact && report.repaired.is_empty() {
         return format!("intact: {all}\n");
     }
@@ -126,6 +130,7 @@ mod tests {
                 file("config.json", Damage::Length { expected: 10, found: 9 }),
                 file("a\nb", Damage::Missing),
             ],
+            handed_over: Vec::new(),
             repaired: Vec::new(),
         };
         report.damaged[0].tensors = ["a", "b", "c\n", "d"].map(str::to_owned).to_vec();
@@ -141,5 +146,7 @@ damaged: 3 of 7 files, 13.5 GB
         assert!(render(&report).starts_with("repaired: 3 of 7 files") && !render(&report).contains("--repair"));
         (report.damaged, report.repaired) = (Vec::new(), Vec::new());
         assert_eq!(render(&report), "intact: 7 files, 13.5 GB\n");
+        report.handed_over = vec!["model-00001-of-00002.safetensors".into()];
+        assert_eq!(render(&report), "intact: 7 files, 13.5 GB, but for 1 shard that --on-shard took away\n");
     }
 }

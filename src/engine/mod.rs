@@ -9,6 +9,7 @@ mod cut;
 mod diff;
 mod elements;
 mod exceptions;
+mod hand_over;
 mod identity;
 mod inspect;
 mod kept;
@@ -48,6 +49,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+use hand_over::HandedOver;
 use kept::Kept;
 use output::OutputDir;
 use passes::Passes;
@@ -94,7 +96,7 @@ impl dyn Observer + '_ {
 }
 
 /// Where and how the output is put.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct OutputOptions {
     /// Output directory.
     pub dir: PathBuf,
@@ -102,6 +104,8 @@ pub struct OutputOptions {
     pub force: bool,
     /// Throw unfinished work away.
     pub restart: bool,
+    /// A command for the shell that each finished shard is handed over to, and that may remove it. For merges.
+    pub on_shard: Option<String>,
 }
 
 /// What a merge did: printed with `--json`, kept in the manifest.
@@ -119,6 +123,9 @@ pub struct Report {
     pub bytes_read: u64,
     /// Bytes of shards written.
     pub bytes_written: u64,
+    /// Shards that were handed over to a command, which may have removed them.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub shards_handed_over: u64,
     /// Duration.
     pub wall_seconds: f64,
     /// Peak resident memory of the process, where the system tells.
@@ -142,6 +149,10 @@ pub struct Report {
     pub warnings: Vec<String>,
 }
 
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
 /// Name and version of the program, as recorded in outputs.
 const PROGRAM: &str = concat!("tiesmith ", env!("CARGO_PKG_VERSION"));
 
@@ -157,11 +168,13 @@ pub fn merge(
     side_files::check(plan, &**storage)?;
     let dir = OutputDir::open(plan, output, storage).map_err(Error::as_input)?;
     if dir.is_published() {
+        dir.hand_over_rest(plan, observer)?;
         return tidy_up(dir);
     }
+    schedule.allow_ahead(plan, &**storage);
     match run(plan, schedule, &dir, observer, begin) {
         Ok(finished) => {
-            let mut report = publish(plan, schedule, dir, finished)?;
+            let mut report = publish(plan, schedule, dir, finished, observer)?;
             report.wall_seconds = begin.elapsed().as_secs_f64();
             report.peak_memory_bytes = peak_memory_bytes();
             Ok(report)
@@ -214,7 +227,11 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     let all = 0..plan.layout.shards.len();
     let written = shards::write_shards(plan, dir, all, observer, None, &makes_sense, |writer, kept: &Kept| {
         let mut passes = Passes::new(plan, schedule, observer, Some(writer), kept);
-        passes.run()?;
+        if dir.hands_over() {
+            passes.run_by_shard()?
+        } else {
+            passes.run()?
+        }
         tally = passes.tally();
         thresholds = std::mem::take(&mut passes.thresholds);
         warnings.extend(differing_warning(plan, &passes.differing));
@@ -225,14 +242,22 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     observer.go_on()?;
     let mut report = report(plan, schedule, (&dir.dir, dir.resumes()), &tally, &thresholds, warnings);
     report.chunks_reused = reused;
+    report.shards_handed_over = if dir.hands_over() { report.shards } else { 0 };
     report.wall_seconds = begin.elapsed().as_secs_f64();
     Ok(Finished { report, written, thresholds })
 }
 
-fn publish(plan: &Plan, schedule: &Schedule, dir: OutputDir, finished: Finished) -> Result<Report> {
+fn publish(
+    plan: &Plan,
+    schedule: &Schedule,
+    dir: OutputDir,
+    finished: Finished,
+    observer: &dyn Observer,
+) -> Result<Report> {
     let Finished { report, written, thresholds } = finished;
     let files = side_files::all(plan, &report, &*dir.storage)?;
-    dir.publish(plan, files, |files| side_files::manifest(plan, schedule, &written, &thresholds, &report, files))?;
+    let manifest = |files: &[_]| side_files::manifest(plan, schedule, &written, &thresholds, &report, files);
+    dir.publish(plan, files, manifest, &|shard| HandedOver::of_written(plan, shard, &written), observer)?;
     Ok(report)
 }
 
@@ -245,7 +270,9 @@ fn differing_warning(plan: &Plan, differing: &BTreeSet<u32>) -> Option<String> {
 
 /// Thresholds depend on everything that was read, whatever shard it went into.
 fn check_inputs_unchanged(plan: &Plan) -> Result<()> {
-    let mut files = plan.checkpoints.iter().flat_map(|c| &c.files);
+    // A view of a file is found where the file is.
+    let mut checked = BTreeSet::new();
+    let mut files = plan.checkpoints.iter().flat_map(|c| &c.files).filter(|file| checked.insert(file.file.path()));
     files.try_for_each(|file| shards::check_input(&*file.file))
 }
 
@@ -272,6 +299,7 @@ fn report(
         shards: plan.layout.shards.len() as u64,
         bytes_read: tally.bytes_read,
         bytes_written: plan.layout.shards.iter().map(|s| s.bytes).sum(),
+        shards_handed_over: 0,
         wall_seconds: 0.0,
         peak_memory_bytes: peak_memory_bytes(),
         resumed,

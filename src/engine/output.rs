@@ -8,6 +8,7 @@
 //!
 //! Knows names and order; what is written into shards is the business of `shards`.
 
+mod handing;
 mod parts;
 mod repair;
 
@@ -17,15 +18,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 
+use super::hand_over::{AllHandedOver, HandedOver, hand_over};
 use super::identity::Begin;
 use super::side_files::{Content, SideFile};
-use super::{OutputOptions, Report};
+use super::{Observer, OutputOptions, Report};
 use crate::checkpoint::CheckpointFile;
 use crate::error::{Error, Result, printable};
 use crate::journal::{Journal, Record, replay};
 use crate::limits::MAX_MANIFEST_BYTES;
 use crate::plan::Plan;
 use crate::storage::{Identity, Lock, Storage};
+use handing::held_at_once;
 
 /// Name of the folder that holds unfinished work.
 pub(super) const WORK_DIR: &str = ".tiesmith";
@@ -56,6 +59,8 @@ mod kind {
     pub const REPLACE: u8 = 3;
     /// Everything but the last names is in place: the directory becomes a model now.
     pub const COMMIT: u8 = 4;
+    /// A shard that was handed over to a command: it need not be there any more.
+    pub const HANDED_OVER: u8 = 5;
 }
 
 /// An output directory that this process may write to.
@@ -78,6 +83,10 @@ pub(super) struct OutputDir {
     untouchable: AtomicBool,
     /// An earlier attempt got as far as publishing everything.
     published: bool,
+    /// See [`OutputOptions::on_shard`].
+    pub on_shard: Option<String>,
+    /// Shards that it has had.
+    handed_over: Mutex<AllHandedOver>,
     /// None while the directory is being opened, and in a repair.
     journal: Mutex<Option<Journal>>,
     _lock: Lock,
@@ -119,9 +128,9 @@ impl Found {
     }
 
     /// The manifest is written before what makes the directory loadable, so both together are a finished output, even if
-    /// a killed run left its work directory beside it.
+    /// a killed run left its work directory beside it. What makes it loadable may be elsewhere by now.
     fn finished(&self) -> bool {
-        self.has(MANIFEST) && self.loadable()
+        self.has(MANIFEST) && (self.loadable() || self.work.is_empty())
     }
 
     fn begun(&self) -> bool {
@@ -172,6 +181,7 @@ struct Log {
     begin: Option<Begin>,
     stale: Option<Vec<String>>,
     committed: bool,
+    handed_over: AllHandedOver,
 }
 
 impl Log {
@@ -181,6 +191,10 @@ impl Log {
             (kind::DONE, Some(_)) => {}
             (kind::REPLACE, Some(_)) => self.stale = Some(serde_json::from_slice(&record.payload).ok()?),
             (kind::COMMIT, Some(_)) => self.committed = true,
+            (kind::HANDED_OVER, Some(_)) => {
+                let shard: HandedOver = serde_json::from_slice(&record.payload).ok()?;
+                self.handed_over.insert(shard.name.clone(), shard);
+            }
             _ => return None,
         }
         Some(())
@@ -196,11 +210,12 @@ impl OutputDir {
         let before = Found::look(dir, &work, &**storage)?;
         before.admit(dir, options)?;
         if !before.begun() {
-            check_space(plan.layout.shards.iter().map(|s| s.bytes).sum(), dir, &**storage)?;
+            check_space(held_at_once(plan, options.on_shard.is_some()), dir, &**storage)?;
         }
         let unwritable = |e: Error| e.as_input().help("choose an --out that you may write to");
         let lock = storage.lock(&work.join(LOCK)).map_err(unwritable)?;
-        let mut output = Self { created: !before.exists, ..Self::taken(dir, work.join(JOURNAL), lock, storage) };
+        let taken = Self::taken(dir, work.join(JOURNAL), lock, storage);
+        let mut output = Self { created: !before.exists, on_shard: options.on_shard.clone(), ..taken };
         match output.take_over(plan, options) {
             Ok(()) => Ok(output),
             Err(error) => {
@@ -224,6 +239,8 @@ impl OutputDir {
             resumes: false,
             untouchable: AtomicBool::new(false),
             published: false,
+            on_shard: None,
+            handed_over: Mutex::default(),
             journal: Mutex::default(),
             _lock: lock,
         }
@@ -249,6 +266,8 @@ impl OutputDir {
             let made = manifest["fingerprint"].as_str().unwrap_or_default();
             if begin.is_of(made) && begin.admit(plan).is_ok() {
                 self.published = true;
+                self.handed_over = Mutex::new(log.handed_over);
+                self.journal = Mutex::new(journal);
                 return Ok(());
             }
         }
@@ -267,6 +286,7 @@ impl OutputDir {
         if let (Some(begin), Some(journal), false) = (&log.begin, journal, options.restart) {
             begin.admit(plan).map_err(|e| e.at(&self.dir))?;
             self.stale = log.stale;
+            self.handed_over = Mutex::new(log.handed_over);
             self.resumes = true;
             self.untouchable = AtomicBool::new(true);
             self.journal = Mutex::new(Some(journal));
@@ -300,7 +320,7 @@ impl OutputDir {
             self.storage.sync_dir(&self.dir)?;
         }
         self.clear_work()?;
-        check_space(plan.layout.shards.iter().map(|s| s.bytes).sum(), &self.dir, &*self.storage)?;
+        check_space(held_at_once(plan, self.hands_over()), &self.dir, &*self.storage)?;
         let begin = Begin::of(plan)?.encode()?;
         let journal = Journal::create(&self.journal_path, kind::BEGIN, &begin, &*self.storage)?;
         self.journal = Mutex::new(Some(journal));
@@ -421,12 +441,15 @@ impl OutputDir {
         check_space(needed, &self.dir, &*self.storage)
     }
 
-    /// Makes the finished shards and side files a model. `manifest` makes the manifest from what was written beside it.
+    /// Makes the finished shards and side files a model. `manifest` makes the manifest from what was written beside it;
+    /// `made` says what shards are handed over.
     pub(super) fn publish(
         mut self,
         plan: &Plan,
         side_files: Vec<(String, Content)>,
         manifest: impl FnOnce(&[SideFile]) -> Result<Vec<u8>>,
+        made: &dyn Fn(usize) -> HandedOver,
+        observer: &dyn Observer,
     ) -> Result<()> {
         let written = side_files.into_iter().map(|(name, content)| self.stage(name, content));
         let mut staged = written.collect::<Result<Vec<_>>>()?;
@@ -456,6 +479,11 @@ impl OutputDir {
                 }
             }
             self.storage.sync_dir(&self.dir)?;
+        }
+        if self.hands_over() {
+            for shard in 0..plan.layout.shards.len() {
+                hand_over(&self, &made(shard), (shard, plan.layout.shards.len()), observer)?;
+            }
         }
         if let Some(index) = plan.layout.index_json() {
             self.storage.write_small(&self.dir.join(INDEX), index.as_bytes(), &self.work)?;

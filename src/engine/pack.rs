@@ -306,6 +306,7 @@ impl<'a> Packing<'a> {
         storage: &dyn Storage,
         observer: &dyn Observer,
     ) -> Result<(Counted, u64)> {
+        schedule.allow_ahead(self.plan, storage);
         let kept = Kept::new(self.plan);
         let mut passes = Passes::new(self.plan, schedule, observer, None, &kept);
         let cuts = thresholds(&mut passes, schedule, observer)?;
@@ -594,7 +595,7 @@ fn thresholds(passes: &mut Passes<'_>, schedule: &Schedule, observer: &dyn Obser
         &mut passes.workers,
         items,
         1,
-        |unit| prefetch(plan, whole(unit), Wanted::All),
+        |unit| _ = prefetch(plan, whole(unit), Wanted::All),
         |worker, _, unit| {
             let (chunk, goals) = (whole(unit), plan.goals(unit));
             worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {

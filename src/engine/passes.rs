@@ -19,7 +19,9 @@ use super::slot::{Loaded, Slot, locate};
 use super::turns::{Ordered, Pending};
 use super::worker::{Known, Tally, Worker};
 use crate::error::Result;
-use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
+use crate::limits::{
+    MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS, PROBES_AHEAD, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS,
+};
 use crate::plan::ThresholdKind;
 use crate::plan::{Action, Chunk, Goal, Piece, Plan, Schedule, Trim, Unit, UnitKind, Wanted};
 use crate::sketch::{Bracket, MagnitudeSketch, Probe, Selector, Threshold, bounds_of_sample};
@@ -41,6 +43,8 @@ pub(super) struct Passes<'a> {
     pub thresholds: Thresholds,
     /// Copied tensors whose versions differ.
     pub differing: BTreeSet<u32>,
+    /// These are the passes over one shard of several.
+    by_shard: bool,
 }
 
 /// A chunk to work on, with its slot if it is held in memory.
@@ -104,16 +108,50 @@ impl<'a> Passes<'a> {
             kept_reads: 0,
             thresholds: Thresholds::new(plan.models(), plan.selects()),
             differing: BTreeSet::new(),
+            by_shard: false,
         }
     }
 
     /// Does everything: units first (what can be wrong with the data shows before anything is written), then tensors
     /// that need no thresholds.
     pub(super) fn run(&mut self) -> Result<()> {
+        self.announce_all();
+        self.units()?;
+        self.direct()
+    }
+
+    /// The same in an order that completes shards early, one after the other as far as thresholds allow.
+    pub(super) fn run_by_shard(&mut self) -> Result<()> {
+        self.announce_all();
+        if !self.plan.per_tensor() {
+            // Where they lie between the others, no shard would be complete before the end.
+            self.direct()?;
+            return self.units();
+        }
+        for shard in 0..self.plan.layout.shards.len() {
+            let schedule = self.schedule.part(self.plan, &(shard..shard + 1));
+            let workers = std::mem::take(&mut self.workers);
+            let mut passes = Passes::with_workers(self.plan, &schedule, self.observer, self.writer, self.kept, workers);
+            std::mem::swap(&mut passes.thresholds, &mut self.thresholds);
+            passes.by_shard = true;
+            let result = passes.units().and_then(|()| passes.direct());
+            self.workers = passes.workers;
+            self.thresholds = passes.thresholds;
+            self.kept_reads = self.kept_reads.saturating_add(passes.kept_reads);
+            self.differing.append(&mut passes.differing);
+            result?;
+        }
+        Ok(())
+    }
+
+    fn announce_all(&self) {
         if !self.announces_passes() {
             self.observer.stage("merge", self.schedule.passes.iter().map(|p| p.bytes_read).sum());
             self.observer.advance(self.kept.tally.bytes_read);
         }
+    }
+
+    fn units(&mut self) -> Result<()> {
         let mut solo = Vec::new();
         for unit in &self.schedule.units {
             if self.kept.skips(unit) {
@@ -127,8 +165,7 @@ impl<'a> Passes<'a> {
                 self.shared_unit(unit)?;
             }
         }
-        self.solo_units(&solo)?;
-        self.direct()
+        self.solo_units(&solo)
     }
 
     /// Tensor bytes that this run read.
@@ -161,7 +198,7 @@ impl<'a> Passes<'a> {
     /// Whether passes follow each other over the whole model, so that each is worth a stage of its own. Otherwise there
     /// is one stage that counts everything read.
     pub(super) fn announces_passes(&self) -> bool {
-        matches!(&self.schedule.units[..], [unit] if unit.kind == UnitKind::Streamed)
+        !self.by_shard && matches!(&self.schedule.units[..], [unit] if unit.kind == UnitKind::Streamed)
     }
 
     pub(super) fn announce(&self, stage: &str, bytes: u64) {
@@ -252,7 +289,8 @@ impl<'a> Passes<'a> {
         let (plan, kept) = (self.plan, self.kept);
         let chunks = kept.left(plan, &unit.tensors, unit.chunk_elements);
         let loaded = resident.as_ref().is_some_and(|r| r.loaded);
-        let held = resident.is_some();
+        // A unit held in memory is loaded with all that later passes need.
+        let wanted = if resident.is_some() { Wanted::All } else { wanted };
         let mut slots = resident.as_mut().map(|r| r.slots.iter_mut());
         let items = chunks.map(move |chunk| Item { chunk, slot: slots.as_mut().and_then(Iterator::next) });
         let observer = self.observer;
@@ -264,8 +302,7 @@ impl<'a> Passes<'a> {
         let lookahead = lookahead(self.schedule, unit.chunk_elements);
         pool::run(&mut self.workers, items, lookahead, ahead, |worker, ordinal, item| {
             let chunk = item.chunk;
-            // A unit held in memory is loaded with all that later passes need.
-            let pieces = plan.pieces(chunk.tensor, if held { Wanted::All } else { wanted });
+            let pieces = plan.pieces(chunk.tensor, wanted);
             let mut pending = chain.map(|chain| Pending::new(chain, ordinal));
             let result = match item.slot {
                 Some(slot) if loaded => {
@@ -401,6 +438,7 @@ impl<'a> Passes<'a> {
         let brackets: Vec<_> = models.iter().map(|wanted| wanted.then_some(Bracket::COARSE)).collect();
         let probes = Mutex::new(vec![Probe::default(); plan.models()]);
         let observer = self.observer;
+        let probes_ahead = probes_ahead(self.schedule);
         pool::run(
             &mut self.workers,
             0..PROBE_GROUPS,
@@ -408,8 +446,13 @@ impl<'a> Passes<'a> {
             |_| (),
             |worker, _, group| {
                 worker.set_brackets(&brackets);
-                for block in Schedule::probe_blocks(plan, unit).skip(group).step_by(PROBE_GROUPS) {
-                    let pieces = plan.pieces(block.tensor, Wanted::TaskVectors(&models));
+                let wanted = Wanted::TaskVectors(&models);
+                let blocks = || Schedule::probe_blocks(plan, unit).skip(group).step_by(PROBE_GROUPS);
+                let mut next = blocks();
+                for (index, block) in blocks().enumerate() {
+                    let announced = if index == 0 { probes_ahead } else { probes_ahead.min(1) };
+                    next.by_ref().take(announced).for_each(|block| _ = prefetch(plan, block, wanted));
+                    let pieces = plan.pieces(block.tensor, wanted);
                     worker.load(plan, block, pieces, observer, |worker, data| worker.sketch(data, &brackets))?;
                 }
                 let mut probes = lock(&probes);
@@ -485,10 +528,11 @@ impl<'a> Passes<'a> {
     fn solo_units(&mut self, units: &[&Unit]) -> Result<()> {
         let (plan, writer, observer) = (self.plan, self.writer(), self.observer);
         let items = units.iter().filter(|unit| unit.elements > 0);
-        let ahead = |unit: &&&Unit| prefetch(plan, whole(unit), Wanted::All);
+        let (lookahead, weight) = units_ahead(self.schedule);
+        let ahead = |unit: &&&Unit| weight(prefetch(plan, whole(unit), Wanted::All));
         let thresholds = Mutex::new(&mut self.thresholds);
         let bins = self.schedule.sketch_bins;
-        pool::run(&mut self.workers, items, 1, ahead, |worker, _, unit| {
+        pool::run_weighed(&mut self.workers, items, lookahead, ahead, |worker, _, unit| {
             let (chunk, goals) = (whole(unit), plan.goals(unit));
             worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
                 let found = solo_thresholds(worker, data, &goals, bins)?;
@@ -527,7 +571,7 @@ impl<'a> Passes<'a> {
                 &mut self.workers,
                 chunks,
                 lookahead,
-                |&chunk| prefetch(plan, chunk, Wanted::All),
+                |&chunk| _ = prefetch(plan, chunk, Wanted::All),
                 |worker, _, chunk| {
                     worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
                         let mut out = writer.chunk(chunk);
@@ -599,21 +643,44 @@ pub(super) fn ties_before(
     Ok((chain.pass(ordinal, &own)?, own))
 }
 
-pub(super) fn prefetch(plan: &Plan, chunk: Chunk, wanted: Wanted<'_>) {
-    prefetch_pieces(plan, chunk, plan.pieces(chunk.tensor, wanted));
+/// Announces what `wanted` is of `chunk`: so many bytes.
+pub(super) fn prefetch(plan: &Plan, chunk: Chunk, wanted: Wanted<'_>) -> u64 {
+    prefetch_pieces(plan, chunk, plan.pieces(chunk.tensor, wanted))
 }
 
-pub(super) fn prefetch_pieces(plan: &Plan, chunk: Chunk, pieces: impl Iterator<Item = Piece>) {
-    for piece in pieces {
+pub(super) fn prefetch_pieces(plan: &Plan, chunk: Chunk, pieces: impl Iterator<Item = Piece>) -> u64 {
+    let announce = |piece| {
         let (file, offset, bytes) = locate(plan, chunk, piece);
         file.prefetch(offset, bytes);
+        bytes
+    };
+    pieces.map(announce).sum()
+}
+
+/// How many chunks to announce ahead: about [`PREFETCH_BYTES`] of input, or what there is memory for where that is fetched
+/// from a network.
+pub(super) fn lookahead(schedule: &Schedule, chunk_elements: u64) -> usize {
+    let chunk_bytes = chunk_elements.max(MIN_CHUNK_ELEMENTS) * schedule.widths.iter().sum::<u64>().max(1);
+    match schedule.ahead_bytes {
+        0 => (PREFETCH_BYTES / chunk_bytes).clamp(1, 64) as usize,
+        bytes => (bytes / chunk_bytes).max(1) as usize,
     }
 }
 
-/// How many chunks to announce ahead: about [`PREFETCH_BYTES`] of input.
-pub(super) fn lookahead(schedule: &Schedule, chunk_elements: u64) -> usize {
-    let chunk_bytes = chunk_elements.max(MIN_CHUNK_ELEMENTS) * schedule.widths.iter().sum::<u64>().max(1);
-    (PREFETCH_BYTES / chunk_bytes).clamp(1, 64) as usize
+/// How much to announce ahead of units that are loaded whole, and of what: bytes where they come from a network, else units.
+pub(super) fn units_ahead(schedule: &Schedule) -> (u64, Weight) {
+    match schedule.ahead_bytes {
+        0 => (1, |_| 1),
+        bytes => (bytes, |bytes| bytes),
+    }
+}
+
+/// What a unit of so many bytes weighs; see [`units_ahead`].
+pub(super) type Weight = fn(u64) -> u64;
+
+/// How many blocks of a probe each worker announces ahead: a network is slow to answer, and a disk is not.
+pub(super) fn probes_ahead(schedule: &Schedule) -> usize {
+    if schedule.ahead_bytes > 0 { PROBES_AHEAD } else { 0 }
 }
 
 /// Locks even if another worker panicked: that panic is on its way to the caller.

@@ -17,6 +17,21 @@ pub(super) fn run<T: Send, W: Send>(
     mut ahead: impl FnMut(&T),
     work: impl Fn(&mut W, usize, T) -> Result<()> + Sync,
 ) -> Result<()> {
+    let weigh = |item: &T| {
+        ahead(item);
+        1
+    };
+    run_weighed(workers, items, lookahead as u64, weigh, work)
+}
+
+/// The same where items weigh what `ahead` says of them: it is told of as many as weigh `lookahead`, and of one more.
+pub(super) fn run_weighed<T: Send, W: Send>(
+    workers: &mut [W],
+    items: impl Iterator<Item = T>,
+    lookahead: u64,
+    mut ahead: impl FnMut(&T) -> u64,
+    work: impl Fn(&mut W, usize, T) -> Result<()> + Sync,
+) -> Result<()> {
     let first_failed = AtomicUsize::new(usize::MAX);
     let (sender, receiver) = crossbeam_channel::bounded::<(usize, T)>(workers.len());
     let consume = |worker: &mut W, receiver: crossbeam_channel::Receiver<(usize, T)>| {
@@ -45,15 +60,17 @@ pub(super) fn run<T: Send, W: Send>(
             })
             .collect();
         drop(receiver);
-        let mut queue = VecDeque::with_capacity(lookahead + 1);
+        let (mut queue, mut waiting) = (VecDeque::new(), 0u64);
         let mut items = items.enumerate();
         loop {
-            while queue.len() <= lookahead {
+            while queue.is_empty() || waiting <= lookahead {
                 let Some(item) = items.next() else { break };
-                ahead(&item.1);
-                queue.push_back(item);
+                let weight = ahead(&item.1);
+                waiting += weight;
+                queue.push_back((item, weight));
             }
-            let Some(item) = queue.pop_front() else { break };
+            let Some((item, weight)) = queue.pop_front() else { break };
+            waiting -= weight;
             // Sending fails only if every worker has panicked, which joining reports.
             if first_failed.load(Ordering::Relaxed) != usize::MAX || sender.send(item).is_err() {
                 break;
@@ -93,6 +110,24 @@ mod tests {
             .unwrap();
             assert_eq!((sums.iter().sum::<u64>(), announced), (500_500, 500_500));
         }
+    }
+
+    #[test]
+    fn as_much_is_announced_as_weighs_the_lookahead() {
+        let (mut announced, done) = (0u64, std::sync::atomic::AtomicU64::new(0));
+        let weigh = |x: &u64| {
+            // The worker has one, one is handed to it, and the rest waits.
+            let ahead = announced.saturating_sub(done.load(Ordering::SeqCst));
+            assert!(ahead <= 25 + 3 * 10, "{ahead}");
+            announced += x;
+            *x
+        };
+        run_weighed(&mut [()], [10u64; 100].into_iter(), 25, weigh, |(), _, x| {
+            done.fetch_add(x, Ordering::SeqCst);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!((announced, done.into_inner()), (1000, 1000));
     }
 
     #[test]

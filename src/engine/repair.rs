@@ -51,6 +51,7 @@ fn files(
     if repairs.iter().any(Option::is_some) {
         let bytes = plan.layout.shards.iter().zip(&repairs).filter(|(_, hash)| hash.is_some()).map(|(s, _)| s.bytes);
         output.check_space(bytes.sum())?;
+        schedule.allow_ahead(plan, &*output.storage);
         let kept = intact(manifest, plan, schedule, &repairs);
         let all = 0..plan.layout.shards.len();
         shards::write_shards(plan, output, all, observer, Some(&repairs), &|_| true, |writer, _| {

@@ -19,6 +19,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::Observer;
 use super::cut::TieCounts;
+use super::hand_over::{HandedOver, hand_over};
 use super::kept::Kept;
 use super::output::OutputDir;
 use super::records::{self, Entry, Piece, RangeDone, UnitDone};
@@ -258,6 +259,8 @@ struct Follower<'a> {
     entries_bytes: usize,
     /// When the journal was written last.
     flushed: Instant,
+    /// Takes shards that are to be handed over, while there is a thread for that.
+    courier: Option<Sender<HandedOver>>,
 }
 
 impl Follower<'_> {
@@ -297,11 +300,31 @@ impl Follower<'_> {
                 self.push(entry);
                 if let Some(shard) = complete {
                     self.flush()?;
-                    self.sealed[shard] = Some(self.shards.seal(shard)?);
+                    self.seal(shard)?;
                 }
             }
         }
         Ok(())
+    }
+
+    fn seal(&mut self, shard: usize) -> Result<()> {
+        self.sealed[shard] = Some(self.shards.seal(shard)?);
+        self.hand_over(shard)
+    }
+
+    /// Hands a shard over that has its name.
+    fn hand_over(&self, shard: usize) -> Result<()> {
+        let Shards { plan, output, observer, tensors, .. } = self.shards;
+        let Some(sealed) = self.sealed[shard].as_ref().filter(|_| output.hands_over() && !output.holds_shards(plan))
+        else {
+            return Ok(());
+        };
+        let made = HandedOver::new(plan, shard, sealed, |tensor| tensors.get(tensor));
+        match &self.courier {
+            // It ends early only after a failure, which is the one to report.
+            Some(courier) => courier.send(made).map_err(|_| Error::failed("handing over stopped")),
+            None => hand_over(output, &made, (shard, plan.layout.shards.len()), *observer),
+        }
     }
 
     fn push(&mut self, entry: Entry) {
@@ -337,7 +360,7 @@ impl Follower<'_> {
     fn seal_complete(&mut self) -> Result<()> {
         for shard in self.shards.own.clone() {
             if self.sealed[shard].is_none() && self.remaining[shard] == 0 {
-                self.sealed[shard] = Some(self.shards.seal(shard)?);
+                self.seal(shard)?;
             }
         }
         Ok(())
@@ -380,6 +403,7 @@ pub(super) fn write_shards(
         entries: Vec::new(),
         entries_bytes: 0,
         flushed: Instant::now(),
+        courier: None,
     };
     let kept = if output.resumes() { follower.take_over(makes_sense)? } else { Kept::new(plan) };
     let failure = Mutex::new(None);
@@ -387,8 +411,20 @@ pub(super) fn write_shards(
     let (behind, messages) = crossbeam_channel::bounded(64);
     std::thread::scope(|scope| {
         let (shards, failure, follower) = (&shards, &failure, &mut follower);
+        let handing = output.hands_over().then(|| {
+            // One shard waits while another is handed over; the merge waits when a third is complete.
+            let (courier, complete) = crossbeam_channel::bounded(0);
+            follower.courier = Some(courier);
+            scope.spawn(move || hand_over_all(&complete, plan, output, observer))
+        });
         let following = scope.spawn(move || {
-            let result = follower.follow(&messages);
+            let mut result = follower.follow(&messages);
+            follower.courier = None;
+            if let Some(handing) = handing {
+                let handed = handing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                // What stopped it comes first: the follower was only told that it did.
+                result = handed.and(result);
+            }
             if let Err(error) = &result {
                 *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
             }
@@ -401,6 +437,20 @@ pub(super) fn write_shards(
     follower.seal_complete()?;
     let sealed = follower.sealed.drain(own).map(|sealed| sealed.expect("all work is done")).collect();
     Ok(Written { shards: sealed, tensors: shards.tensors.finish() })
+}
+
+/// Hands over what is complete, one shard after the other.
+fn hand_over_all(
+    complete: &Receiver<HandedOver>,
+    plan: &Plan,
+    output: &OutputDir,
+    observer: &dyn Observer,
+) -> Result<()> {
+    let shards = &plan.layout.shards;
+    complete.iter().try_for_each(|made| {
+        let index = shards.iter().position(|shard| shard.name == made.name).unwrap_or_default();
+        hand_over(output, &made, (index, shards.len()), observer)
+    })
 }
 
 /// Fails if an input that the shard was made of is not what it was when the run began.

@@ -198,7 +198,7 @@ impl Sweep<'_> {
     }
 
     fn options(&self, variant: &Variant) -> OutputOptions {
-        OutputOptions { dir: self.dir(variant), ..*self.output }
+        OutputOptions { dir: self.dir(variant), ..self.output.clone() }
     }
 
     /// The entry of an output that is finished already.

@@ -82,7 +82,13 @@ impl TensorHashes {
         lock(&self.done)[tensor as usize] = None;
     }
 
-    fn set(&self, tensor: u32, hash: Hash) {
+    /// The hash of a tensor that is complete.
+    pub(super) fn get(&self, tensor: u32) -> Hash {
+        lock(&self.done)[tensor as usize].unwrap_or_default()
+    }
+
+    /// Says what the hash of a tensor is.
+    pub(super) fn set(&self, tensor: u32, hash: Hash) {
         lock(&self.done)[tensor as usize] = Some(hash);
     }
 

@@ -69,6 +69,9 @@ pub struct VerifyReport {
     pub intact: bool,
     /// What is damaged, in the manifest's order.
     pub damaged: Vec<DamagedFile>,
+    /// Shards that were handed over to a command and are not here: they were not checked.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub handed_over: Vec<String>,
     /// What was damaged and has been made again.
     pub repaired: Vec<String>,
 }
@@ -80,6 +83,8 @@ struct Listed {
     blake3: String,
     /// Hashes of tensors, by name.
     tensors: Vec<(String, String)>,
+    /// A command may have taken it away.
+    handed_over: bool,
 }
 
 /// Reads every file that the manifest in `dir` lists, with `threads` threads, and compares lengths and hashes.
@@ -105,12 +110,16 @@ pub fn verify(dir: &Path, threads: usize, storage: &Arc<dyn Storage>, observer: 
     )?;
     let mut damaged = damaged.into_inner().unwrap_or_else(PoisonError::into_inner);
     damaged.sort_by_key(|(ordinal, ..)| *ordinal);
+    let taken =
+        |(ordinal, file): &mut (usize, DamagedFile)| listed[*ordinal].handed_over && file.damage == Damage::Missing;
+    let handed_over = damaged.extract_if(.., taken).map(|(_, file)| file.name).collect();
     Ok(VerifyReport {
         dir: dir.display().to_string(),
         files: listed.len() as u64,
         bytes,
         intact: damaged.is_empty(),
         damaged: damaged.into_iter().map(|(_, file)| file).collect(),
+        handed_over,
         repaired: Vec::new(),
     })
 }
@@ -220,13 +229,16 @@ fn listed(dir: &Path, storage: &dyn Storage) -> Result<Vec<Listed>> {
                 }
                 _ => Vec::new(),
             },
+            handed_over: false,
         })
     };
+    let handed_over = manifest["report"]["shards_handed_over"].as_u64().is_some_and(|count| count > 0);
     let mut files = Vec::new();
     for list in ["shards", "side_files"] {
         let entries = manifest[list].as_array().ok_or_else(|| broken(&format!("it has no {list:?}")))?;
         for (index, entry) in entries.iter().enumerate() {
-            files.push(one(entry).ok_or_else(|| broken(&format!("entry {} of {list:?} makes no sense", index + 1)))?);
+            let file = one(entry).ok_or_else(|| broken(&format!("entry {} of {list:?} makes no sense", index + 1)))?;
+            files.push(Listed { handed_over: list == "shards" && handed_over, ..file });
         }
     }
     if files.iter().try_fold(0u64, |sum, file| sum.checked_add(file.bytes)).is_none() {

@@ -439,6 +439,11 @@ impl Plan {
         self.tensors.iter().filter(|t| t.merges_model(model)).map(|t| t.elements).sum()
     }
 
+    /// Whether an input is read over a network.
+    pub fn is_remote(&self) -> bool {
+        self.checkpoints.iter().any(Checkpoint::is_remote)
+    }
+
     /// Whether reading tensor `index` holds so much that no other tensor is to be read meanwhile.
     pub fn is_exclusive(&self, index: u32) -> bool {
         self.pieces(index, Wanted::All).any(|piece| self.source(piece).1.is_exclusive())

@@ -17,14 +17,14 @@ use super::{Action, Plan, Wanted};
 use crate::dtype::Float;
 use crate::error::{Error, Result, printable};
 use crate::limits::{
-    CHUNK_ELEMENTS, LISTED_BYTES, LISTED_THRESHOLDS, MAPPED_BYTES, MIN_CHUNK_ELEMENTS, NEAR_KEYS, NEAR_SHARE,
-    OUT_ELEMENTS, PAGE_BYTES, PROBE_BLOCK, PROBE_GROUPS, PROBE_MIN_ELEMENTS, PROBE_SHARE, PROCESS_BYTES,
-    RESIDENT_BYTES, RESIDENT_WINDOWS, SKETCH_BINS_MAX, SKETCH_BINS_MIN, SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS,
-    THREAD_BYTES, TILE_ELEMENTS,
+    AHEAD_BYTES, AHEAD_SHARE, CHUNK_ELEMENTS, CONNECTIONS_BYTES, LISTED_BYTES, LISTED_THRESHOLDS, MAPPED_BYTES,
+    MIN_CHUNK_ELEMENTS, NEAR_KEYS, NEAR_SHARE, OUT_ELEMENTS, PAGE_BYTES, PROBE_BLOCK, PROBE_GROUPS, PROBE_MIN_ELEMENTS,
+    PROBE_REMOTE_ELEMENTS, PROBE_SHARE, PROCESS_BYTES, RESIDENT_BYTES, RESIDENT_WINDOWS, SKETCH_BINS_MAX,
+    SKETCH_BINS_MIN, SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS, THREAD_BYTES, TILE_ELEMENTS,
 };
 use crate::method::{Look, MAX_RANKS};
 use crate::recipe::ThresholdKind;
-use crate::storage::Window;
+use crate::storage::{Storage, Window};
 
 /// What keeping track of one unit costs: itself, its list of one tensor, and the allocator's needs.
 const UNIT_BYTES: u64 = size_of::<Unit>() as u64 + 32;
@@ -118,6 +118,8 @@ pub struct Schedule {
     pub widths: Vec<u64>,
     /// Most bins of one magnitude sketch.
     pub sketch_bins: usize,
+    /// Bytes held of ranges that are fetched from a network ahead of their use; 0 if no input is on one.
+    pub ahead_bytes: u64,
     /// The memory sum: (term, bytes).
     pub memory: Vec<(String, u64)>,
     /// The limit asked for.
@@ -197,6 +199,7 @@ impl Schedule {
             slot_elements: cut.slot_elements,
             widths: demand.widths,
             sketch_bins: cut.bins,
+            ahead_bytes: cut.ahead_bytes,
             memory: cut.terms,
             memory_limit: run.memory_bytes,
             passes: Vec::new(),
@@ -210,6 +213,13 @@ impl Schedule {
         }
         schedule.passes = schedule.passes(plan);
         Ok(schedule)
+    }
+
+    /// Tells `storage` how much memory it has for ranges that are fetched ahead of their use.
+    pub fn allow_ahead(&self, plan: &Plan, storage: &dyn Storage) {
+        if self.ahead_bytes > 0 {
+            storage.read_ahead(self.ahead_bytes, plan.checkpoints.iter().filter(|c| c.is_remote()).count());
+        }
     }
 
     /// The smallest memory that `plan` can be cut for, in bytes.
@@ -245,7 +255,8 @@ impl Schedule {
 
     /// The blocks that a probe of `unit` reads: evenly spread over its elements, about 1 % of a large one.
     pub fn probe_blocks<'a>(plan: &'a Plan, unit: &'a Unit) -> impl Iterator<Item = Chunk> + 'a {
-        let wanted = (unit.elements / PROBE_SHARE).max(PROBE_MIN_ELEMENTS.min(unit.elements)).max(1);
+        let most = if plan.is_remote() { PROBE_REMOTE_ELEMENTS } else { u64::MAX };
+        let wanted = (unit.elements / PROBE_SHARE).min(most).max(PROBE_MIN_ELEMENTS.min(unit.elements)).max(1);
         let stride = (u128::from(unit.elements) * u128::from(PROBE_BLOCK) / u128::from(wanted)) as u64;
         let stride = stride.max(PROBE_BLOCK);
         let mut first = 0u64;
@@ -345,6 +356,8 @@ struct Demand {
     scratch_bytes: u64,
     /// What all readers of computed tensors share, in bytes, and the tensor that takes the most.
     shared: Option<(u64, Box<str>)>,
+    /// Some input is read over a network.
+    remote: bool,
     /// Bins of a sketch, where they are not chosen here.
     fixed_bins: Option<usize>,
     direct: Vec<u32>,
@@ -359,6 +372,7 @@ struct Cut {
     threads: usize,
     slot_elements: u64,
     bins: usize,
+    ahead_bytes: u64,
     terms: Vec<(String, u64)>,
 }
 
@@ -410,6 +424,7 @@ impl Demand {
             account_bytes: account_bytes(plan, if tensor_scope { grouped.len() as u64 } else { 1 }),
             scratch_bytes: plan.checkpoints.iter().map(|c| c.derived.scratch_bytes).max().unwrap_or(0),
             shared: plan.checkpoints.iter().filter_map(|c| c.derived.shared.clone()).max(),
+            remote: plan.is_remote(),
             fixed_bins: None,
             widths,
             direct,
@@ -420,11 +435,13 @@ impl Demand {
 
     /// The division for `threads` workers, or `None` if not even the smallest fits into `limit`.
     fn fit(&self, threads: usize, limit: u64) -> Option<Cut> {
-        let total = |slot, bins| self.terms(threads, slot, bins).iter().map(|(_, b)| b).sum::<u64>();
         let (smallest, mut bins) = (self.smallest_slot(), self.fewest_bins());
-        if total(smallest, bins) > limit {
+        let fixed = self.terms(threads, smallest, bins, 0).iter().map(|(_, b)| b).sum::<u64>();
+        if fixed > limit {
             return None;
         }
+        let ahead = if self.remote { AHEAD_BYTES.min(limit / AHEAD_SHARE).min(limit - fixed) } else { 0 };
+        let total = |slot, bins| self.terms(threads, slot, bins, ahead).iter().map(|(_, b)| b).sum::<u64>();
         // Windows come first, as far as they make reads long; then narrow bins, so that one look finds a threshold;
         // then windows that hold whole tensors, so that one read serves sketch and merge.
         let mut slot = CHUNK_ELEMENTS.min(self.longest).max(smallest);
@@ -461,8 +478,8 @@ impl Demand {
             }
             slot = low;
         }
-        let terms = self.terms(threads, slot, bins);
-        Some(Cut { threads, slot_elements: slot, bins, terms })
+        let terms = self.terms(threads, slot, bins, ahead);
+        Some(Cut { threads, slot_elements: slot, bins, ahead_bytes: ahead, terms })
     }
 
     /// The shortest windows that work.
@@ -475,11 +492,11 @@ impl Demand {
     }
 
     fn smallest(&self) -> u64 {
-        self.terms(1, self.smallest_slot(), self.fewest_bins()).iter().map(|(_, b)| b).sum()
+        self.terms(1, self.smallest_slot(), self.fewest_bins(), 0).iter().map(|(_, b)| b).sum()
     }
 
     /// Peak memory as a sum.
-    fn terms(&self, threads: usize, slot_elements: u64, bins: usize) -> Vec<(String, u64)> {
+    fn terms(&self, threads: usize, slot_elements: u64, bins: usize, ahead: u64) -> Vec<(String, u64)> {
         let n = threads as u64;
         let windows = slot_elements * self.widths.iter().sum::<u64>() + self.widths.len() as u64 * PAGE_BYTES;
         // Inputs, base, signs, results, scratch and exceptions, and the order of a row's entries.
@@ -492,6 +509,9 @@ impl Demand {
             (format!("input windows ({threads} threads)"), n * windows),
             (format!("output buffers and tiles ({threads} threads)"), n * (out + tiles)),
         ];
+        if self.remote {
+            terms.push(("ranges from the network, ahead of their use".to_string(), ahead + CONNECTIONS_BYTES));
+        }
         if self.scratch_bytes > 0 {
             terms.push((format!("computed inputs ({threads} threads)"), n * self.scratch_bytes));
         }

@@ -201,17 +201,6 @@ impl Storage for Disk {
         }
     }
 
-    fn read_small(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
-        let input = self.open(path)?;
-        let bytes = input.identity().bytes;
-        if bytes > limit {
-            return Err(Error::input(format!("{bytes} bytes, but at most {limit} are accepted")).at(path));
-        }
-        let mut content = vec![0; bytes as usize];
-        input.read_at(&mut content, 0)?;
-        Ok(content)
-    }
-
     fn create(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>> {
         // Readable too, so that what was written can be hashed through the same file system path.
         let file = OpenOptions::new()

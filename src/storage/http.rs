@@ -28,6 +28,8 @@ const FIRST_ATTEMPTS: u32 = 3;
 const FIRST_WAIT: Duration = Duration::from_millis(250);
 /// Longest pause between attempts, whatever a server asks for.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
+/// Most that is read of an answer that is of no use, so that its connection is.
+const MAX_DRAINED_BYTES: u64 = 64 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest silence of a server, unless `HF_HUB_DOWNLOAD_TIMEOUT` says otherwise.
 const SILENCE: Duration = Duration::from_secs(30);
@@ -92,7 +94,7 @@ impl Patience {
         self.attempts += 1;
         if self.attempts >= self.most {
             return Err(Error::failed(format!("gave up after {} attempts: {why}", self.attempts))
-                .at(Path::new(url))
+                .at(shown(url))
                 .help("check the network and run the same command again to go on"));
         }
         let doubled = FIRST_WAIT * 2u32.pow(self.attempts - 1);
@@ -117,7 +119,10 @@ impl Http {
             .timeout_resolve(Some(CONNECT_TIMEOUT))
             .timeout_recv_response(Some(silence))
             .timeout_per_read(Some(silence))
-            .max_idle_connections_per_host(64)
+            .max_idle_connections(128)
+            .max_idle_connections_per_host(128)
+            .input_buffer_size(64 << 10)
+            .output_buffer_size(8 << 10)
             .user_agent(concat!("tiesmith/", env!("CARGO_PKG_VERSION")))
             .build();
         Self { agent: config.into(), credentials: token.map(|token| (origin(endpoint).to_owned(), token)) }
@@ -150,11 +155,12 @@ impl Http {
             let headers = response.headers();
             linked_etag = header(headers, "x-linked-etag").map(str::to_owned).or(linked_etag);
             let Some(target) = header(headers, "location") else {
-                return Err(Failure::Final(Error::input("a redirect to nowhere").at(Path::new(&url))));
+                return Err(Failure::Final(Error::input("a redirect to nowhere").at(shown(&url))));
             };
             url = join(&url, target);
+            drain(response);
         }
-        Err(Failure::Final(Error::input("too many redirects").at(Path::new(&url))))
+        Err(Failure::Final(Error::input("too many redirects").at(shown(&url))))
     }
 
     /// The whole body of a small answer, at most `limit` bytes.
@@ -165,19 +171,30 @@ impl Http {
         reader.read_to_end(&mut body).map_err(|e| Failure::Passing(format!("the answer broke off: {e}"), None))?;
         if body.len() as u64 > limit {
             let text = format!("an answer of more than {limit} bytes");
-            return Err(Failure::Final(Error::input(text).at(Path::new(&url))));
+            return Err(Failure::Final(Error::input(text).at(shown(&url))));
         }
         Ok(body)
     }
 }
 
-/// What a status that is no success means for another attempt; `None` if the status itself has to be judged.
-pub(super) fn passing(answer: &Answer) -> Option<Failure> {
+/// Takes what is left of an answer that nobody reads, if it is short, so that its connection can be used again.
+pub(super) fn drain(response: Response<Body>) {
+    let mut rest = response.into_body().into_reader().take(MAX_DRAINED_BYTES);
+    // A connection that fails here is not used again, which is all there is to it.
+    let _ = std::io::copy(&mut rest, &mut std::io::sink());
+}
+
+/// The answer, unless its status says that another attempt may bring one that is better.
+pub(super) fn settled(answer: Answer) -> Result<Answer, Failure> {
     let status = answer.response.status();
     let again = status.is_server_error()
         || matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY);
+    if !again {
+        return Ok(answer);
+    }
     let seconds = answer.header("retry-after").and_then(|value| value.trim().parse().ok()).map(Duration::from_secs);
-    again.then(|| Failure::Passing(format!("the server says {status}"), seconds))
+    drain(answer.response);
+    Err(Failure::Passing(format!("the server says {status}"), seconds))
 }
 
 /// The bounds and total of `bytes FIRST-LAST/TOTAL`.
@@ -194,14 +211,31 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 /// Unencrypted connections leave the machine only where the user's own endpoint is one.
 fn admit(url: &str) -> Result<()> {
     let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_default();
-    let host = origin(url);
-    let name = host.strip_prefix("http://").unwrap_or_default();
-    let name = name.rsplit_once(':').map_or(name, |(name, _)| name);
+    let origin_of = origin(url);
+    if origin_of.contains('@') {
+        return Err(Error::input("a user name in an address").at(shown(url)).help("leave it out"));
+    }
+    let host = origin_of.strip_prefix("http://").unwrap_or_default();
+    let name = match host.strip_prefix("[::1]") {
+        // The colons of an IPv6 address are no port's.
+        Some(port) if port.is_empty() || port.starts_with(':') => "[::1]",
+        _ => host.split(':').next().unwrap_or_default(),
+    };
     let loopback = matches!(name, "127.0.0.1" | "localhost" | "[::1]");
-    if url.starts_with("https://") || loopback || (!endpoint.is_empty() && origin(&endpoint) == host) {
+    let own = !endpoint.is_empty() && origin(&endpoint) == origin_of;
+    if url.starts_with("https://") || loopback || url.starts_with("http://") && own {
         return Ok(());
     }
-    Err(Error::input("not encrypted").at(Path::new(url)).help("use https://"))
+    Err(Error::input("not encrypted").at(shown(url)).help("use https://"))
+}
+
+/// An address as messages show it: what may be a signature or a password is left out.
+pub(super) fn shown(url: &str) -> &Path {
+    let end = url.find(['?', '#']).unwrap_or(url.len());
+    match (origin(url).contains('@'), url[..end].rfind('@')) {
+        (true, Some(at)) => Path::new(&url[at + 1..end]),
+        _ => Path::new(&url[..end]),
+    }
 }
 
 /// Scheme, host and port of an address.
@@ -213,18 +247,25 @@ pub(super) fn origin(url: &str) -> &str {
 
 /// Where `target`, as a redirect at `url` says it, leads.
 fn join(url: &str, target: &str) -> String {
-    if target.contains("://") {
+    let is_scheme = |text: &str| {
+        text.starts_with(|c: char| c.is_ascii_alphabetic())
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'))
+    };
+    if target.split_once("://").is_some_and(|(scheme, _)| is_scheme(scheme)) {
         return target.to_owned();
     }
-    match target.strip_prefix("//") {
-        Some(rest) => format!("{}://{rest}", url.split("://").next().unwrap_or("https")),
-        None if target.starts_with('/') => format!("{}{target}", origin(url)),
-        None => {
-            let path = url.split(['?', '#']).next().unwrap_or(url);
-            let dir =
-                if path.len() > origin(url).len() { path.rsplit_once('/').map_or(path, |(dir, _)| dir) } else { path };
-            format!("{dir}/{target}")
-        }
+    if let Some(rest) = target.strip_prefix("//") {
+        return format!("{}://{rest}", url.split("://").next().unwrap_or("https"));
+    }
+    let path = url.split(['?', '#']).next().unwrap_or(url);
+    let dir = match path.len() > origin(url).len() {
+        true => path.rsplit_once('/').map_or(path, |(dir, _)| dir),
+        false => path,
+    };
+    match target.as_bytes().first() {
+        Some(b'/') => format!("{}{target}", origin(url)),
+        Some(b'?') => format!("{path}{target}"),
+        _ => format!("{dir}/{target}"),
     }
 }
 
@@ -263,15 +304,44 @@ mod tests {
         assert_eq!(join("https://a/b", "//c/d"), "https://c/d");
         assert_eq!(join("https://a/b", "http://c/d"), "http://c/d");
         assert_eq!(join("https://a", "d"), "https://a/d");
+        assert_eq!(join("https://a/b/c", "/d?to=https://e/f"), "https://a/d?to=https://e/f");
+        assert_eq!(join("https://a/b/c", "d?to=https://e"), "https://a/b/d?to=https://e");
+        assert_eq!(join("https://a/b?c", "?d=1"), "https://a/b?d=1");
+        assert_eq!(join("https://a/b", "https://c?to=https://d"), "https://c?to=https://d");
     }
 
     #[test]
     fn unencrypted_hosts_are_refused_unless_they_are_this_one() {
-        for fine in ["https://a/b", "http://127.0.0.1:80/x", "http://localhost/x", "http://[::1]:8/x"] {
+        for fine in ["https://a/b", "http://127.0.0.1:80/x", "http://localhost/x", "http://[::1]:8/x", "http://[::1]/x"]
+        {
             assert!(admit(fine).is_ok(), "{fine}");
         }
-        for bad in ["http://example.org/x", "http://127.0.0.1.example.org/x", "ftp://a/b", "http://user@localhost/"] {
-            assert!(admit(bad).is_err(), "{bad}");
+        for bad in [
+            "http://example.org/x",
+            "http://127.0.0.1.example.org/x",
+            "ftp://a/b",
+            "http://user@localhost/",
+            "http://127.0.0.1:80@example.org/x",
+            "http://[::1]@example.org/x",
+            "https://user:password@example.org/x",
+            "http://[::1].example.org/x",
+            "http://",
+        ] {
+            let said = admit(bad).unwrap_err().to_string();
+            assert!(!said.contains("password"), "{said}");
         }
+    }
+
+    #[test]
+    fn messages_show_neither_signatures_nor_passwords() {
+        for (url, text) in [
+            ("https://a.b/c?X-Amz-Signature=secret#d", "https://a.b/c"),
+            ("https://user:secret@a.b/c", "a.b/c"),
+            ("https://a.b/c@d", "https://a.b/c@d"),
+        ] {
+            assert_eq!(shown(url), Path::new(text));
+        }
+        let error = Patience { attempts: 0, most: 1 }.after(Failure::Passing("no".into(), None), "https://a/b?secret");
+        assert!(!error.unwrap_err().to_string().contains("secret"));
     }
 }

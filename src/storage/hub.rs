@@ -4,12 +4,11 @@
 //! - Token, endpoint and being offline are told by the variables that huggingface_hub reads.
 //! - A refusal is explained: missing, private, gated, wrong token.
 
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::http::{Answer, Failure, Http, Patience, passing};
+use super::http::{Answer, Failure, Http, Patience, settled};
 use crate::error::{Error, Result, printable};
 
 /// Longest accepted list of a repository's files.
@@ -70,10 +69,7 @@ impl Hub {
         let url = format!("{}/api/models/{id}/revision/{}", self.endpoint, escaped(revision, ""));
         let mut patience = Patience::at_first();
         let body = loop {
-            let body = self.http.get(&url, None).and_then(|answer| {
-                if let Some(failure) = passing(&answer) {
-                    return Err(failure);
-                }
+            let body = self.http.get(&url, None).and_then(settled).and_then(|answer| {
                 if !answer.response.status().is_success() {
                     return Err(Failure::Final(self.refused(&answer, id, revision)));
                 }
@@ -81,7 +77,7 @@ impl Hub {
             });
             match body {
                 Ok(body) => break body,
-                Err(failure) => patience.after(failure, &url).map_err(Error::as_input)?,
+                Err(failure) => patience.after(failure, &url)?,
             }
         };
         let info: Info = serde_json::from_slice(&body).map_err(|_| {
@@ -128,19 +124,11 @@ impl Hub {
 /// The user's token, looked for where huggingface_hub does.
 fn token() -> Option<String> {
     let clean = |token: String| Some(token.trim().to_owned()).filter(|token| !token.is_empty());
-    if let Some(token) = variable("HF_TOKEN").or_else(|| variable("HUGGING_FACE_HUB_TOKEN")).and_then(clean) {
-        return Some(token);
-    }
-    let home = || std::env::var_os("HOME").or_else(|| std::env::var_os("USERPROFILE")).map(PathBuf::from);
-    let in_dir = |dir: PathBuf| dir.join("token");
-    let path = std::env::var_os("HF_TOKEN_PATH").filter(|path: &OsString| !path.is_empty()).map(PathBuf::from);
-    let path = path
-        .or_else(|| std::env::var_os("HF_HOME").filter(|p| !p.is_empty()).map(PathBuf::from).map(in_dir))
-        .or_else(|| {
-            let cache = std::env::var_os("XDG_CACHE_HOME").filter(|p| !p.is_empty()).map(PathBuf::from);
-            Some(in_dir(cache.or_else(|| home().map(|home| home.join(".cache")))?.join("huggingface")))
-        })?;
-    std::fs::read_to_string(path).ok().and_then(clean)
+    let given = variable("HF_TOKEN").or_else(|| variable("HUGGING_FACE_HUB_TOKEN")).and_then(clean);
+    given.or_else(|| {
+        let file = super::places::token_file(&|name| std::env::var_os(name))?;
+        std::fs::read_to_string(file).ok().and_then(clean)
+    })
 }
 
 /// `text` with everything escaped that may have a meaning in an address, but for `kept`.

@@ -7,20 +7,25 @@
 //!
 //! Knows bytes, paths and durability; knows nothing of tensors.
 
+mod ahead;
 mod disk;
 mod http;
 mod hub;
 mod mmap;
 mod online;
+mod places;
+mod remote;
 mod system;
 
 pub use disk::Disk;
 pub use mmap::Window;
 pub use online::Online;
+pub(crate) use online::is_remote;
+pub(crate) use places::hub_cache;
 
 use std::path::{Path, PathBuf};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// How inputs are read. Results are identical.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -64,9 +69,13 @@ pub trait InputFile: Send + Sync {
     /// Fills `buffer` from `offset`; an end of file before that is an error.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()>;
     /// Makes `window` show `length` bytes from `offset`, mapped or read as the storage's mode says.
-    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()>;
+    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
+        window.fill(length, |buffer| self.read_at(buffer, offset))
+    }
     /// Hints that the range will be read soon. Never fails.
-    fn prefetch(&self, offset: u64, length: u64);
+    fn prefetch(&self, offset: u64, length: u64) {
+        let _ = (offset, length);
+    }
     /// Whether reading it holds so much in memory that no other such file is to be read meanwhile.
     fn is_exclusive(&self) -> bool {
         false
@@ -121,8 +130,22 @@ pub trait Storage: Send + Sync {
     fn check_mapped(&self) -> Result<()> {
         Ok(())
     }
+    /// Allows so many bytes of memory for ranges of `sources` checkpoints that are fetched before they are read. Storages
+    /// whose system does that have no use for it.
+    fn read_ahead(&self, bytes: u64, sources: usize) {
+        let _ = (bytes, sources);
+    }
     /// Reads a whole small file, refusing one of more than `limit` bytes.
-    fn read_small(&self, path: &Path, limit: u64) -> Result<Vec<u8>>;
+    fn read_small(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
+        let input = self.open(path)?;
+        let bytes = input.identity().bytes;
+        if bytes > limit {
+            return Err(Error::input(format!("{bytes} bytes, but at most {limit} are accepted")).at(path));
+        }
+        let mut content = vec![0; bytes as usize];
+        input.read_at(&mut content, 0)?;
+        Ok(content)
+    }
     /// Creates (or truncates) a file of `length` bytes.
     fn create(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>>;
     /// Opens an existing regular file for writing, keeping what it holds, and gives it this length.

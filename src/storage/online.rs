@@ -1,70 +1,48 @@
 //! Files that are read from the Hub or a web server by byte range, beside those of the file system.
 //!
 //! - `hf://org/name@COMMIT/...` looks like a directory, `https://.../file` like a file; nothing of them is stored.
-//! - The first request of a file tells its length and version (ETag), and brings its beginning, which holds the header or
-//!   all of a small file. Every later answer must be of the same version.
-//! - The address that a redirect led to is used again until it is refused, then asked for anew.
+//! - A revision is asked for once: whatever names it, it means one commit from then on.
 //!
-//! Everything that is not remote is left to [`Disk`].
+//! Everything that is not remote is left to [`Disk`]; how a remote file is read, to `remote`.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use super::http::{Answer, Failure, Patience, content_range, passing};
+use super::ahead::Ahead;
 use super::hub::{Hub, Snapshot};
-use super::{Disk, Identity, InputFile, Lock, OutputFile, Pinned, Storage, Window};
+use super::remote::{DEVICE, Remote, RemoteInput, hash};
+use super::{Disk, Identity, InputFile, Lock, OutputFile, Pinned, Storage};
 use crate::error::{Error, Result};
 
-/// Bytes that the first request of a file asks for: the header of a usual shard.
-const HEAD_BYTES: u64 = 64 << 10;
-/// Longest range of one request.
-const REQUEST_BYTES: u64 = 16 << 20;
-/// Device of remote files, which no file system has.
-const DEVICE: u64 = u64::MAX;
+/// A repository and the revision of it that was asked for.
+type Wanted = (String, Option<String>);
 
 /// The file system and what is on the network. See the module's documentation.
 pub struct Online {
     disk: Disk,
     hub: OnceLock<Arc<Hub>>,
+    ahead: Arc<Ahead>,
+    /// What revisions mean, as far as that was asked.
+    pins: Mutex<HashMap<Wanted, Pinned>>,
     /// By id and commit.
     snapshots: Mutex<HashMap<String, Arc<Snapshot>>>,
     /// What is known of files, by path; `None` for those that are not there.
     heads: Mutex<HashMap<PathBuf, Option<Arc<Remote>>>>,
 }
 
-/// What is known of a remote file.
-struct Remote {
-    path: PathBuf,
-    /// Where it is asked for.
-    url: String,
-    /// The commit it belongs to, for messages.
-    snapshot: Option<Arc<Snapshot>>,
-    hub: Arc<Hub>,
-    identity: Identity,
-    version: Version,
-    /// Its first bytes.
-    head: Vec<u8>,
-    /// Where a redirect led to.
-    direct: Mutex<String>,
-}
-
-/// What tells versions of a file apart.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Version {
-    bytes: u64,
-    tag: Option<String>,
-    linked: Option<String>,
-}
-
-struct RemoteInput(Arc<Remote>);
-
 impl Online {
     /// The network beside `disk`. Nothing is asked before a remote file is.
     pub fn new(disk: Disk) -> Self {
-        Self { disk, hub: OnceLock::new(), snapshots: Mutex::default(), heads: Mutex::default() }
+        Self {
+            disk,
+            hub: OnceLock::new(),
+            ahead: Arc::default(),
+            pins: Mutex::default(),
+            snapshots: Mutex::default(),
+            heads: Mutex::default(),
+        }
     }
 
     fn hub(&self) -> &Arc<Hub> {
@@ -98,230 +76,9 @@ impl Online {
 }
 
 /// Whether `path` is one on the network.
-fn is_remote(path: &Path) -> bool {
+pub(crate) fn is_remote(path: &Path) -> bool {
     let text = path.as_os_str().as_encoded_bytes();
     [&b"hf://"[..], b"https://", b"http://"].iter().any(|scheme| text.starts_with(scheme))
-}
-
-impl Remote {
-    /// Asks for the first bytes; `None` if there is no such file.
-    fn open(path: &Path, url: String, snapshot: Option<Arc<Snapshot>>, hub: Arc<Hub>) -> Result<Option<Self>> {
-        let mut patience = Patience::at_first();
-        loop {
-            match Self::try_open(path, &url, snapshot.as_ref(), &hub) {
-                Ok(found) => return Ok(found),
-                Err(failure) => patience.after(failure, &url).map_err(|e| e.as_input())?,
-            }
-        }
-    }
-
-    fn try_open(
-        path: &Path,
-        url: &str,
-        snapshot: Option<&Arc<Snapshot>>,
-        hub: &Arc<Hub>,
-    ) -> Result<Option<Self>, Failure> {
-        let answer = hub.http.get(url, Some((0, HEAD_BYTES - 1)))?;
-        if let Some(failure) = passing(&answer) {
-            return Err(failure);
-        }
-        let status = answer.response.status().as_u16();
-        // An empty file has no first byte.
-        let empty = status == 416 && answer.header("content-range").is_some_and(|range| range.ends_with("/0"));
-        let total = match status {
-            404 | 410 if snapshot.is_none() => return Ok(None),
-            206 => first_of(&answer, path)?,
-            _ if empty => 0,
-            200 => return Err(Failure::Final(ignores_ranges(path))),
-            _ => return Err(Failure::Final(refused(&answer, path, snapshot, hub))),
-        };
-        let version = Version::of(&answer, total);
-        let direct = answer.url.clone();
-        let mut head = vec![0; if empty { 0 } else { total.min(HEAD_BYTES) as usize }];
-        let mut body = answer.response.into_body().into_reader();
-        body.read_exact(&mut head).map_err(|e| Failure::Passing(format!("the answer broke off: {e}"), None))?;
-        let identity = Identity {
-            bytes: total,
-            mtime_ns: i128::from(hash(&[version.tag.as_deref().unwrap_or_default(), url]) >> 1),
-            ctime_ns: 0,
-            device: DEVICE,
-            inode: hash(&[url]),
-        };
-        Ok(Some(Self {
-            path: path.to_path_buf(),
-            url: url.to_owned(),
-            snapshot: snapshot.cloned(),
-            hub: Arc::clone(hub),
-            identity,
-            version,
-            head,
-            direct: Mutex::new(direct),
-        }))
-    }
-
-    /// Fills `buffer` from `offset`, in as many requests as it takes.
-    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        let mut done = 0;
-        let from_head = (self.head.len() as u64).saturating_sub(offset).min(buffer.len() as u64) as usize;
-        if from_head > 0 {
-            buffer[..from_head].copy_from_slice(&self.head[offset as usize..offset as usize + from_head]);
-            done = from_head;
-        }
-        let mut patience = Patience::at_work();
-        while done < buffer.len() {
-            let end = buffer.len().min(done + REQUEST_BYTES as usize);
-            let before = done;
-            let result = self.request(&mut buffer[..end], offset, &mut done);
-            if done > before {
-                patience.renew();
-            }
-            if let Err(failure) = result {
-                patience.after(failure, &self.url).map_err(|e| e.at(&self.path))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// One request for the rest of `buffer` from `done` on; `done` grows with what arrives.
-    fn request(&self, buffer: &mut [u8], offset: u64, done: &mut usize) -> Result<(), Failure> {
-        let first = offset + *done as u64;
-        let last = offset + buffer.len() as u64 - 1;
-        let direct = lock(&self.direct).clone();
-        let mut answer = self.hub.http.get(&direct, Some((first, last)))?;
-        let expired = matches!(answer.response.status().as_u16(), 400 | 401 | 403 | 404 | 410);
-        if expired && direct != self.url {
-            answer = self.hub.http.get(&self.url, Some((first, last)))?;
-            lock(&self.direct).clone_from(&answer.url);
-        }
-        if let Some(failure) = passing(&answer) {
-            return Err(failure);
-        }
-        match answer.response.status().as_u16() {
-            206 => {}
-            200 => return Err(Failure::Final(ignores_ranges(&self.path))),
-            404 | 410 | 412 | 416 => return Err(Failure::Final(self.changed())),
-            _ => return Err(Failure::Final(refused(&answer, &self.path, self.snapshot.as_ref(), &self.hub))),
-        }
-        let range = answer.header("content-range").and_then(content_range);
-        let version = Version::of(&answer, range.map_or(0, |(_, _, total)| total));
-        if range.map(|(first, last, _)| (first, last)) != Some((first, last)) {
-            let said = answer.header("content-range").unwrap_or("no Content-Range").to_owned();
-            return Err(Failure::Passing(format!("asked for bytes {first}-{last}, answered with {said}"), None));
-        }
-        if !version.fits(&self.version) {
-            return Err(Failure::Final(self.changed()));
-        }
-        let mut body = answer.response.into_body().into_reader();
-        while *done < buffer.len() {
-            match body.read(&mut buffer[*done..]) {
-                Ok(0) => return Err(Failure::Passing("the answer ended early".into(), None)),
-                Ok(read) => *done += read,
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(Failure::Passing(format!("the answer broke off: {e}"), None)),
-            }
-        }
-        // To the end, so that the connection can be used again.
-        match body.read(&mut [0]) {
-            Ok(0) => Ok(()),
-            _ => Err(Failure::Final(Error::failed("the server sent more than was asked for").at(&self.path))),
-        }
-    }
-
-    fn changed(&self) -> Error {
-        Error::failed("the file on the server changed while it was read")
-            .at(&self.path)
-            .help("do not change inputs during a run; run it again with --restart")
-    }
-}
-
-impl Version {
-    fn of(answer: &Answer, bytes: u64) -> Self {
-        let tag = answer.header("etag").or(answer.header("last-modified"));
-        Self { bytes, tag: tag.map(|tag| tag.trim_start_matches("W/").to_owned()), linked: answer.linked_etag.clone() }
-    }
-
-    /// Whether both can be versions of the same content: what only one of them tells does not count.
-    fn fits(&self, other: &Self) -> bool {
-        let same = |a: &Option<String>, b: &Option<String>| a.is_none() || b.is_none() || a == b;
-        self.bytes == other.bytes && same(&self.tag, &other.tag) && same(&self.linked, &other.linked)
-    }
-}
-
-/// The file's length, from the answer to a request for its first bytes.
-fn first_of(answer: &Answer, path: &Path) -> Result<u64, Failure> {
-    let range = answer.header("content-range").and_then(content_range);
-    match range {
-        Some((0, last, total)) if last + 1 == total.min(HEAD_BYTES) => Ok(total),
-        _ => {
-            let said = answer.header("content-range").unwrap_or("no Content-Range").to_owned();
-            let text = format!("asked for bytes 0-{}, answered with {said}", HEAD_BYTES - 1);
-            Err(Failure::Final(Error::input(text).at(path).help("its server is of no use here: download the file")))
-        }
-    }
-}
-
-fn ignores_ranges(path: &Path) -> Error {
-    Error::input("its server ignores byte ranges, and would send the whole file again and again")
-        .at(path)
-        .help("download the file, or use another server")
-}
-
-fn refused(answer: &Answer, path: &Path, snapshot: Option<&Arc<Snapshot>>, hub: &Hub) -> Error {
-    match snapshot {
-        Some(snapshot) => hub.refused(answer, &snapshot.id, &snapshot.commit),
-        None => Error::input(format!("the server says {}", answer.response.status()))
-            .at(path)
-            .help("check the address, and whether it may be read"),
-    }
-}
-
-/// A number that stands for these texts.
-fn hash(texts: &[&str]) -> u64 {
-    let mut hasher = blake3::Hasher::new();
-    for text in texts {
-        hasher.update(text.as_bytes());
-        hasher.update(&[0]);
-    }
-    u64::from_le_bytes(*hasher.finalize().as_bytes().first_chunk().expect("a hash has 32 bytes"))
-}
-
-impl InputFile for RemoteInput {
-    fn path(&self) -> &Path {
-        &self.0.path
-    }
-
-    fn identity(&self) -> &Identity {
-        &self.0.identity
-    }
-
-    fn identity_now(&self) -> Result<Identity> {
-        let remote = &self.0;
-        if remote.snapshot.is_some() {
-            // A commit's files do not change, and every answer was checked.
-            return Ok(remote.identity.clone());
-        }
-        let now = Remote::open(&remote.path, remote.url.clone(), None, Arc::clone(&remote.hub))?;
-        now.map(|now| now.identity).ok_or_else(|| remote.changed())
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        let end = offset + buffer.len() as u64;
-        if end > self.0.identity.bytes {
-            let bytes = self.0.identity.bytes;
-            return Err(Error::failed(format!("{bytes} bytes, but bytes up to {end} were wanted")).at(&self.0.path));
-        }
-        self.0.read(buffer, offset)
-    }
-
-    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
-        window.fill(length, |buffer| self.read_at(buffer, offset))
-    }
-
-    fn prefetch(&self, _offset: u64, _length: u64) {}
-
-    fn held_bytes(&self) -> u64 {
-        self.0.head.len() as u64
-    }
 }
 
 fn missing(path: &Path) -> Error {
@@ -334,12 +91,20 @@ fn read_only(path: &Path) -> Error {
 
 impl Storage for Online {
     fn pin(&self, id: &str, revision: Option<&str>) -> Result<Option<Pinned>> {
+        let wanted = (id.to_owned(), revision.map(str::to_owned));
+        // Held while the Hub is asked: two that ask at once are told the same.
+        let mut pins = lock(&self.pins);
+        if let Some(pinned) = pins.get(&wanted) {
+            return Ok(Some(pinned.clone()));
+        }
         let snapshot = Arc::new(self.hub().snapshot(id, revision)?);
         let commit = snapshot.commit.clone();
         let key = format!("{id}@{commit}");
         let dir = PathBuf::from(format!("hf://{key}"));
         lock(&self.snapshots).entry(key).or_insert(snapshot);
-        Ok(Some(Pinned { dir, commit, endpoint: self.hub().endpoint.clone() }))
+        let pinned = Pinned { dir, commit, endpoint: self.hub().endpoint.clone() };
+        pins.insert(wanted, pinned.clone());
+        Ok(Some(pinned))
     }
 
     fn is_offline(&self) -> bool {
@@ -351,25 +116,15 @@ impl Storage for Online {
             return self.disk.open(path);
         }
         let found = self.look(path)?.ok_or_else(|| missing(path))?;
-        Ok(Box::new(RemoteInput(found)))
+        Ok(Box::new(RemoteInput { remote: found, ahead: Arc::clone(&self.ahead) }))
     }
 
     fn check_mapped(&self) -> Result<()> {
         self.disk.check_mapped()
     }
 
-    fn read_small(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
-        if !is_remote(path) {
-            return self.disk.read_small(path, limit);
-        }
-        let found = self.look(path)?.ok_or_else(|| missing(path))?;
-        let bytes = found.identity.bytes;
-        if bytes > limit {
-            return Err(Error::input(format!("{bytes} bytes, but at most {limit} are accepted")).at(path));
-        }
-        let mut content = vec![0; bytes as usize];
-        found.read(&mut content, 0)?;
-        Ok(content)
+    fn read_ahead(&self, bytes: u64, sources: usize) {
+        self.ahead.allow(bytes, sources);
     }
 
     fn create(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>> {
@@ -462,6 +217,6 @@ impl Storage for Online {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

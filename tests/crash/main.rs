@@ -176,7 +176,7 @@ impl Job {
         let storage: Arc<dyn Storage> = Arc::new(memory.clone());
         let plan = Plan::new(&self.recipe, &storage)?;
         let schedule = Schedule::new(&plan, Run { memory_bytes, threads })?;
-        let output = OutputOptions { dir: OUT.into(), force: self.force, restart: false };
+        let output = OutputOptions { dir: OUT.into(), force: self.force, restart: false, on_shard: None };
         tiesmith::merge(&plan, &schedule, &output, &storage, observer)
     }
 

@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tiesmith::{Error, Identity, InputFile, Lock, OutputFile, Result, Storage, Window};
+use tiesmith::{Error, Identity, InputFile, Lock, OutputFile, Result, Storage};
 
 /// What happens at one operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -259,12 +259,6 @@ impl InputFile for Input {
         buffer.copy_from_slice(bytes);
         Ok(())
     }
-
-    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
-        window.fill(length, |buffer| self.read_at(buffer, offset))
-    }
-
-    fn prefetch(&self, _offset: u64, _length: u64) {}
 }
 
 struct Output {

@@ -10,6 +10,7 @@
 //! | `determinism` | bytes do not depend on threads, memory, input mode or layout |
 //! | `fisher` | Fisher-weighted averages |
 //! | `formats` | stored types and every way to name a checkpoint |
+//! | `handing` | shards that a command takes away while the merge goes on |
 //! | `golden` | outputs of the paper's own code and of mergekit |
 //! | `digits` | accuracies of a real, tiny family |
 //! | `analyze` | every number of a report against its definition |
@@ -45,6 +46,7 @@ mod draws;
 mod fisher;
 mod formats;
 mod golden;
+mod handing;
 mod mergekit;
 mod merges;
 mod methods;

@@ -34,6 +34,10 @@ impl Remote {
             models: vec![Dtype::BF16, Dtype::F32, Dtype::BF16],
             deltas: Deltas::Stepped,
         };
+        Self::of(&spec)
+    }
+
+    fn of(spec: &Spec) -> Self {
         let (saved, hub) = (spec.family().save(), Hub::start());
         hub.add("org/base", &saved.base);
         for (index, model) in (1..).zip(&saved.models) {
@@ -142,6 +146,62 @@ fn what_is_read_is_what_the_plan_says() {
 }
 
 #[test]
+fn a_revision_means_one_commit_for_the_whole_run() {
+    let remote = Remote::new();
+    remote.hub.move_revisions();
+    let out = tempfile::tempdir().unwrap();
+    let merged = out.path().join("merged");
+    let name = |name: &str| if name == "base" { "hf://org/base".into() } else { "hf://org/model1".to_string() };
+    remote.merge("merge", &name, &["--out", &text(&merged)]).succeeded();
+    let manifest: Value = serde_json::from_slice(&std::fs::read(merged.join("tiesmith.json")).unwrap()).unwrap();
+    let commits: Vec<&str> =
+        manifest["inputs"].as_array().unwrap().iter().filter_map(|i| i["checkpoint"]["hub"].as_str()).collect();
+    assert_eq!(commits.len(), 4);
+    assert!(commits[1..].iter().all(|commit| *commit == commits[1]), "{commits:?}");
+}
+
+#[test]
+fn ranges_are_large_and_several_at_a_time_over_few_connections() {
+    let spec = Spec {
+        seed: 5,
+        shapes: vec![("a", vec![1500, 1000]), ("b", vec![900_001]), ("c", vec![3]), ("d", vec![700, 1000])],
+        base: Dtype::BF16,
+        models: vec![Dtype::BF16, Dtype::BF16, Dtype::BF16],
+        deltas: Deltas::Stepped,
+    };
+    let remote = Remote::of(&spec);
+    for flags in
+        [["--scope=model", "--memory=512MB", "--threads=2"], ["--scope=tensor", "--memory=512MB", "--threads=2"]]
+    {
+        let local = remote.local(&flags);
+        let planned = remote.merge("plan", &hf, &flags).succeeded().json()["bytes_read"].as_u64().unwrap();
+        remote.hub.slow_down(std::time::Duration::from_millis(50));
+        remote.hub.log();
+        remote.hub.traffic();
+        let out = tempfile::tempdir().unwrap();
+        let merged = out.path().join("merged");
+        let begin = std::time::Instant::now();
+        remote.merge("merge", &hf, &[&flags[..], &["--out", &text(&merged)]].concat()).succeeded();
+        let (took, log, (connections, at_once)) = (begin.elapsed(), remote.hub.log(), remote.hub.traffic());
+        remote.hub.slow_down(std::time::Duration::ZERO);
+        assert_eq!(lasting(&merged), local, "{flags:?}");
+        let ranges: Vec<u64> = log.iter().filter(|r| r.content).map(|r| r.sent).collect();
+        let (heads, rest): (Vec<u64>, Vec<u64>) = ranges.iter().partition(|&&bytes| bytes <= HEAD_BYTES);
+        assert!(at_once >= 4, "{flags:?}: {at_once} at a time");
+        // Threads that fetch, those that read, and the one that opens the files, at two hosts.
+        assert!(connections <= 2 * 20, "{flags:?}: {connections} connections for {} requests", log.len());
+        // Chunks are 256 kB: without joining there would be one request for each chunk of each file and pass.
+        let chunks = planned / (256 << 10);
+        assert!((rest.len() as u64) < chunks / 2, "{flags:?}: {} ranges for {planned} bytes: {rest:?}", rest.len());
+        let read = rest.iter().sum::<u64>() + heads.iter().sum::<u64>();
+        assert!(read <= planned + 4 * HEAD_BYTES * 2, "{flags:?}: {read} bytes of {planned}");
+        let one_by_one = std::time::Duration::from_millis(50) * (chunks as u32 + 40);
+        println!("{flags:?}: {took:?}, {} ranges, {connections} connections, {at_once} at a time", ranges.len());
+        assert!(took < one_by_one, "{flags:?}: {took:?}, one by one {one_by_one:?}");
+    }
+}
+
+#[test]
 fn passing_faults_cost_time_and_no_byte() {
     let remote = Remote::new();
     let flags = ["--memory=64MB", "--threads=1"];
@@ -191,7 +251,7 @@ fn lasting_faults_are_one_line_and_the_same_command_goes_on() {
         (Fault::ChangedTag, "changed while it was read"),
         (Fault::IgnoresRanges, "ignores byte ranges"),
         (Fault::Unavailable, "gave up after 6 attempts: the server says 503"),
-        (Fault::Expired, "no such model, or it is private (status 403)"),
+        (Fault::Expired, "gave up after 6 attempts: the address that it leads to is refused (status 403)"),
     ] {
         let out = tempfile::tempdir().unwrap();
         let merged = out.path().join("merged");
@@ -273,7 +333,11 @@ fn what_is_not_there_is_explained() {
     let mut nobody = remote.command();
     nobody.env("HF_ENDPOINT", "http://127.0.0.1:1").args(["inspect", "hf://org/base"]);
     let outcome = run(nobody);
-    assert!(outcome.refusal().contains("gave up after 3 attempts"), "{}", outcome.stderr);
+    let line = outcome.error_line(1);
+    assert!(line.contains("gave up after 3 attempts") && line.contains("run the same command again"), "{line}");
+    let mut nobody = remote.command();
+    nobody.env("HF_ENDPOINT", "http://127.0.0.1:1").args(["inspect", "org/base"]);
+    assert!(run(nobody).error_line(1).contains("nor can it be read from the Hub"));
 }
 
 #[test]

@@ -18,7 +18,7 @@ use crate::dtype::Float;
 use crate::error::Result;
 use crate::kernels::{self, Isa};
 use crate::limits::ADAPTER_SCRATCH_BYTES;
-use crate::storage::{Identity, InputFile, Window};
+use crate::storage::{Identity, InputFile};
 
 /// Rows, columns and ranks of a block.
 const BLOCK_ROWS: u64 = 128;
@@ -287,10 +287,6 @@ impl InputFile for Adapted {
         read_elements(buffer, offset, self.float.width(), |first, out| self.elements(first, out))
     }
 
-    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
-        window.fill(length, |buffer| self.read_at(buffer, offset))
-    }
-
     fn prefetch(&self, offset: u64, length: u64) {
         if let Some(Part { file, offset: start, float }) = &self.weight {
             let (shown, stored) = (self.float.width() as u64, float.width() as u64);
@@ -324,10 +320,4 @@ impl InputFile for Constant {
         buffer.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = bytes[(at % 4) as usize]);
         Ok(())
     }
-
-    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
-        window.fill(length, |buffer| self.read_at(buffer, offset))
-    }
-
-    fn prefetch(&self, _offset: u64, _length: u64) {}
 }

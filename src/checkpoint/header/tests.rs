@@ -7,7 +7,7 @@ use safetensors::SafeTensors;
 
 use super::super::testing::{file_of, raw};
 use super::*;
-use crate::storage::{Identity, Window};
+use crate::storage::Identity;
 
 /// A file in memory.
 struct Memory {
@@ -44,12 +44,6 @@ impl InputFile for Memory {
         buffer.copy_from_slice(source.ok_or_else(|| Error::failed("end of file").at(self.path()))?);
         Ok(())
     }
-
-    fn load(&self, _: &mut Window, _: u64, _: usize) -> Result<()> {
-        unreachable!("headers are read, not loaded")
-    }
-
-    fn prefetch(&self, _: u64, _: u64) {}
 }
 
 fn parse_file(content: &[u8]) -> Result<Header> {

@@ -22,7 +22,7 @@ pub use format::{Base, Contents, Entry, HEAD_BYTES, Settings, Tensor, head, iden
 use super::resolve::{self, Source};
 use super::{Checkpoint, CheckpointFile, Derived, TensorEntry, directory_of};
 use crate::error::{Error, Result, printable};
-use crate::storage::{Identity, InputFile, Storage, Window};
+use crate::storage::{Identity, InputFile, Storage};
 use chunk::{Decoder, content_bytes};
 
 /// Decoders that are kept for the next chunk.
@@ -311,10 +311,6 @@ impl InputFile for PackedFile {
                 false => self.decode_part(place, number, whole, from, part),
             }
         })
-    }
-
-    fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
-        window.fill(length, |buffer| self.read_at(buffer, offset))
     }
 
     fn prefetch(&self, offset: u64, length: u64) {

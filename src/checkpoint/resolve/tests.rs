@@ -158,7 +158,7 @@ fn hub_ids_are_told_from_paths() {
 #[test]
 fn the_cache_is_where_the_hub_client_has_it() {
     let at = |pairs: &[(&str, &str)]| {
-        cache_dir(&|name| pairs.iter().find(|(n, _)| *n == name).map(|(_, value)| OsString::from(value)))
+        hub_cache(&|name| pairs.iter().find(|(n, _)| *n == name).map(|(_, value)| OsString::from(value)))
     };
     let all = [
         ("HF_HUB_CACHE", "/1"),

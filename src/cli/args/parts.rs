@@ -28,6 +28,16 @@ Examples:
   tiesmith slurm job.plan --parts 16 > submit.sh && bash submit.sh
   tiesmith slurm job.plan --parts 16 --threads 8 --memory 16GiB -- --partition=cpu --time=02:00:00";
 
+/// What `--on-shard` does.
+pub const ON_SHARD: &str = "\
+Command for each finished shard, such as 'rclone copy {} remote:merged && rm {}'
+
+The shell runs it when a shard is complete, durable and under its final name, before the index is there; {} is the shard's \
+path, quoted. TIESMITH_SHARD (the path), TIESMITH_SHARD_NAME, _NUMBER (from 1), _COUNT, _BYTES, _BLAKE3 and TIESMITH_OUT are \
+set. It may remove the shard: then the output need not fit on the disk, and four shards have to. That it succeeded is \
+remembered. If it fails, the run ends with exit code 1, and the same command goes on with that shard. If the run is killed \
+just then, it runs again: it must be one that may.";
+
 /// Inputs and options of `plan`.
 #[derive(Debug, Args)]
 pub struct PlanArgs {

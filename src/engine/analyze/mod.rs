@@ -22,7 +22,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::kept::Kept;
-use super::passes::{Passes, lookahead, prefetch};
+use super::passes::{Passes, lookahead, prefetch, units_ahead};
 use super::pool;
 use super::select::solo_thresholds;
 use super::turns::{Ordered, Pending, Turns};
@@ -77,6 +77,7 @@ pub fn analyze(
 ) -> Result<AnalysisReport> {
     let begin = Instant::now();
     let work = WorkDir::open(study, output, storage).map_err(Error::as_input)?;
+    study.schedule.allow_ahead(&study.plan, &**storage);
     let outcome = run(study, &work, storage, observer);
     let (mut report, staged) = match outcome {
         Ok(done) => done,
@@ -306,7 +307,7 @@ impl<'a> Looker<'a> {
         let turns = Turns::new(gatherer);
         let ordered: &dyn Ordered = &turns;
         let lookahead = lookahead(&study.schedule, chunk_elements);
-        let ahead = |chunk: &Chunk| prefetch(plan, *chunk, Wanted::All);
+        let ahead = |chunk: &Chunk| _ = prefetch(plan, *chunk, Wanted::All);
         let chunks = chunks(plan, tensors, chunk_elements);
         let outcome = pool::run(&mut self.hands, chunks, lookahead, ahead, |hand, ordinal, chunk| {
             let mut pending = Pending::new(ordered, ordinal);
@@ -333,8 +334,9 @@ impl<'a> Looker<'a> {
         let turns = Turns::new(gatherer);
         let ordered: &dyn Ordered = &turns;
         let whole = |unit: &Unit| Chunk { tensor: unit.tensors[0], start: 0, count: unit.elements };
-        let ahead = |unit: &&&Unit| prefetch(plan, whole(unit), Wanted::All);
-        let outcome = pool::run(&mut self.hands, units.iter(), 1, ahead, |hand, ordinal, unit| {
+        let (lookahead, weight) = units_ahead(&study.schedule);
+        let ahead = |unit: &&&Unit| weight(prefetch(plan, whole(unit), Wanted::All));
+        let outcome = pool::run_weighed(&mut self.hands, units.iter(), lookahead, ahead, |hand, ordinal, unit| {
             let mut pending = Pending::new(ordered, ordinal);
             let (chunk, goals) = (whole(unit), study.goals(unit));
             let Hand { worker: Some(worker), meter, blocks } = hand else { unreachable!("the worker is back") };

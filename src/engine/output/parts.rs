@@ -105,15 +105,17 @@ impl OutputDir {
         plan: &Plan,
         dir: &Path,
         force: bool,
+        on_shard: Option<String>,
         storage: &Arc<dyn Storage>,
     ) -> Result<Self> {
         refuse_inputs(plan, dir, &**storage)?;
         let work = dir.join(WORK_DIR);
         let lock = storage.lock(&work.join(LOCK)).map_err(Error::as_input)?;
-        let mut output = Self::bare(dir, work.join(JOURNAL), lock, storage);
+        let mut output = Self { on_shard, ..Self::bare(dir, work.join(JOURNAL), lock, storage) };
         let found = Found::look(dir, &work, &**storage)?;
         let mut log = Log::default();
         let journal = if found.begun() { output.read_log(&mut log)? } else { None };
+        output.handed_over = Mutex::new(std::mem::take(&mut log.handed_over));
         output.published =
             found.finished() && log.committed && log.begin.as_ref().is_some_and(|begin| begin.is_of(&plan.fingerprint));
         if output.published {
@@ -154,8 +156,11 @@ impl OutputDir {
         self.storage.remove_dir(&parts)
     }
 
-    /// Whether shard `name` is there in full, finished or published.
+    /// Whether shard `name` is there in full, finished or published, or was handed over.
     pub(in crate::engine) fn has_shard(&self, name: &str, bytes: u64) -> Result<bool> {
+        if self.was_handed_over(name) {
+            return Ok(true);
+        }
         let whole = |path: &Path| Ok(self.storage.identity(path)?.is_some_and(|found| found.bytes == bytes));
         Ok(whole(&self.partial(name))? || self.journal_says_published() && whole(&self.dir.join(name))?)
     }

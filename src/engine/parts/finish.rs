@@ -7,8 +7,7 @@ use std::time::Instant;
 use super::super::select::Thresholds;
 use super::super::worker::Tally;
 use super::super::{
-    Finished, Observer, OutputOptions, Report, differing_warning, is_finished, peak_memory_bytes, publish, report,
-    side_files, tidy_up,
+    Finished, Observer, Report, differing_warning, is_finished, peak_memory_bytes, publish, report, side_files, tidy_up,
 };
 use super::board::Board;
 use super::done::PartDone;
@@ -30,8 +29,9 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
     }
     let board = Board::new(parts_dir, &plan.fingerprint, storage);
     let count = parts_of(&board, &job.out)?;
-    let dir = OutputDir::of_parts(plan, &job.out, job.force, storage)?;
+    let dir = OutputDir::of_parts(plan, &job.out, job.force, job.on_shard.clone(), storage)?;
     if dir.is_published() {
+        dir.hand_over_rest(plan, observer)?;
         return tidy_up(dir);
     }
     let parts = all_parts(plan, job, count, &board, &dir)?;
@@ -48,10 +48,11 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
     let mut report = report(plan, &desk.schedule, (&dir.dir, false), &finished.tally, &finished.thresholds, warnings);
     report.chunks_reused = parts.iter().map(|part| part.reused).sum();
     report.resumed = report.chunks_reused > 0;
+    report.shards_handed_over = if dir.hands_over() { report.shards } else { 0 };
     report.wall_seconds = begin.elapsed().as_secs_f64();
     let written = PartDone::written(plan, &parts);
     let finished = Finished { report, written, thresholds: finished.thresholds };
-    let mut report = publish(plan, &desk.schedule, dir, finished)?;
+    let mut report = publish(plan, &desk.schedule, dir, finished, observer)?;
     report.wall_seconds = begin.elapsed().as_secs_f64();
     report.peak_memory_bytes = peak_memory_bytes();
     Ok(report)
@@ -64,8 +65,7 @@ fn finished_before(plan: &Plan, job: &Job, storage: &Arc<dyn Storage>) -> Result
             .at(&job.out)
             .help("run its parts first: tiesmith run JOB --part 1/N and so on"));
     }
-    let options = OutputOptions { dir: job.out.clone(), force: false, restart: false };
-    OutputDir::report_in(&options.dir, &**storage)
+    OutputDir::report_in(&job.out, &**storage)
 }
 
 /// What all parts left; an error names those that are missing.

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 
 use super::super::cut::{Cut, TieCounts};
 use super::super::kept::Kept;
-use super::super::passes::{Passes, lock, probed_selectors};
+use super::super::passes::{Passes, lock, prefetch, probed_selectors, probes_ahead};
 use super::super::pool;
 use super::super::records::{self, Entry, UnitDone};
 use super::super::select::{UnitThresholds, cuts, observe, tensor_cuts};
@@ -222,8 +222,12 @@ impl<'a> Looks<'a> {
         pool::run(
             &mut passes.workers,
             blocks,
-            0,
-            |_| (),
+            probes_ahead(&self.desk.schedule),
+            |&block| {
+                if self.desk.schedule.ahead_bytes > 0 {
+                    prefetch(plan, block, Wanted::TaskVectors(&models));
+                }
+            },
             |worker, _, block| {
                 let pieces = plan.pieces(block.tensor, Wanted::TaskVectors(&models));
                 worker.load(plan, block, pieces, observer, |worker, data| worker.sketch(data, &brackets))

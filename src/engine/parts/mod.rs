@@ -44,6 +44,9 @@ pub struct Job {
     pub out: PathBuf,
     /// Replace a finished output there.
     pub force: bool,
+    /// See [`OutputOptions::on_shard`]; `finish` hands the shards over.
+    #[serde(default)]
+    pub on_shard: Option<String>,
     /// BLAKE3 over recipe and inputs' headers, as [`Plan::fingerprint`].
     pub fingerprint: String,
     /// Bins of a sketch: the same in all parts, for their counts are added up.
@@ -105,6 +108,7 @@ impl Job {
         Ok(Self {
             out: output.dir.clone(),
             force: output.force,
+            on_shard: output.on_shard.clone(),
             fingerprint: plan.fingerprint.clone(),
             sketch_bins: schedule.sketch_bins,
             inputs: Begin::of(plan)?,
@@ -168,6 +172,7 @@ pub fn run_part(
     job.admit(plan)?;
     side_files::check(plan, &**storage)?;
     let schedule = Schedule::with_bins(plan, run, job.sketch_bins)?;
+    schedule.allow_ahead(plan, &**storage);
     let shards = plan.shares(part.count)[part.index].clone();
     let mut report = PartReport {
         part: part.index + 1,

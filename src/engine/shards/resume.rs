@@ -13,6 +13,12 @@ struct Leftover {
     file: Option<Box<dyn InputFile>>,
     /// It has its final name.
     published: bool,
+    /// It was handed over, and is not here: what sealing it found out.
+    elsewhere: Option<SealedShard>,
+}
+
+impl Leftover {
+    const NOTHING: Self = Self { file: None, published: false, elsewhere: None };
 }
 
 impl Follower<'_> {
@@ -52,7 +58,8 @@ impl Follower<'_> {
             return Err(output.senseless_journal());
         }
         // What was written without being recorded takes up room already.
-        output.check_space(self.remaining.iter().sum::<u64>().saturating_sub(2 * WRITE_BEHIND_BYTES))?;
+        let missing = self.remaining.iter().sum::<u64>().saturating_sub(2 * WRITE_BEHIND_BYTES);
+        output.check_space_for(plan, missing)?;
         output.taken_over();
         for (shard, leftover) in left.iter().enumerate() {
             self.settle(shard, leftover)?;
@@ -66,18 +73,22 @@ impl Follower<'_> {
     fn leftover(&self, shard: usize) -> Result<Leftover> {
         let output = self.shards.output;
         if !self.shards.own.contains(&shard) {
-            return Ok(Leftover { file: None, published: false });
+            return Ok(Leftover::NOTHING);
         }
         let name = &self.shards.plan.layout.shards[shard].name;
         let partial = output.partial(name);
         if output.storage.identity(&partial)?.is_some() {
-            return Ok(Leftover { file: Some(output.storage.open(&partial)?), published: false });
+            return Ok(Leftover { file: Some(output.storage.open(&partial)?), ..Leftover::NOTHING });
         }
         let path = output.dir.join(name);
         if output.owns_final_names() && output.storage.identity(&path)?.is_some() {
-            return Ok(Leftover { file: Some(output.storage.open(&path)?), published: true });
+            return Ok(Leftover { file: Some(output.storage.open(&path)?), published: true, elsewhere: None });
         }
-        Ok(Leftover { file: None, published: false })
+        let known = output.handed_over().get(name).map(|shard_made| shard_made.of(self.shards.plan, shard));
+        let Some(known) = known else { return Ok(Leftover::NOTHING) };
+        let (sealed, tensors) = known.ok_or_else(|| output.senseless_journal())?;
+        tensors.into_iter().for_each(|(tensor, hash)| self.shards.tensors.set(tensor, hash));
+        Ok(Leftover { elsewhere: Some(sealed), ..Leftover::NOTHING })
     }
 
     /// Whether the bytes of `range` are those that were written.
@@ -85,6 +96,9 @@ impl Follower<'_> {
         let plan = self.shards.plan;
         let place = &plan.layout.tensors[range.tensor as usize];
         let shard = place.shard as usize;
+        if left[shard].elsewhere.is_some() {
+            return Ok(true);
+        }
         let Some(file) = &left[shard].file else { return Ok(false) };
         let width = plan.output_bytes(range.tensor) / plan.length(range.tensor).max(1);
         let mut offset = place.offset + range.start * width;
@@ -110,6 +124,14 @@ impl Follower<'_> {
     /// A shard that is complete under its final name stays as it is; every other one is open to be written again.
     fn settle(&mut self, shard: usize, left: &Leftover) -> Result<()> {
         let (output, planned) = (self.shards.output, &self.shards.plan.layout.shards[shard]);
+        if let Some(sealed) = &left.elsewhere {
+            if self.remaining[shard] > 0 {
+                return Err(output.senseless_journal());
+            }
+            self.sealed[shard] = Some(sealed.clone());
+            self.shards.set(shard, ShardFile::Sealed);
+            return Ok(());
+        }
         let Some(file) = &left.file else { return Ok(()) };
         if left.published {
             let mut header = vec![0; planned.header.len()];
@@ -122,7 +144,7 @@ impl Follower<'_> {
                 self.shards.complete_tensors(shard, &**file)?;
                 self.sealed[shard] = Some(SealedShard { hash, bytes: planned.bytes });
                 self.shards.set(shard, ShardFile::Sealed);
-                return Ok(());
+                return self.hand_over(shard);
             }
             output.storage.rename(&output.dir.join(&planned.name), &output.partial(&planned.name))?;
             output.sync_work()?;

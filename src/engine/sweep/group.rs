@@ -11,7 +11,7 @@ use super::{Sweep, Variant, places};
 use crate::engine::cut::{Cut, TieChain, TieCounts};
 use crate::engine::kept::Kept;
 use crate::engine::output::OutputDir;
-use crate::engine::passes::{Passes, Resident, lock, lookahead, prefetch_pieces, ties_before, whole};
+use crate::engine::passes::{Passes, Resident, lock, lookahead, prefetch_pieces, ties_before, units_ahead, whole};
 use crate::engine::pool;
 use crate::engine::records::UnitDone;
 use crate::engine::select::{Thresholds, UnitThresholds, cuts, solo_thresholds, tensor_cuts};
@@ -119,7 +119,7 @@ impl Sweep<'_> {
             report.chunks_reused = made.reused;
             report.wall_seconds = begin.elapsed().as_secs_f64();
             let finished = Finished { report, written, thresholds: made.thresholds };
-            reports[at] = Some(publish(plan, schedule, dir, finished)?);
+            reports[at] = Some(publish(plan, schedule, dir, finished, self.observer)?);
         }
         Ok(reports.into_iter().flatten().collect())
     }
@@ -157,6 +157,7 @@ impl Sweep<'_> {
             let places = places(&variant.plan, self.union).expect("what is made together fits");
             outs.push(Out { plan: &variant.plan, kept, target: Target::Packed(spool), places });
         }
+        schedule.allow_ahead(self.union, &**self.storage);
         let (made, read) = Group::new(self.union, schedule, self.observer, &outs).run()?;
         self.bytes_read = self.bytes_read.saturating_add(read);
         self.storage.check_mapped()?;
@@ -186,6 +187,7 @@ impl Sweep<'_> {
         let (mut made, mut sealed) = (Vec::new(), Vec::new());
         let (union, observer) = (self.union, self.observer);
         let mut read = 0;
+        schedule.allow_ahead(union, &**self.storage);
         with_writers(&targets, &[], observer, &mut sealed, &mut |writers| {
             let mut outs = Vec::with_capacity(writers.len());
             for (&(writer, kept), &(plan, _)) in writers.iter().zip(&targets) {
@@ -493,10 +495,11 @@ impl<'a> Group<'a> {
             items.push((unit, lacking));
         }
         let items = items.iter().filter(|(_, lacking)| !lacking.is_empty());
+        let (lookahead, weight) = units_ahead(self.schedule);
         let ahead = |(unit, lacking): &&(&Unit, Vec<usize>)| {
-            prefetch_pieces(self.union, whole(unit), self.pieces(unit.tensors[0], lacking));
+            weight(prefetch_pieces(self.union, whole(unit), self.pieces(unit.tensors[0], lacking)))
         };
-        pool::run(&mut passes.workers, items, 1, ahead, |worker, _, (unit, lacking)| {
+        pool::run_weighed(&mut passes.workers, items, lookahead, ahead, |worker, _, (unit, lacking)| {
             let mut slot = std::mem::take(&mut worker.slot);
             let result = self.solo_unit(unit, lacking, worker, &mut slot);
             worker.slot = slot;

@@ -1,7 +1,7 @@
 //! A server on loopback that is like the Hub: interface, addresses that redirect to another host, byte ranges, ETags,
 //! tokens. It can be told to misbehave, and remembers what it was asked.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
@@ -35,7 +35,7 @@ pub enum Fault {
     Expired,
     /// 200 and everything.
     IgnoresRanges,
-    /// Another address is needed every time.
+    /// An address is good for one use, so that another is needed every time.
     ShortLived,
 }
 
@@ -65,8 +65,18 @@ struct State {
     /// What goes wrong, from which request for content on, and how often.
     fault: Option<(Fault, usize, usize)>,
     asked: usize,
-    /// Number of addresses given out, and how often the last one was used.
+    /// Number of addresses given out.
     signature: usize,
+    /// Those that were used, where that is once.
+    used: BTreeSet<String>,
+    /// Before every answer.
+    latency: Duration,
+    /// Connections taken so far, of both hosts.
+    connections: usize,
+    /// Requests for content that are being answered, and the most that were at a time.
+    busy: (usize, usize),
+    /// How often a revision meant another commit than before.
+    moves: bool,
 }
 
 pub struct Hub {
@@ -87,6 +97,7 @@ impl Hub {
             let (state, content) = (Arc::clone(&state), content.clone());
             std::thread::spawn(move || {
                 for stream in listener.incoming().flatten() {
+                    state.lock().unwrap().connections += 1;
                     let (state, content) = (Arc::clone(&state), content.clone());
                     std::thread::spawn(move || serve(&stream, &state, is_content, &content));
                 }
@@ -125,6 +136,22 @@ impl Hub {
         state.asked = 0;
     }
 
+    /// Lets every answer take so long.
+    pub fn slow_down(&self, latency: Duration) {
+        self.state.lock().unwrap().latency = latency;
+    }
+
+    /// Connections taken, and the most requests for content at a time, since the last call.
+    pub fn traffic(&self) -> (usize, usize) {
+        let mut state = self.state.lock().unwrap();
+        (std::mem::take(&mut state.connections), std::mem::take(&mut state.busy.1))
+    }
+
+    /// Lets every question after a revision be answered with another commit.
+    pub fn move_revisions(&self) {
+        self.state.lock().unwrap().moves = true;
+    }
+
     /// What was asked since the last call.
     pub fn log(&self) -> Vec<Request> {
         std::mem::take(&mut self.state.lock().unwrap().log)
@@ -157,10 +184,18 @@ fn serve(stream: &TcpStream, state: &Mutex<State>, is_content: bool, content: &s
         let token = headers.get("authorization").and_then(|value| value.strip_prefix("Bearer ")).map(str::to_owned);
         let request = Request { content: is_content, path, range, token, sent: 0 };
         let whole = method == "HEAD";
+        let latency = {
+            let mut state = state.lock().unwrap();
+            state.busy.0 += usize::from(is_content);
+            state.busy.1 = state.busy.1.max(state.busy.0);
+            state.latency
+        };
+        std::thread::sleep(latency);
         let open = match is_content {
             true => give_content(stream, state, &request, whole),
             false => answer(stream, state, &request, content, whole),
         };
+        state.lock().unwrap().busy.0 -= usize::from(is_content);
         if !open {
             return;
         }
@@ -199,12 +234,14 @@ fn answer(stream: &TcpStream, state: &Mutex<State>, request: &Request, content: 
         (Some(_), _) => return refuse("401 Unauthorized", "RepoNotFound"),
         (None, _) => {}
     }
-    if ![COMMIT, "main", "v1", "refs%2Fpr%2F1"].contains(&revision) {
+    if !state.moves && ![COMMIT, "main", "v1", "refs%2Fpr%2F1"].contains(&revision) {
         return refuse("404 Not Found", "RevisionNotFound");
     }
     let Some(file) = file else {
+        let moved = format!("{:040x}", state.log.len());
+        let commit = if state.moves { &moved } else { COMMIT };
         let siblings: Vec<_> = repository.files.keys().map(|name| json!({"rfilename": name})).collect();
-        let info = json!({"id": id, "sha": COMMIT, "siblings": siblings, "private": false, "gated": false}).to_string();
+        let info = json!({"id": id, "sha": commit, "siblings": siblings, "private": false, "gated": false}).to_string();
         return send(stream, "200 OK", &[("Content-Type", "application/json".into())], info.as_bytes(), no_body);
     };
     let Some(bytes) = repository.files.get(&file) else { return refuse("404 Not Found", "EntryNotFound") };
@@ -246,10 +283,7 @@ fn give_content(mut stream: &TcpStream, state: &Mutex<State>, request: &Request,
     state.asked += 1;
     let mut fault = state.fault.filter(|&(_, from, times)| asked >= from && asked - from < times).map(|(f, ..)| f);
     if fault == Some(Fault::ShortLived) {
-        // Only the newest address is good, and every use of one calls for the next.
-        let newest = query == format!("signature={}", state.signature);
-        state.signature += 1;
-        fault = (!newest).then_some(Fault::Expired);
+        fault = (!state.used.insert(query.to_owned())).then_some(Fault::Expired);
     }
     let total = bytes.len() as u64;
     let (first, last) = request.range.unwrap_or((0, total.max(1) - 1));
