@@ -5,8 +5,8 @@
 //! - Ranks are found by counting the bits of scores, in any order: see `sketch`.
 //! - Knows no method: what is summed and ranked is the merger's affair.
 
-use super::cut::Cut;
-use super::passes::{Passes, Resident};
+use super::cut::{Cut, TieChain, TieCounts};
+use super::passes::{Passes, Resident, ties_before};
 use super::select::tensor_cuts;
 use super::slot::{Loaded, Span};
 use super::turns::{Ordered, Turns};
@@ -34,32 +34,38 @@ impl Worker {
         }))
     }
 
-    /// Adds the magnitudes of each model's tile to `sums`: before draws and after them.
-    fn add_magnitudes(&mut self, span: Span<'_>, cuts: &[Cut], sums: &mut [f64]) -> Result<()> {
+    /// Adds the magnitudes of each model's tile to `sums`: before `cuts` and after them.
+    fn add_magnitudes(&mut self, span: Span<'_>, cuts: &[Cut], seen: &mut [u64], sums: &mut [f64]) -> Result<()> {
         let magnitude = |tau: &[f32]| tau.iter().map(|tau| f64::from(tau.abs())).sum::<f64>();
         self.load_base(span);
         for (&(model, piece), sums) in span.data.merge().models.iter().zip(sums.chunks_exact_mut(2)) {
             let model = (model as usize, piece);
             self.task_vector(span, model)?;
             sums[0] += magnitude(&self.tiles.inputs[model.0][..span.length]);
-            self.trimmed_task_vector(span, model, cuts, &mut vec![0; cuts.len()])?;
+            self.trimmed_task_vector(span, model, cuts, seen)?;
             sums[1] += magnitude(&self.tiles.inputs[model.0][..span.length]);
         }
         Ok(())
     }
 
-    /// The sums of look `look` over each granule of the chunk, one after the other, in `each`.
-    fn sum(&mut self, data: Loaded<'_>, look: usize, facts: &[f64], mut each: impl FnMut(&[f64])) -> Result<()> {
+    /// The sums of look `look` over each granule of the chunk, one after the other, in `each`. `cuts` are the chunk's, and
+    /// `seen` counts the ties before it.
+    fn sum(
+        &mut self,
+        data: Loaded<'_>,
+        (look, facts): (usize, &[f64]),
+        (cuts, seen): (&[Cut], &mut TieCounts),
+        mut each: impl FnMut(&[f64]),
+    ) -> Result<()> {
         self.set_weights(data);
         let magnitudes = data.plan.needs().looks[look] == Look::Magnitudes;
-        let cuts = tensor_cuts(data.plan, data.chunk, &vec![Cut::NonZero; data.plan.models()], &[]);
         // Survivors are counted once, when they are merged.
         let kept = self.tally.kept.clone();
         let granule = data.plan.granule(data.chunk.tensor).unwrap_or(u64::MAX);
-        let mut sums = vec![0.0; data.plan.params_of(data.chunk.tensor).merger.sums(look, data.merge().models.len())];
+        let mut sums = vec![0.0; sums_of(data, look)];
         for span in data.tiles() {
             match magnitudes {
-                true => self.add_magnitudes(span, &cuts, &mut sums)?,
+                true => self.add_magnitudes(span, cuts, seen, &mut sums)?,
                 false => self.show(span, facts, |merger, tile, _| merger.add_sums(look, tile, &mut sums))?,
             }
             let end = (span.from + span.length) as u64;
@@ -83,6 +89,12 @@ impl Worker {
         }
         Ok(())
     }
+}
+
+/// How many sums look `look` at a tensor gathers.
+fn sums_of(data: Loaded<'_>, look: usize) -> usize {
+    let tensor = data.chunk.tensor;
+    data.plan.params_of(tensor).merger.sums(look, data.merge().models.len()) * data.plan.columns(tensor)
 }
 
 /// Someone who can look at all of a tensor.
@@ -141,13 +153,15 @@ fn ranked(ranks: Vec<u64>, facts: &[f64], looker: &mut dyn Looker) -> Result<Vec
 struct Solo<'a> {
     worker: &'a mut Worker,
     data: Loaded<'a>,
+    /// What is kept of it.
+    cuts: Vec<Cut>,
 }
 
 impl Looker for Solo<'_> {
     fn sums(&mut self, look: usize, facts: &[f64]) -> Result<Vec<f64>> {
-        let params = self.data.plan.params_of(self.data.chunk.tensor);
-        let mut total = vec![0.0; params.merger.sums(look, self.data.merge().models.len())];
-        self.worker.sum(self.data, look, facts, |sums| add(&mut total, sums))?;
+        let mut total = vec![0.0; sums_of(self.data, look)];
+        let mut seen = vec![0; self.cuts.len()];
+        self.worker.sum(self.data, (look, facts), (&self.cuts, &mut seen), |sums| add(&mut total, sums))?;
         Ok(total)
     }
 
@@ -158,9 +172,23 @@ impl Looker for Solo<'_> {
     }
 }
 
-/// What the method needs to know of a tensor that `worker` holds in memory.
-pub(super) fn solo_facts(worker: &mut Worker, data: Loaded<'_>) -> Result<Vec<f64>> {
-    look(data.plan, data.chunk.tensor, &mut Solo { worker, data })
+/// What the method needs to know of a tensor that `worker` holds in memory, and of which it keeps what `cuts` say.
+pub(super) fn solo_facts(worker: &mut Worker, data: Loaded<'_>, cuts: &[Cut]) -> Result<Vec<f64>> {
+    if data.plan.needs().looks.is_empty() {
+        return Ok(Vec::new());
+    }
+    let cuts = tensor_cuts(data.plan, data.chunk, cuts, &[]);
+    look(data.plan, data.chunk.tensor, &mut Solo { worker, data, cuts })
+}
+
+/// Sums and ties, which chunks wait for in the same order.
+struct Both<'a>(&'a dyn Ordered, &'a dyn Ordered);
+
+impl Ordered for Both<'_> {
+    fn abort(&self, ordinal: usize) {
+        self.0.abort(ordinal);
+        self.1.abort(ordinal);
+    }
 }
 
 /// A tensor that all workers share.
@@ -168,15 +196,20 @@ struct Shared<'p, 'a> {
     passes: &'p mut Passes<'a>,
     unit: &'p Unit,
     resident: &'p mut Option<Resident>,
+    /// What is kept of it.
+    cuts: &'p [Cut],
 }
 
 impl Looker for Shared<'_, '_> {
     fn sums(&mut self, look: usize, facts: &[f64]) -> Result<Vec<f64>> {
-        let turns = Turns::new(Vec::new());
-        let ordered: &dyn Ordered = &turns;
-        self.passes.each_chunk(self.unit, self.resident, Wanted::All, Some(ordered), |worker, ordinal, data| {
+        let (turns, plan, cuts) = (Turns::new(Vec::new()), self.passes.plan, self.cuts);
+        let chain = TieChain::of(cuts.len());
+        let ordered = Both(&turns, &chain);
+        self.passes.each_chunk(self.unit, self.resident, Wanted::All, Some(&ordered), |worker, ordinal, data| {
+            let cuts = tensor_cuts(plan, data.chunk, cuts, &[]);
+            let (mut seen, _) = ties_before(worker, &chain, ordinal, data, &cuts)?;
             let mut granules = Vec::new();
-            worker.sum(data, look, facts, |sums| granules.push(sums.to_vec()))?;
+            worker.sum(data, (look, facts), (&cuts, &mut seen), |sums| granules.push(sums.to_vec()))?;
             turns.take(ordinal, |total: &mut Vec<f64>| {
                 for sums in &granules {
                     total.resize(sums.len(), 0.0);
@@ -198,13 +231,13 @@ impl Looker for Shared<'_, '_> {
 
 impl Passes<'_> {
     /// What the method needs to know of a shared unit, which is one tensor wherever a method needs to know anything.
-    pub(super) fn facts(&mut self, unit: &Unit, resident: &mut Option<Resident>) -> Result<Vec<f64>> {
+    pub(super) fn facts(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut]) -> Result<Vec<f64>> {
         let plan = self.plan;
         if plan.needs().looks.is_empty() {
             return Ok(Vec::new());
         }
         self.announce("gather", self.pass_bytes("gather"));
-        look(plan, unit.tensors[0], &mut Shared { passes: self, unit, resident })
+        look(plan, unit.tensors[0], &mut Shared { passes: self, unit, resident, cuts })
     }
 }
 

@@ -218,7 +218,7 @@ impl<'a> Passes<'a> {
         let before = self.tally().bytes_read;
         let found = self.shared_thresholds(unit, &goals, &mut resident)?;
         let cuts = cuts(self.plan, &goals, &found);
-        let facts = self.facts(unit, &mut resident)?;
+        let facts = self.facts(unit, &mut resident, &cuts)?;
         let majority = self.majority(unit, &mut resident, &cuts, &facts)?;
         let thresholds = UnitThresholds::new(unit, &goals, &found);
         self.writer().keep(UnitDone {
@@ -488,7 +488,7 @@ impl<'a> Passes<'a> {
             let cuts = tensor_cuts(plan, data.chunk, cuts, facts);
             let (mut seen, _) = ties_before(worker, &chain, ordinal, data, &cuts)?;
             add_ties(elsewhere, data.chunk, &mut seen);
-            sum.fetch_add(worker.vote(data, &cuts, &mut seen)?, Ordering::Relaxed);
+            sum.fetch_add(worker.vote(data, &cuts, &mut seen, facts)?, Ordering::Relaxed);
             Ok(())
         })?;
         Ok(sum.into_inner())
@@ -536,10 +536,11 @@ impl<'a> Passes<'a> {
             let (chunk, goals) = (whole(unit), plan.goals(unit));
             worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
                 let found = solo_thresholds(worker, data, &goals, bins)?;
-                let mut known = Known { facts: solo_facts(worker, data)?, ..Known::default() };
-                let cuts = tensor_cuts(plan, chunk, &cuts(plan, &goals, &found), &known.facts);
+                let cuts = cuts(plan, &goals, &found);
+                let mut known = Known { facts: solo_facts(worker, data, &cuts)?, ..Known::default() };
+                let cuts = tensor_cuts(plan, chunk, &cuts, &known.facts);
                 if plan.votes() {
-                    known.majority = worker.vote(data, &cuts, &mut vec![0; cuts.len()])?.signum() as f32;
+                    known.majority = worker.vote(data, &cuts, &mut vec![0; cuts.len()], &known.facts)?.signum() as f32;
                 }
                 let mut out = writer.chunk(chunk);
                 let mut sink = |offset, bytes: &[u8]| out.write(offset, bytes);

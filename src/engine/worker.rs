@@ -14,7 +14,7 @@ use crate::dtype::Float;
 use crate::error::Result;
 use crate::kernels::{self, Isa};
 use crate::limits::{OUT_ELEMENTS, SMALL_UNIT_ELEMENTS};
-use crate::method::{Inputs, Tile};
+use crate::method::{Inputs, Look, Tile};
 use crate::plan::near_keys;
 use crate::plan::{Chunk, Piece, Plan, Schedule};
 use crate::sketch::{Bracket, MagnitudeSketch, NearKeys};
@@ -61,6 +61,8 @@ pub(super) struct Worker {
     pub slot: Slot,
     pub tiles: Tiles,
     pub weights: Vec<f32>,
+    /// Per model: what its trimmed task vector is multiplied by; empty where nothing is.
+    scales: Vec<f32>,
     encoded: Vec<u8>,
     /// One sketch per model, where the plan trims.
     pub sketches: Vec<MagnitudeSketch>,
@@ -108,6 +110,7 @@ impl Worker {
                 exempt: vec![false; longest],
             },
             weights: Vec::with_capacity(plan.models()),
+            scales: Vec::new(),
             encoded: vec![0; out_elements * out_width.unwrap_or(1)],
             sketches: Vec::new(),
             keys: Vec::new(),
@@ -144,6 +147,7 @@ impl Worker {
     /// Begins a chunk: what is counted from here on is its own.
     pub(super) fn begin(&mut self) {
         self.mark.clone_from(&self.tally);
+        self.scales.clear();
     }
 
     /// What was counted for the current chunk.
@@ -283,12 +287,13 @@ impl Worker {
         Ok(counts)
     }
 
-    /// Sum of the elected signs over the data.chunk.
-    pub(super) fn vote(&mut self, data: Loaded<'_>, cuts: &[Cut], seen: &mut TieCounts) -> Result<i64> {
+    /// Sum of the elected signs over the chunk; `facts` as in [`Known::facts`].
+    pub(super) fn vote(&mut self, data: Loaded<'_>, cuts: &[Cut], seen: &mut TieCounts, facts: &[f64]) -> Result<i64> {
         let mut sum = 0;
         // Survivors are counted once, when they are merged.
         let kept = self.tally.kept.clone();
         self.set_weights(data);
+        self.set_scales(data, facts);
         for span in data.tiles() {
             self.load_inputs(span, cuts, seen)?;
             let Tiles { inputs, oracle, scratch, .. } = &mut self.tiles;
@@ -315,6 +320,7 @@ impl Worker {
         sink: Sink<'_>,
     ) -> Result<()> {
         self.set_weights(data);
+        self.set_scales(data, &known.facts);
         let short = Short::of(data, cuts, &self.weights, known.majority);
         let go_short = |worker: &mut Self, span: Span<'_>, encoded: &mut [u8]| {
             short.as_ref().is_some_and(|short| worker.merge_short(span, short, encoded))
@@ -405,6 +411,18 @@ impl Worker {
         self.weights.extend(data.merge().models.iter().map(|&(model, _)| weights[model as usize]));
     }
 
+    /// Takes over the factors that looks at the tensor found, where thresholds decide what is kept: draws have theirs in
+    /// their cuts.
+    fn set_scales(&mut self, data: Loaded<'_>, facts: &[f64]) {
+        self.scales.clear();
+        if data.plan.selects() && data.plan.needs().looks.contains(&Look::Magnitudes) {
+            self.scales.resize(data.plan.models(), 1.0);
+            for (&(model, _), &factor) in data.merge().models.iter().zip(facts) {
+                self.scales[model as usize] = factor as f32;
+            }
+        }
+    }
+
     pub(super) fn load_base(&mut self, span: Span<'_>) {
         if let Some(piece) = span.data.merge().base {
             let (float, bytes) = span.stored(piece);
@@ -425,6 +443,20 @@ impl Worker {
 
     /// τ̂ of one model into its input tile, counting survivors; otherwise like [`Self::task_vector`].
     pub(super) fn trimmed_task_vector(
+        &mut self,
+        span: Span<'_>,
+        model: (usize, Piece),
+        cuts: &[Cut],
+        seen: &mut [u64],
+    ) -> Result<bool> {
+        let finite = self.cut_task_vector(span, model, cuts, seen)?;
+        if let Some(&scale) = self.scales.get(model.0) {
+            kernels::scale(self.isa, &mut self.tiles.inputs[model.0][..span.length], scale);
+        }
+        Ok(finite)
+    }
+
+    fn cut_task_vector(
         &mut self,
         span: Span<'_>,
         (model, piece): (usize, Piece),

@@ -29,7 +29,7 @@ pub(super) static DARE_TIES: Described = Described {
     params: &[WEIGHT, DENSITY, LAMBDA, ELECT, COMBINE_SUM, ZERO_SUM, RESCALE],
     trims: true,
     draws: true,
-    prepare: |settings, _| Box::new(SparseMerger::drawn(TiesMerger::elected(settings), rules(settings), settings)),
+    prepare: |settings, _| Box::new(SparseMerger::new(TiesMerger::elected(settings), rules(settings), settings)),
     ..Described::PLAIN
 };
 
@@ -42,7 +42,7 @@ pub(super) static DARE_LINEAR: Described = Described {
     params: &[WEIGHT, DENSITY, LAMBDA, NORMALIZE, RESCALE],
     trims: true,
     draws: true,
-    prepare: |settings, _| Box::new(SparseMerger::drawn(TiesMerger::sum(settings), rules(settings), settings)),
+    prepare: |settings, _| Box::new(SparseMerger::new(TiesMerger::sum(settings), rules(settings), settings)),
     ..Described::PLAIN
 };
 

@@ -36,7 +36,7 @@ pub(super) static DELLA: Described = Described {
     params: &[WEIGHT, DENSITY, EPSILON, LAMBDA, ELECT, COMBINE, ZERO_SUM, RESCALE],
     trims: true,
     draws: true,
-    prepare: |settings, _| Box::new(SparseMerger::drawn(TiesMerger::elected(settings), rules(settings), settings)),
+    prepare: |settings, _| Box::new(SparseMerger::new(TiesMerger::elected(settings), rules(settings), settings)),
     ..Described::PLAIN
 };
 
@@ -49,7 +49,7 @@ pub(super) static DELLA_LINEAR: Described = Described {
     params: &[WEIGHT, DENSITY, EPSILON, LAMBDA, NORMALIZE, RESCALE],
     trims: true,
     draws: true,
-    prepare: |settings, _| Box::new(SparseMerger::drawn(TiesMerger::sum(settings), rules(settings), settings)),
+    prepare: |settings, _| Box::new(SparseMerger::new(TiesMerger::sum(settings), rules(settings), settings)),
     ..Described::PLAIN
 };
 

@@ -53,17 +53,38 @@ impl Gram {
 /// Coefficients from a Gram matrix and the models' weights.
 pub(super) type Coefficients = Box<dyn Fn(&Gram, &[f64]) -> Vec<f64> + Send + Sync>;
 
-/// Σ c_t x_t, the c_t from the Gram matrix of whole tensors or of each row.
+/// What a vector is, for a [`SpanMerger`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Vectors {
+    /// A tensor.
+    Tensors,
+    /// A row of a tensor: the last axis.
+    Rows,
+    /// A column of a tensor: the first axis.
+    Columns,
+}
+
+/// Σ c_t x_t, the c_t from the Gram matrix of whole tensors, of each row or of each column.
 pub(super) struct SpanMerger {
     pub inputs: Inputs,
-    pub rows: bool,
+    pub vectors: Vectors,
     pub coefficients: Coefficients,
 }
 
 impl SpanMerger {
     /// Of whole tensors: weights, or task vectors where there is a base.
     pub(super) fn of(inputs: Inputs, coefficients: Coefficients) -> Box<dyn Merger> {
-        Box::new(Self { inputs, rows: false, coefficients })
+        Box::new(Self { inputs, vectors: Vectors::Tensors, coefficients })
+    }
+
+    /// The inputs of a tile, row by row.
+    fn rows<'t>(tile: &'t Tile<'_>) -> impl Iterator<Item = Vec<&'t [f32]>> {
+        let length = tile.inputs.first().map_or(0, |input| input.len());
+        let row = move |start: usize| {
+            let end = (start + tile.row).min(length);
+            tile.inputs.iter().map(|input| &input[start..end]).collect()
+        };
+        (0..length).step_by(tile.row.max(1)).map(row)
     }
 
     fn combine(&self, products: &[f64], weights: &[f32]) -> Vec<f64> {
@@ -85,12 +106,13 @@ pub(super) fn flag(settings: &Settings, name: &str) -> bool {
 
 impl Merger for SpanMerger {
     fn needs(&self) -> Needs {
-        let looks: &[Look] = if self.rows { &[] } else { &[Look::Sums] };
-        Needs { looks, rows: self.rows, ..Needs::of(self.inputs) }
+        let looks: &[Look] = if self.vectors == Vectors::Rows { &[] } else { &[Look::Sums] };
+        let columns = self.vectors == Vectors::Columns;
+        Needs { looks, rows: self.vectors != Vectors::Tensors, columns, ..Needs::of(self.inputs) }
     }
 
     fn facts(&self, models: usize) -> usize {
-        if self.rows { 0 } else { models }
+        if self.vectors == Vectors::Rows { 0 } else { models }
     }
 
     fn sums(&self, _look: usize, models: usize) -> usize {
@@ -98,26 +120,45 @@ impl Merger for SpanMerger {
     }
 
     fn add_sums(&self, _look: usize, tile: &Tile<'_>, sums: &mut [f64]) {
-        Gram::add(tile, sums);
+        if self.vectors != Vectors::Columns {
+            return Gram::add(tile, sums);
+        }
+        for inputs in Self::rows(tile) {
+            for (column, products) in sums.chunks_exact_mut(Gram::size(inputs.len())).enumerate() {
+                let pairs = (0..inputs.len()).flat_map(|i| (i..inputs.len()).map(move |j| (i, j)));
+                for (product, (i, j)) in products.iter_mut().zip(pairs) {
+                    *product += f64::from(inputs[i][column]) * f64::from(inputs[j][column]);
+                }
+            }
+        }
     }
 
     fn conclude(&self, _look: usize, subject: Subject<'_>, found: &[f64]) -> Vec<f64> {
-        self.combine(found, subject.weights)
+        found.chunks_exact(Gram::size(subject.weights.len())).flat_map(|g| self.combine(g, subject.weights)).collect()
     }
 
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {
         out.fill(0.0);
-        if !self.rows {
+        if self.vectors == Vectors::Tensors {
             for (input, &c) in tile.inputs.iter().zip(tile.facts) {
                 kernels::add_scaled(tile.isa, out, c as f32, input);
             }
             return;
         }
-        for (start, out) in (0..out.len()).step_by(tile.row).zip(out.chunks_mut(tile.row)) {
-            let rows: Vec<&[f32]> = tile.inputs.iter().map(|input| &input[start..start + out.len()]).collect();
-            let mut products = vec![0.0; Gram::size(rows.len())];
-            Gram::add(&Tile { inputs: &rows, ..*tile }, &mut products);
-            for (row, c) in rows.iter().zip(self.combine(&products, tile.weights)) {
+        for (inputs, out) in Self::rows(tile).zip(out.chunks_mut(tile.row)) {
+            if self.vectors == Vectors::Columns {
+                let models = inputs.len();
+                for (t, input) in inputs.iter().enumerate() {
+                    let coefficients = tile.facts.iter().skip(t).step_by(models);
+                    for ((out, x), c) in out.iter_mut().zip(*input).zip(coefficients) {
+                        *out += *c as f32 * x;
+                    }
+                }
+                continue;
+            }
+            let mut products = vec![0.0; Gram::size(inputs.len())];
+            Gram::add(&Tile { inputs: &inputs, ..*tile }, &mut products);
+            for (row, c) in inputs.iter().zip(self.combine(&products, tile.weights)) {
                 kernels::add_scaled(tile.isa, out, c as f32, row);
             }
         }

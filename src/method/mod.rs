@@ -127,12 +127,15 @@ pub struct Needs {
     pub looks: &'static [Look],
     /// Whether tiles hold whole rows, for methods that treat each row on its own.
     pub rows: bool,
+    /// Whether rows are those of the first axis, and there are sums and facts for each of their columns, one after the
+    /// other. Then [`Needs::rows`] holds too.
+    pub columns: bool,
 }
 
 impl Needs {
     /// Nothing but `inputs`.
     pub const fn of(inputs: Inputs) -> Self {
-        Self { inputs, majority_sign: false, looks: &[], rows: false }
+        Self { inputs, majority_sign: false, looks: &[], rows: false, columns: false }
     }
 }
 
@@ -275,12 +278,12 @@ pub trait Merger: Send + Sync {
         let _ = weight;
         false
     }
-    /// How many facts the looks find where `models` models have the tensor.
+    /// How many facts the looks find (per column, with [`Needs::columns`]) where `models` models have the tensor.
     fn facts(&self, models: usize) -> usize {
         let _ = models;
         0
     }
-    /// How many sums look `look` gathers where `models` models have the tensor.
+    /// How many sums look `look` gathers (per column, with [`Needs::columns`]) where `models` models have the tensor.
     fn sums(&self, look: usize, models: usize) -> usize {
         let _ = (look, models);
         0

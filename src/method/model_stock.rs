@@ -7,7 +7,7 @@
 //! is kept.
 
 use super::described::Described;
-use super::gram::{Gram, SpanMerger, flag};
+use super::gram::{Gram, SpanMerger, Vectors, flag};
 use super::{Inputs, ParamKind, ParamSpec};
 
 /// See the module's documentation.
@@ -35,7 +35,7 @@ pub(super) static MODEL_STOCK: Described = Described {
         let floor = settings.number("norm_floor");
         Box::new(SpanMerger {
             inputs: Inputs::TaskVectors,
-            rows: flag(settings, "filter_wise"),
+            vectors: if flag(settings, "filter_wise") { Vectors::Rows } else { Vectors::Tensors },
             coefficients: Box::new(move |gram, _| coefficients(gram, floor)),
         })
     },

@@ -4,10 +4,11 @@
 //! With t = w_1 / (w_0 + w_1) (½ where the weights cancel) and Ω the angle between x_0 and x_1:
 //! x = (sin((1 − t)Ω) x_0 + sin(tΩ) x_1) / sin Ω, and the straight (1 − t) x_0 + t x_1 where sin Ω < 1e-8. The x are the
 //! models' weights, or their differences to base, to which x is then added. Each tensor is one vector; with
-//! `nuslerp_flatten false`, each of its rows is (a row longer than 131,072 elements: each piece of that length).
+//! `nuslerp_flatten false`, each of its rows is (a row longer than 131,072 elements: each piece of that length), or, with
+//! `nuslerp_row_wise true` too, each of its columns: all entries that differ in the first index alone.
 
 use super::described::Described;
-use super::gram::{Gram, SpanMerger, flag, inputs_with};
+use super::gram::{Gram, SpanMerger, Vectors, flag, inputs_with};
 use super::{ParamKind, ParamSpec};
 
 /// See the module's documentation.
@@ -29,12 +30,22 @@ pub(super) static NUSLERP: Described = Described {
             kind: ParamKind::Choice(&["true", "false"]),
             help: "treat each tensor as one vector, or each of its rows on its own",
         },
+        ParamSpec {
+            name: "nuslerp_row_wise",
+            per_model: false,
+            kind: ParamKind::Choice(&["false", "true"]),
+            help: "with nuslerp_flatten false, each column instead of each row (mergekit's name for it)",
+        },
     ],
     models: (2, 2),
     needs_base: false,
     prepare: |settings, base| {
-        let rows = !flag(settings, "nuslerp_flatten");
-        Box::new(SpanMerger { inputs: inputs_with(base), rows, coefficients: Box::new(coefficients) })
+        let vectors = match (flag(settings, "nuslerp_flatten"), flag(settings, "nuslerp_row_wise")) {
+            (true, _) => Vectors::Tensors,
+            (false, false) => Vectors::Rows,
+            (false, true) => Vectors::Columns,
+        };
+        Box::new(SpanMerger { inputs: inputs_with(base), vectors, coefficients: Box::new(coefficients) })
     },
     ..Described::PLAIN
 };

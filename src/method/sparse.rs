@@ -19,14 +19,17 @@ pub(super) const RESCALE: ParamSpec = ParamSpec {
     help: "divide what is kept by its probability (paper), restore each tensor's sum of magnitudes (mergekit), or neither",
 };
 
-impl SparseMerger {
-    /// `rules` has one entry per model.
-    pub(super) fn new(merge: TiesMerger, rules: Vec<Sparsify>) -> Self {
-        Self { rules, merge, l1: false }
-    }
+/// The same where thresholds choose what is kept.
+pub(super) const RESTORE: ParamSpec = ParamSpec {
+    name: "rescale",
+    per_model: false,
+    kind: ParamKind::Choice(&["none", "l1"]),
+    help: "leave what is kept as it is, or restore each tensor's sum of magnitudes (mergekit); needs scope tensor",
+};
 
-    /// With `rescale` as the settings say.
-    pub(super) fn drawn(merge: TiesMerger, rules: Vec<Sparsify>, settings: &Settings) -> Self {
+impl SparseMerger {
+    /// `rules` has one entry per model, `rescale` is as the settings say.
+    pub(super) fn new(merge: TiesMerger, rules: Vec<Sparsify>, settings: &Settings) -> Self {
         Self { rules, merge, l1: settings.word("rescale") == "l1" }
     }
 }

@@ -8,9 +8,12 @@
 //!   the w_t τ̂_t of largest magnitude in A (`max`), or Σ_A w_t τ̂_t / Σ_t w_t over all models (`mean-all`: no disjoint
 //!   mean); 0 where A is empty;
 //! - the merged task vector is λ times that.
+//!
+//! With `rescale l1` (mergekit), τ̂_t is multiplied by Σ|τ_t| / Σ|τ̂_t| over the tensor.
 
+use super::sparse::{RESTORE, SparseMerger, per_model};
 use super::task_arithmetic::{normalize, normalizes};
-use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Tile};
+use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Sparsify, Tile};
 use crate::kernels::{self, Fused};
 
 /// See the module's documentation.
@@ -86,6 +89,7 @@ impl Method for Ties {
             ELECT,
             COMBINE,
             ZERO_SUM,
+            RESTORE,
         ]
     }
 
@@ -94,7 +98,12 @@ impl Method for Ties {
     }
 
     fn prepare(&self, settings: &Settings, _base: bool) -> Box<dyn Merger> {
-        Box::new(TiesMerger::elected(settings))
+        let merge = TiesMerger::elected(settings);
+        if settings.word("rescale") == "none" {
+            return Box::new(merge);
+        }
+        let rules = per_model(settings, "density").iter().map(|_| Sparsify::Magnitude).collect();
+        Box::new(SparseMerger::new(merge, rules, settings))
     }
 }
 

@@ -13,9 +13,9 @@ use crate::checkpoint::layout::{Layout, OutputTensor};
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, Float, dtype_name};
 use crate::error::{Error, Result, printable};
-use crate::limits::MAX_CONFIG_BYTES;
+use crate::limits::{MAX_CONFIG_BYTES, ROW_ELEMENTS};
 use crate::method::{Inputs, Method, Statistics};
-use crate::recipe::{Filter, Missing, Module, NonFinite, Recipe, Slice, TensorFilter};
+use crate::recipe::{Filter, Missing, Module, NonFinite, Recipe, Scope, Slice, TensorFilter};
 use crate::storage::Storage;
 
 /// Changes whenever a change of the program changes output bytes.
@@ -94,6 +94,10 @@ fn build_from(recipe: &Recipe, storage: &Arc<dyn Storage>, open_one: Open<'_>) -
     let (params, unused) = table.finish()?;
     warnings.extend(unused);
     let trims = params.iter().flat_map(|set| &set.density).any(|&k| k < 1.0);
+    if trims && !method.draws() && recipe.scope == Scope::Model && !params[0].merger.needs().looks.is_empty() {
+        return Err(Error::usage("rescale l1 is per tensor, but one threshold is for the whole model")
+            .help("use --scope tensor (in a recipe file: scope: tensor)"));
+    }
     let trim = trims.then_some(Trim { threshold: recipe.threshold, ties: recipe.trim_ties });
 
     let float = recipe.dtype.or_else(|| commonest_float(&tensors));
@@ -367,6 +371,15 @@ impl Reconciler<'_> {
         let params = table.index(&scopes)?;
         let inputs = table.get(params).merger.needs().inputs;
         let shape = &*self.common_shape(target, tensor, inputs);
+        let columns = || shape.iter().skip(1).product::<u64>();
+        if table.get(params).merger.needs().columns && columns() > ROW_ELEMENTS {
+            return Err(Error::usage(format!(
+                "{} columns, but at most {ROW_ELEMENTS} can be merged one by one",
+                columns()
+            ))
+            .tensor(&target.name)
+            .help("leave it out with --exclude, or set nuslerp_row_wise to false"));
+        }
         let mut models = Vec::with_capacity(target.sources.len());
         let mut lacks = Vec::new();
         for Source { model, name, .. } in &target.sources {

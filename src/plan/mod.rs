@@ -314,9 +314,14 @@ impl Plan {
     /// How many facts the looks at tensor `index` find.
     pub fn facts(&self, index: u32) -> usize {
         match &self.tensors[index as usize].action {
-            Action::Merge { models, .. } => self.params_of(index).merger.facts(models.len()),
+            Action::Merge { models, .. } => self.params_of(index).merger.facts(models.len()) * self.columns(index),
             Action::Copy { .. } => 0,
         }
+    }
+
+    /// How many columns of tensor `index` have sums and facts of their own.
+    pub fn columns(&self, index: u32) -> usize {
+        if self.needs().columns { self.row(index) as usize } else { 1 }
     }
 
     /// Whether every tensor is a unit of its own: where thresholds are per tensor, or something else is gathered over it.
@@ -326,7 +331,12 @@ impl Plan {
 
     /// Elements of a row of tensor `index`, where the method works row by row.
     pub fn row(&self, index: u32) -> u64 {
-        self.tensors[index as usize].shape.last().map_or(1, |&last| last.clamp(1, ROW_ELEMENTS))
+        let tensor = &self.tensors[index as usize];
+        match (self.needs().columns, &tensor.shape[..]) {
+            (true, [first, ..]) => (tensor.elements / (*first).max(1)).clamp(1, ROW_ELEMENTS),
+            (false, [.., last]) => (*last).clamp(1, ROW_ELEMENTS),
+            (_, []) => 1,
+        }
     }
 
     /// Elements of a tile of tensor `index`: whole rows, where the method works row by row.

@@ -401,6 +401,7 @@ impl Demand {
             }
         }
         let tensor_scope = plan.per_tensor();
+        let columns = grouped.iter().map(|&t| plan.columns(t)).max().unwrap_or(1);
         let longest = |tensors: &[u32]| tensors.iter().map(|&t| plan.length(t)).max().unwrap_or(0);
         Self {
             out_width,
@@ -409,7 +410,7 @@ impl Demand {
             bounds: plan.bounds() as u64,
             tile: (0..plan.tensors.len() as u32).map(|t| plan.tile(t)).max().unwrap_or(TILE_ELEMENTS) as u64,
             granule: (0..plan.tensors.len() as u32).filter_map(|t| plan.granule(t)).max().unwrap_or(0),
-            sums: (0..needs.looks.len()).map(sums).max().unwrap_or(0) as u64,
+            sums: ((0..needs.looks.len()).map(sums).max().unwrap_or(0) * columns) as u64,
             ranks: if needs.looks.contains(&Look::Ranks) { MAX_RANKS as u64 } else { 0 },
             longest: longest(&direct).max(longest(&grouped)).max(1),
             longest_unit: if tensor_scope { longest(&grouped) } else { 0 },

@@ -175,6 +175,38 @@ fn no_method_depends_on_how_a_run_is_done() {
 }
 
 #[test]
+fn sums_of_what_is_kept_do_not_depend_on_how_a_run_is_done() {
+    // Massive ties, in tensors that are read in chunks.
+    let saved = family().save();
+    let methods = tiesmith(["methods", "--json"]).succeeded().json();
+    for name in ["ties", "breadcrumbs"] {
+        let method = methods["methods"].as_array().unwrap().iter().find(|method| method["name"] == name).unwrap();
+        let mut different = Vec::new();
+        for ties in ["--trim-ties=lowest", "--trim-ties=keep", "--trim-ties=sample"] {
+            let flags = ["--scope=tensor", "--density=0.3", "--param=rescale=l1", ties];
+            let first = merge_by(&saved, method, &[&flags[..], &["--threads=1"]].concat());
+            let smallest = run_by("plan", &saved, method, &[&flags[..], &["--memory=1MB"]].concat());
+            let smallest = smallest.refusal().split_once("at least ").unwrap().1.split(' ').next().unwrap().to_owned();
+            let smallest = format!("--memory={smallest}");
+            for run in [&["--threads=2", &smallest][..], &["--threads=3", "--io=mmap"], &["--memory=40MB"]] {
+                assert!(first == merge_by(&saved, method, &[&flags[..], run].concat()), "{name} {ties} {run:?}");
+            }
+            assert!(!different.contains(&first), "{ties}");
+            different.push(first);
+        }
+    }
+    let mut nuslerp = methods["methods"].as_array().unwrap().iter().find(|m| m["name"] == "nuslerp").unwrap().clone();
+    nuslerp["needs_base"] = true.into();
+    let flags = ["--param=nuslerp_flatten=false", "--param=nuslerp_row_wise=true"];
+    let first = merge_by(&saved, &nuslerp, &[&flags[..], &["--threads=1"]].concat());
+    for run in [&["--threads=2", "--memory=30MB"][..], &["--threads=3", "--io=mmap"]] {
+        assert!(first == merge_by(&saved, &nuslerp, &[&flags[..], run].concat()), "nuslerp {run:?}");
+    }
+    let refused = run_by("plan", &saved, &methods["methods"][0], &["--param=rescale=l1"]);
+    assert!(refused.refusal().contains("use --scope tensor"), "{}", refused.refusal());
+}
+
+#[test]
 fn no_method_depends_on_the_instruction_set() {
     let spec = Spec { shapes: vec![("a", vec![100, 257]), ("b", vec![3]), ("c", vec![9_001])], ..Spec::default() };
     let saved = spec.family().save();

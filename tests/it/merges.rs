@@ -95,6 +95,38 @@ fn cases() -> Vec<Case> {
             ..CASE
         },
         Case {
+            method: "breadcrumbs",
+            flags: &[
+                "--scope=tensor",
+                "--trim-ties=lowest",
+                "--density=0.6",
+                "--param=gamma=0.05",
+                "--param=rescale=l1",
+            ],
+            reference: |unit| {
+                let sparse = reference::restored(&unit.taus, tails(unit, 0.6, 0.05));
+                reference::consensus(unit, &sparse, &[1.0; 3], false)
+            },
+            ..CASE
+        },
+        Case {
+            method: "ties",
+            flags: &[
+                "--scope=tensor",
+                "--trim-ties=lowest",
+                "--density=0.3",
+                "--combine=sum",
+                "--zero-sum=positive",
+                "--param=rescale=l1",
+            ],
+            suffixes: WEIGHTED,
+            reference: |unit| {
+                let sparse = reference::restored(&unit.taus, tails(unit, 0.3, 0.0));
+                reference::consensus(unit, &sparse, &WEIGHTS, true)
+            },
+            ..CASE
+        },
+        Case {
             method: "nearswap",
             models: 1,
             golden: Some("nearswap"),
@@ -190,6 +222,18 @@ fn cases() -> Vec<Case> {
             golden: Some("nuslerp_rows"),
             reference: |unit| {
                 reference::by_rows(&unit.models, unit.row(), |x| reference::nuslerp(&x[0], &x[1], [0.5, 1.0]))
+            },
+            ..SPHERE
+        },
+        Case {
+            method: "nuslerp",
+            models: 2,
+            base: false,
+            flags: &["--param=nuslerp_flatten=false", "--param=nuslerp_row_wise=true"],
+            suffixes: WEIGHTED,
+            golden: Some("nuslerp_cols"),
+            reference: |unit| {
+                reference::by_columns(unit, &unit.models, |x| reference::nuslerp(&x[0], &x[1], [0.5, 1.0]))
             },
             ..SPHERE
         },

@@ -358,7 +358,7 @@ impl<'a> Group<'a> {
             let data = Loaded { plan: own.plan, chunk, slot };
             let cuts = tensor_cuts(own.plan, chunk, &ready.cuts, &[]);
             let (mut seen, _) = ready.ties(own, worker, ordinal, data, &cuts)?;
-            sums[out].fetch_add(worker.vote(data, &cuts, &mut seen)?, Ordering::Relaxed);
+            sums[out].fetch_add(worker.vote(data, &cuts, &mut seen, &[])?, Ordering::Relaxed);
             Ok(())
         })?;
         for out in voters {
@@ -534,7 +534,7 @@ impl<'a> Group<'a> {
             let data = Loaded { plan: own.plan, chunk, slot };
             let cuts = tensor_cuts(own.plan, chunk, &ready.cuts, &[]);
             if own.plan.votes() {
-                ready.known.majority = worker.vote(data, &cuts, &mut vec![0; cuts.len()])?.signum() as f32;
+                ready.known.majority = worker.vote(data, &cuts, &mut vec![0; cuts.len()], &[])?.signum() as f32;
             }
             let done = Some(ready.done(0));
             let counted = self.put(worker, (out, chunk, slot), (Vec::new(), done), |worker, sink| {

@@ -56,10 +56,6 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("t", &["slerp", "nearswap"]),
 ];
 
-/// Switches of mergekit that methods here do not have: their defaults, which are all that is supported.
-const FIXED: &[(&str, bool, &[&str])] =
-    &[("nuslerp_row_wise", false, &["nuslerp"]), ("rescale", false, &["ties", "breadcrumbs", "breadcrumbs_ties"])];
-
 /// Where parameters are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scope {
@@ -84,8 +80,6 @@ enum Kind {
     Switch(&'static str, &'static str),
     /// Yes or no, without effect.
     Idle,
-    /// Yes or no, and nothing but this is supported.
-    Fixed(bool),
 }
 
 /// The parameters of mergekit that `method` cannot do without.
@@ -106,7 +100,9 @@ pub(super) fn defaults(method: &dyn Method) -> Params {
             // What mergekit divides by at least, and where it takes models for equals.
             ("norm_floor" | "uniform_below", ParamKind::Number { .. }) => Value::Number(1e-6),
             ("zero_sum", ParamKind::Choice(words)) if words.contains(&"positive") => Value::Word("positive".into()),
-            ("rescale", ParamKind::Choice(words)) if words.contains(&"l1") => Value::Word("l1".into()),
+            ("rescale", ParamKind::Choice(words)) if words[0] != "none" && words.contains(&"l1") => {
+                Value::Word("l1".into())
+            }
             _ => continue,
         };
         defaults.insert(spec.name.to_string(), default.into());
@@ -144,7 +140,7 @@ impl Settings<'_> {
         };
         let setting = self.setting(value, &key.text, kind)?;
         let per_model = self.method.params().iter().any(|spec| spec.name == name && spec.per_model);
-        if scope == Scope::Model && !per_model && !matches!(kind, Kind::Idle | Kind::Fixed(_)) {
+        if scope == Scope::Model && !per_model && !matches!(kind, Kind::Idle) {
             warnings.push(format!(
                 "{}: {} is for the merge as a whole and has no effect with a model",
                 self.reader.spot(key.place),
@@ -152,7 +148,7 @@ impl Settings<'_> {
             ));
             return Ok(());
         }
-        if matches!(kind, Kind::Idle | Kind::Fixed(_)) {
+        if matches!(kind, Kind::Idle) {
             return Ok(());
         }
         if params.insert(name.to_string(), setting).is_some() {
@@ -189,9 +185,7 @@ impl Settings<'_> {
         if name == "normalize" && words("combine").is_some_and(|w| w.contains(&"mean") && w.contains(&"sum")) {
             return Some(("combine", Kind::Switch("mean", "sum")));
         }
-        let own = self.method.name();
-        let fixed = FIXED.iter().find(|(param, _, methods)| *param == name && methods.contains(&own));
-        fixed.map(|(param, value, _)| (*param, Kind::Fixed(*value)))
+        None
     }
 
     /// A name that the method does not have.
@@ -257,12 +251,8 @@ impl Settings<'_> {
 
     fn value(&self, node: &Node, name: &str, kind: Kind) -> Result<Value> {
         let spec = match kind {
-            Kind::Switch(..) | Kind::Idle | Kind::Fixed(_) => {
+            Kind::Switch(..) | Kind::Idle => {
                 let on = self.boolean(node, name)?;
-                if matches!(kind, Kind::Fixed(only) if only != on) {
-                    let text = format!("{} with {name} {on} is not supported", self.method.name());
-                    return Err(self.reader.fail(node.place, text));
-                }
                 let (yes, no) = if let Kind::Switch(yes, no) = kind { (yes, no) } else { ("true", "false") };
                 return Ok(Value::Word((if on { yes } else { no }).into()));
             }

@@ -315,6 +315,10 @@ fn switches_of_mergekit_mean_what_they_mean_there() {
     // Where nothing is dropped there is nothing to rescale.
     assert!(!shared("task_arithmetic", "rescale", "true").params.contains_key("rescale"));
     assert_eq!(shared("dare_ties", "rescale", "false").params["rescale"], Value::Word("none".into()));
+    for method in ["ties", "breadcrumbs", "breadcrumbs_ties"] {
+        assert_eq!(shared(method, "rescale", "true").params["rescale"], Value::Word("l1".into()), "{method}");
+        assert!(!shared(method, "lambda", "1").params.contains_key("rescale"), "{method}");
+    }
 }
 
 #[test]
@@ -354,7 +358,7 @@ fn mistakes_are_named_with_their_place() {
         (with("parameters: { normalize: maybe }"), "r.yml:6:26: normalize must be true or false, not \"maybe\""),
         (with("parameters: { normalize: true, combine: sum }"), "say the same thing: keep one"),
         (with("parameters: { elect: vote }"), "r.yml:6:22: unknown elect: \"vote\""),
-        (with("parameters: { rescale: true }"), "r.yml:6:24: ties with rescale true is not supported"),
+        (with("parameters: { rescale: maybe }"), "r.yml:6:24: rescale must be true or false, not \"maybe\""),
         (with("parameters: 3"), "r.yml:6:13: parameters must be a mapping, not a single value"),
         (with("dtype: float8"), "r.yml:6:8: unknown dtype: \"float8\"; did you mean \"float16\"?"),
         (with("dtype: int64"), "dtype int64"),

@@ -52,6 +52,17 @@ pub fn consensus(unit: &Unit, sparse: &[Vec<f64>], weights: &[f64], elect: bool)
     })
 }
 
+/// `sparse`, with each vector's sum of magnitudes as in `taus`.
+pub fn restored(taus: &[Vec<f64>], sparse: Vec<Vec<f64>>) -> Vec<Vec<f64>> {
+    let sum = |vector: &[f64]| vector.iter().map(|x| x.abs()).sum::<f64>();
+    let restore = |(tau, sparse): (&Vec<f64>, Vec<f64>)| {
+        let (before, after) = (sum(tau), sum(&sparse));
+        let factor = if before < 1e-7 || after < 1e-7 { 1.0 } else { before / after };
+        sparse.into_iter().map(|x| x * factor).collect()
+    };
+    taus.iter().zip(sparse).map(restore).collect()
+}
+
 /// Σ w max(F, floor) θ / Σ w max(F, floor).
 pub fn fisher(models: &[Vec<f64>], fishers: &[Vec<f64>], weights: &[f64], floor: f64) -> Vec<f64> {
     let at = |p: usize| {
@@ -235,6 +246,18 @@ pub fn model_stock(taus: &[Vec<f64>], floor: f64) -> Vec<f64> {
 pub fn by_rows(vectors: &[Vec<f64>], row: usize, merge: impl Fn(&[Vec<f64>]) -> Vec<f64>) -> Vec<f64> {
     let rows = (0..vectors[0].len()).step_by(row);
     rows.flat_map(|start| merge(&vectors.iter().map(|x| x[start..start + row].to_vec()).collect::<Vec<_>>())).collect()
+}
+
+/// Applies `merge` to every column of `vectors`: entries that differ in the first index alone.
+pub fn by_columns(unit: &Unit, vectors: &[Vec<f64>], merge: impl Fn(&[Vec<f64>]) -> Vec<f64>) -> Vec<f64> {
+    let columns = unit.elements() / unit.shape.first().copied().unwrap_or(1);
+    let mut out = vec![0.0; unit.elements()];
+    for column in 0..columns {
+        let own = |x: &Vec<f64>| x.iter().skip(column).step_by(columns).copied().collect();
+        let merged = merge(&vectors.iter().map(own).collect::<Vec<_>>());
+        out.iter_mut().skip(column).step_by(columns).zip(merged).for_each(|(out, x)| *out = x);
+    }
+    out
 }
 
 /// RAM+ with mergekit's defaults.
