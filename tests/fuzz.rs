@@ -117,3 +117,18 @@ fn manifest() {
 fn journal() {
     target("journal", 1, cases::journal::run);
 }
+
+#[test]
+fn adapter() {
+    target("adapter", 10, cases::adapter::run);
+}
+
+#[test]
+fn packed() {
+    target("packed", 10, cases::packed::run);
+}
+
+#[test]
+fn torch() {
+    target("torch", 10, cases::torch::run);
+}

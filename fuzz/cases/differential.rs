@@ -24,7 +24,7 @@ pub fn run(data: &[u8]) {
 
 fn compare(bytes: &[u8]) {
     let path = super::place("differential").join("model.safetensors");
-    std::fs::write(&path, bytes).expect("the temporary directory can be written to");
+    super::write(&path, bytes);
     let ours = Checkpoint::open(path.to_str().expect("a temporary path is UTF-8"), &super::storage());
     let (reference, ours) = match (safetensors::SafeTensors::deserialize(bytes), ours) {
         (Ok(reference), Ok(ours)) => (reference, ours),

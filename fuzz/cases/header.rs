@@ -5,7 +5,7 @@ use tiesmith::Checkpoint;
 /// See the file's documentation.
 pub fn run(data: &[u8]) {
     let path = super::place("header").join("model.safetensors");
-    std::fs::write(&path, data).expect("the temporary directory can be written to");
+    super::write(&path, data);
     let ours = Checkpoint::open(path.to_str().expect("a temporary path is UTF-8"), &super::storage());
     if let Err(error) = &ours {
         super::refused(error);

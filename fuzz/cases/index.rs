@@ -6,8 +6,8 @@ use tiesmith::Checkpoint;
 pub fn run(data: &[u8]) {
     let dir = super::place("index");
     let shard = super::file(r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}"#, &[1, 2]);
-    std::fs::write(dir.join("s.safetensors"), shard).expect("the temporary directory can be written to");
-    std::fs::write(dir.join("model.safetensors.index.json"), data).expect("the temporary directory can be written to");
+    super::write(&dir.join("s.safetensors"), &shard);
+    super::write(&dir.join("model.safetensors.index.json"), data);
     match Checkpoint::open(dir.to_str().expect("a temporary path is UTF-8"), &super::storage()) {
         Ok(checkpoint) => {
             assert!(checkpoint.files.iter().all(|file| file.file.path().parent() == Some(&*dir)));

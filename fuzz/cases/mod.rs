@@ -2,14 +2,17 @@
 //!
 //! Every function panics if the program does something wrong; a refusal is an [`Error`] with exit code 2 and one line.
 
+pub mod adapter;
 pub mod differential;
 pub mod header;
 pub mod index;
 pub mod journal;
 pub mod manifest;
+pub mod packed;
 pub mod recipe;
+pub mod torch;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tiesmith::{Disk, Error, IoMode, Storage};
@@ -20,6 +23,11 @@ fn place(name: &str) -> PathBuf {
     let dir = std::env::temp_dir().join(format!("tiesmith-fuzz-{name}-{}-{thread}", std::process::id()));
     std::fs::create_dir_all(&dir).expect("the temporary directory can be written to");
     dir
+}
+
+/// Writes a file in there.
+fn write(path: &Path, bytes: &[u8]) {
+    std::fs::write(path, bytes).expect("the temporary directory can be written to");
 }
 
 fn storage() -> Arc<dyn Storage> {

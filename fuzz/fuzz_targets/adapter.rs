@@ -1,51 +1,8 @@
-//! Any bytes as the configuration of an adapter, and as its weights: opening never panics, reading stays in bounds.
-//!
-//! The bytes up to the first NUL are `adapter_config.json`; what follows, if anything does, is `adapter_model.safetensors`.
+//! See `cases/adapter.rs`.
 #![no_main]
 
-use std::sync::Arc;
+#[path = "../cases/mod.rs"]
+#[allow(dead_code)]
+mod cases;
 
-use libfuzzer_sys::fuzz_target;
-use tiesmith::{Checkpoint, Disk, IoMode, Storage};
-
-/// A file of f32 tensors filled with one number.
-fn floats(tensors: &[(&str, &[usize])]) -> Vec<u8> {
-    let (mut members, mut end) = (Vec::new(), 0);
-    for (name, shape) in tensors {
-        let begin = end;
-        end += 4 * shape.iter().product::<usize>();
-        members.push(format!(r#""{name}":{{"dtype":"F32","shape":{shape:?},"data_offsets":[{begin},{end}]}}"#));
-    }
-    let header = format!("{{{}}}", members.join(","));
-    let data: Vec<u8> = std::iter::repeat_n(0.5f32.to_le_bytes(), end / 4).flatten().collect();
-    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat()
-}
-
-fuzz_target!(|data: &[u8]| {
-    let dir = std::env::temp_dir().join(format!("tiesmith-fuzz-adapter-{}", std::process::id()));
-    let (model, adapter) = (dir.join("model"), dir.join("adapter"));
-    let written = |path: &std::path::Path, bytes: &[u8]| {
-        std::fs::create_dir_all(path.parent().expect("a file in a directory")).expect("a temporary directory");
-        std::fs::write(path, bytes).expect("a temporary directory");
-    };
-    written(&model.join("model.safetensors"), &floats(&[("w.weight", &[4, 6]), ("w.bias", &[4]), ("e.weight", &[9, 4])]));
-    let (config, weights) = match data.iter().position(|&byte| byte == 0) {
-        Some(end) => (&data[..end], data[end + 1..].to_vec()),
-        None => (data, floats(&[("base_model.model.w.lora_A.weight", &[2, 6]), ("w.lora_B.weight", &[4, 2])])),
-    };
-    written(&adapter.join("adapter_config.json"), config);
-    written(&adapter.join("adapter_model.safetensors"), &weights);
-    let storage: Arc<dyn Storage> = Arc::new(Disk::new(IoMode::Read));
-    match Checkpoint::open(&format!("{}+{}", model.display(), adapter.display()), &storage) {
-        Ok(checkpoint) => {
-            for tensor in checkpoint.tensors.iter().filter(|tensor| tensor.bytes < 1 << 20) {
-                let mut bytes = vec![0; tensor.bytes as usize];
-                checkpoint.files[tensor.file as usize].file.read_at(&mut bytes, tensor.offset).expect("it can be read");
-            }
-        }
-        Err(error) => {
-            assert_eq!(error.exit_code(), 2, "{error}");
-            assert!(!error.to_string().contains('\n'));
-        }
-    }
-});
+libfuzzer_sys::fuzz_target!(|data: &[u8]| cases::adapter::run(data));

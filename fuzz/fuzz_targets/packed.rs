@@ -1,49 +1,8 @@
-//! Any chunks and index as a packed task vector, with right checksums around them: opening and reading never panics, and
-//! every refusal is one line.
+//! See `cases/packed.rs`.
 #![no_main]
 
-use std::sync::Arc;
+#[path = "../cases/mod.rs"]
+#[allow(dead_code)]
+mod cases;
 
-use libfuzzer_sys::fuzz_target;
-use tiesmith::{Checkpoint, Disk, IoMode, Storage};
-
-/// The base of the seeds: 70 floats, 3 bytes, nothing.
-fn base() -> Vec<u8> {
-    let json = r#"{"a":{"dtype":"F32","shape":[7,10],"data_offsets":[0,280]},"b":{"dtype":"U8","shape":[3],"data_offsets":[280,283]},"c":{"dtype":"BF16","shape":[0],"data_offsets":[283,283]}}"#;
-    let data: Vec<u8> = (0..283u32).map(|i| (i * 7) as u8).collect();
-    [&(json.len() as u64).to_le_bytes()[..], json.as_bytes(), &data].concat()
-}
-
-/// Two bytes with the length of the chunks, the chunks, and the index before compression: as a file.
-fn assemble(seed: &[u8]) -> Vec<u8> {
-    let (length, rest) = seed.split_first_chunk::<2>().map_or((0, seed), |(l, rest)| (u16::from_le_bytes(*l), rest));
-    let (chunks, index) = rest.split_at(usize::from(length).min(rest.len()));
-    let mut file = b"TIESMTVZ\x01\0\0\0\0\0\0\0".to_vec();
-    file.extend_from_slice(chunks);
-    let compressed = zstd::bulk::compress(index, 1).expect("compressing in memory works");
-    let foot = [file.len() as u64, compressed.len() as u64, index.len() as u64];
-    file.extend_from_slice(&compressed);
-    foot.iter().for_each(|number| file.extend(number.to_le_bytes()));
-    file.extend(blake3::hash(&compressed).as_bytes());
-    file.extend(b"ZVTMSEIT");
-    file
-}
-
-fuzz_target!(|data: &[u8]| {
-    let dir = std::env::temp_dir().join(format!("tiesmith-fuzz-packed-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).expect("the temporary directory can be written to");
-    let (path, base_path) = (dir.join("x.tvz"), dir.join("base.safetensors"));
-    std::fs::write(&base_path, base()).expect("the temporary directory can be written to");
-    std::fs::write(&path, assemble(data)).expect("the temporary directory can be written to");
-    let storage: Arc<dyn Storage> = Arc::new(Disk::new(IoMode::Read));
-    let result = Checkpoint::open_on(&path.to_string_lossy(), base_path.to_str(), &storage).and_then(|checkpoint| {
-        checkpoint.tensors.iter().try_for_each(|tensor| {
-            let mut bytes = vec![0; tensor.bytes as usize];
-            checkpoint.files[tensor.file as usize].file.read_at(&mut bytes, tensor.offset)
-        })
-    });
-    if let Err(error) = result {
-        assert_eq!(error.exit_code(), 2, "{error}");
-        assert!(!error.to_string().contains('\n'));
-    }
-});
+libfuzzer_sys::fuzz_target!(|data: &[u8]| cases::packed::run(data));
