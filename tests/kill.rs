@@ -1,6 +1,7 @@
 //! Kills the program for real, at random moments, and runs the same command until it is through.
 //!
-//! `TIESMITH_KILLS` sets how many kills there are at least (40 unless set).
+//! `TIESMITH_KILLS` sets how many kills there are at least (40 unless set); from 200 on, the merges are larger. What all
+//! attempts wrote is printed, beside what undisturbed runs write.
 
 #![cfg(unix)]
 
@@ -10,15 +11,15 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use support::family::{Family, Saved, Spec, text};
-use support::files::{read_checkpoint, read_tree};
+use support::files::{lasting, read_checkpoint};
 use support::oracle::Recipe;
 use support::random::Random;
 use support::run::{command, run};
@@ -37,23 +38,20 @@ fn merge(saved: &Saved, out: &Path, extra: &[&str]) -> Command {
     merge
 }
 
-/// Files that do not depend on how a run went: all but the manifest's times.
-fn lasting(out: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut files: BTreeMap<String, Vec<u8>> =
-        read_tree(out).into_iter().map(|(path, data)| (path.to_str().unwrap().to_owned(), data)).collect();
-    let manifest = files.get_mut("tiesmith.json").expect("a manifest");
-    let mut value: Value = serde_json::from_slice(manifest).unwrap();
-    for field in ["out", "wall_seconds", "peak_memory_bytes", "resumed", "chunks_reused", "bytes_read"] {
-        value["report"].as_object_mut().unwrap().remove(field);
-    }
-    value.as_object_mut().unwrap().remove("run");
-    *manifest = value.to_string().into_bytes();
-    files
-}
-
 fn signal(child: &Child, name: &str) {
     // The process may have ended.
     let _ = Command::new("kill").args([name, &child.id().to_string()]).stderr(Stdio::null()).status();
+}
+
+/// Waits until `child` has ended, and tells what it has written with system calls, its report on stdout included; 0 where
+/// the system does not tell.
+fn written(child: &Child) -> u64 {
+    let about = |what: &str| fs::read_to_string(format!("/proc/{}/{what}", child.id())).unwrap_or_default();
+    // An ended process is there until its parent asks how it ended.
+    while about("stat").rsplit(") ").next().is_some_and(|state| !state.is_empty() && !state.starts_with('Z')) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    about("io").lines().find_map(|line| line.strip_prefix("wchar: ")?.parse().ok()).unwrap_or(0)
 }
 
 /// Inode and modification time of every finished shard.
@@ -72,9 +70,12 @@ fn finished_shards(out: &Path) -> BTreeMap<String, (u64, i64, i64)> {
 #[test]
 fn killed_at_random_moments_the_output_is_the_same() {
     let wanted: u32 = std::env::var("TIESMITH_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(40);
-    let saved = family(60_000).save();
+    let larger = wanted >= 200;
+    let saved = family(if larger { 1_500_000 } else { 60_000 }).save();
     let mut random = Random::new(7);
-    let (mut kills, mut resumed, mut reused) = (0, 0, 0);
+    let (mut kills, mut runs, mut resumed, mut reused) = (0, 0, 0, 0);
+    // By all attempts, and by as many undisturbed runs as there were outputs.
+    let (mut all_bytes, mut clean_bytes) = (0, 0);
     let cuts: [&[&str]; 4] = [
         &["--max-shard-size=250KB", "--threads=1"],
         &["--max-shard-size=500KB", "--threads=2", "--scope=tensor", "--trim-ties=lowest"],
@@ -85,14 +86,21 @@ fn killed_at_random_moments_the_output_is_the_same() {
         let extra = cuts[round % cuts.len()];
         let clean = saved.path(&format!("clean{round}"));
         let begin = Instant::now();
-        assert!(merge(&saved, &clean, extra).status().unwrap().success());
+        let mut child = merge(&saved, &clean, extra).spawn().unwrap();
+        let bytes = written(&child);
+        assert!(child.wait().unwrap().success());
         let whole = begin.elapsed();
+        clean_bytes += bytes;
         let out = saved.path(&format!("out{round}"));
         loop {
             let finished = finished_shards(&out);
             let mut child = merge(&saved, &out, extra).spawn().unwrap();
             std::thread::sleep(whole.mul_f64(f64::from(random.below(1000) as u32) / 900.0));
             signal(&child, "-KILL");
+            let attempt = written(&child);
+            (runs, all_bytes) = (runs + 1, all_bytes + attempt);
+            // No attempt does more than all of the work, and a line more in the journal for what it took over.
+            assert!(attempt <= bytes + bytes / 10 + 4096, "{attempt} bytes written, {bytes} undisturbed");
             let status = child.wait().unwrap();
             // Whatever the moment: what was finished is not written again.
             for (name, place) in finished {
@@ -108,13 +116,16 @@ fn killed_at_random_moments_the_output_is_the_same() {
                 break;
             }
             if random.below(3) == 0 {
-                let output = run(merge(&saved, &out, extra));
-                if output.code == Some(0) {
-                    let report = output.json();
+                let child = merge(&saved, &out, extra).spawn().unwrap();
+                (runs, all_bytes) = (runs + 1, all_bytes + written(&child));
+                let output = child.wait_with_output().unwrap();
+                if output.status.success() {
+                    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
                     resumed += u32::from(report["resumed"] == true);
                     reused += report["chunks_reused"].as_u64().unwrap();
                 } else {
-                    assert!(output.error_line(2).contains("a finished merge is already there"));
+                    let stderr = String::from_utf8_lossy(&output.stderr);
+                    assert!(stderr.contains("a finished merge is already there"), "{stderr}");
                 }
                 break;
             }
@@ -126,7 +137,16 @@ fn killed_at_random_moments_the_output_is_the_same() {
             break;
         }
     }
-    println!("{kills} kills, {resumed} runs went on, {reused} chunks taken over");
+    let megabytes = |bytes: u64| bytes as f64 / 1e6;
+    let told = format!(
+        "{kills} kills in {runs} runs, {resumed} of the last ones went on, with {reused} chunks; {:.1} MB written, {:.1} MB by \
+         undisturbed runs ({:.2} times as much)",
+        megabytes(all_bytes),
+        megabytes(clean_bytes),
+        all_bytes as f64 / clean_bytes as f64
+    );
+    // Not lost where tests are run without `--nocapture`.
+    let _ = writeln!(std::io::stderr(), "{told}");
     assert!(resumed > 0, "no run had anything to go on with");
 }
 
@@ -272,11 +292,31 @@ fn a_file_size_limit_is_an_error_that_can_be_resumed() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn an_input_cut_off_during_the_run_is_an_error_that_names_it_however_it_is_read() {
+fn an_input_that_changes_during_the_run_is_an_error_that_names_it_however_it_is_read() {
+    type Change = fn(&Path, &mut Random);
+    let changes: [(&str, Change); 4] = [
+        ("cut off", |input, random| {
+            let kept = 1 << (12 + random.below(11));
+            fs::File::options().write(true).open(input).unwrap().set_len(kept).unwrap();
+        }),
+        ("overwritten", |input, random| {
+            use std::os::unix::fs::FileExt as _;
+            let at = 4096 + random.below(1 << 20) as u64;
+            fs::File::options().write(true).open(input).unwrap().write_all_at(&[1; 4096], at).unwrap();
+        }),
+        ("replaced", |input, _| {
+            let other = input.with_extension("other");
+            fs::copy(input, &other).unwrap();
+            fs::rename(other, input).unwrap();
+        }),
+        ("removed", |input, _| fs::remove_file(input).unwrap()),
+    ];
     let original = family(300_000).save();
     let mut random = Random::new(3);
-    for round in 0..12 {
+    let mut noticed = BTreeMap::new();
+    for round in 0..24 {
         let io = ["--io=mmap", "--io=read"][round % 2];
+        let (what, change) = changes[round / 2 % changes.len()];
         let saved = family_of(&original);
         let out = saved.path("out");
         let child =
@@ -284,24 +324,22 @@ fn an_input_cut_off_during_the_run_is_an_error_that_names_it_however_it_is_read(
         while !out.join(".tiesmith/journal").exists() {
             std::thread::sleep(Duration::from_millis(1));
         }
-        std::thread::sleep(Duration::from_millis(random.below(150) as u64));
+        std::thread::sleep(Duration::from_millis(random.below(100) as u64));
         let input = saved.models[0].join("model.safetensors");
-        let kept = 1 << (12 + random.below(11));
-        fs::File::options().write(true).open(&input).unwrap().set_len(kept).unwrap();
+        change(&input, &mut random);
         let output = child.wait_with_output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.signal(), None, "{io}: ended by a signal\n{stderr}");
+        assert_eq!(output.status.signal(), None, "{what}, {io}: ended by a signal\n{stderr}");
         if output.status.success() {
-            eprintln!("skipped: the run was over before the input was cut off");
-        } else {
-            assert_eq!(output.status.code(), Some(1), "{stderr}");
-            assert!(
-                stderr.starts_with("error: ") && stderr.contains("model1") && stderr.lines().count() == 1,
-                "{stderr}"
-            );
-            assert!(!out.join("model.safetensors.index.json").exists(), "looks like a model");
+            eprintln!("skipped: the run was over before the input was {what}");
+            continue;
         }
+        assert_eq!(output.status.code(), Some(1), "{what}, {io}: {stderr}");
+        assert!(stderr.starts_with("error: ") && stderr.contains("model1") && stderr.lines().count() == 1, "{stderr}");
+        assert!(!out.join("model.safetensors.index.json").exists(), "{what}, {io}: looks like a model");
+        *noticed.entry(what).or_insert(0) += 1;
     }
+    assert!(noticed.len() >= 3, "hardly any change came in time: {noticed:?}");
 }
 
 /// The same family once more, to be spoiled.

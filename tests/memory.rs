@@ -128,6 +128,11 @@ fn watch(child: &mut Child) -> u64 {
     peak
 }
 
+/// The smallest `--memory` that a refusal names.
+fn least_memory(refusal: &str) -> String {
+    refusal.split("at least ").nth(1).and_then(|rest| rest.split(' ').next()).expect(refusal).to_owned()
+}
+
 #[test]
 fn the_memory_budget_holds() {
     let _alone = alone();
@@ -224,7 +229,7 @@ fn very_many_tensors_stay_within_the_least_that_works() {
         };
         let refused = run("plan", &["--memory=1MB"]).wait_with_output().unwrap();
         let text = String::from_utf8(refused.stderr).unwrap();
-        let least = text.split("at least ").nth(1).and_then(|rest| rest.split(' ').next()).expect(&text).to_owned();
+        let least = least_memory(&text);
         let out = place("out");
         let mut child = run("merge", &["--progress=none", "--memory", &least, "--out", &out]);
         let peak = watch(&mut child);
@@ -316,7 +321,7 @@ fn vocabularies_are_in_the_sum() {
         command.current_dir(dir.path()).args([verb, "recipe.yml", "--threads=1", "--json"]).args(more).output().unwrap()
     };
     let refused = String::from_utf8(run("plan", &["--memory=1MB"]).stderr).unwrap();
-    let least = refused.split("at least ").nth(1).and_then(|rest| rest.split(' ').next()).expect(&refused).to_owned();
+    let least = least_memory(&refused);
     let output = run("merge", &["--progress=none", "--memory", &least, "--out=out"]);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{stderr}");

@@ -217,6 +217,58 @@ fn unsafe_code_is_where_it_may_be() {
     assert!(found.is_empty(), "unsafe in {found:?}");
 }
 
+/// Rust files below `dir` of the repository.
+fn texts(dir: &str) -> Vec<String> {
+    let mut pending = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join(dir)];
+    let mut texts = Vec::new();
+    while let Some(folder) = pending.pop() {
+        for path in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            match path.extension() {
+                _ if path.is_dir() => pending.push(path),
+                Some(extension) if extension == "rs" => texts.push(fs::read_to_string(path).unwrap()),
+                _ => {}
+            }
+        }
+    }
+    texts
+}
+
+/// The last cells of all tables of a page whose last column is called `heading`.
+fn last_cells<'a>(page: &'a str, heading: &str) -> Vec<&'a str> {
+    let (mut cells, mut within) = (Vec::new(), false);
+    for line in page.lines() {
+        let Some(row) = line.strip_prefix("| ").and_then(|row| row.strip_suffix(" |")) else {
+            within &= line.starts_with("|-");
+            continue;
+        };
+        let last = row.rsplit(" | ").next().unwrap_or_default();
+        if within {
+            cells.push(last);
+        }
+        within |= last == heading;
+    }
+    cells
+}
+
+#[test]
+fn tables_name_tests_that_are_there() {
+    let code = [texts("src"), texts("tests")].concat().concat();
+    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/format.md")).unwrap();
+    let cells = last_cells(&page, "test");
+    assert!(cells.len() > 15, "{cells:?}");
+    for cell in cells {
+        let names: Vec<&str> = cell.split('`').skip(1).step_by(2).collect();
+        assert!(!names.is_empty(), "no test is named: {cell}");
+        for name in names {
+            assert!(
+                code.contains(&format!("#[test]\nfn {name}() {{"))
+                    || code.contains(&format!("#[test]\n    fn {name}() {{")),
+                "{name} is no test"
+            );
+        }
+    }
+}
+
 #[test]
 fn the_reader_of_paths_reads_them() {
     let code = "use crate::a::{b, c};\nuse crate::{d::e, f::{g, h}, i};\nlet x = crate::j::k(); mycrate::no();";

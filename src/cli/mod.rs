@@ -49,6 +49,7 @@ const DIFFERS: u8 = 1;
 
 /// Runs the command line `argv` and returns the exit code. Everything there is to say has been said.
 pub fn run(argv: impl IntoIterator<Item = OsString>) -> u8 {
+    signals::survive_file_limit();
     let argv: Vec<OsString> = argv.into_iter().collect();
     let outcome = match Cli::read(&argv) {
         Ok(cli) => dispatch(cli.command),

@@ -27,6 +27,9 @@ mod unix {
             let _ = flag::register(signal, Arc::clone(&stopping));
             let _ = flag::register_usize(signal, Arc::clone(&RECEIVED), signal as usize);
         }
+    }
+
+    pub fn survive_file_limit() {
         let unread = Arc::new(AtomicBool::new(false));
         let _ = flag::register(rustix::process::Signal::XFSZ.as_raw(), unread);
     }
@@ -51,9 +54,16 @@ mod unix {
 mod unix {
     pub fn install() {}
 
+    pub fn survive_file_limit() {}
+
     pub fn received() -> Option<u8> {
         None
     }
+}
+
+/// From now on, a file that is too long for the limit of the process is an error of the write.
+pub fn survive_file_limit() {
+    unix::survive_file_limit();
 }
 
 /// From now on, signals to stop are taken note of.

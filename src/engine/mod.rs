@@ -62,7 +62,7 @@ use crate::limits::MAX_SIDE_FILE_BYTES;
 use crate::method::{Inputs, Sparsify};
 use crate::plan::{Goal, Plan, Schedule, Unit};
 use crate::plan::{ThresholdKind, TrimTies};
-use crate::storage::Storage;
+use crate::storage::{Storage, address_space_is_limited};
 
 /// Receives progress from worker threads. Every method must be quick and must not fail.
 pub trait Observer: Sync {
@@ -165,8 +165,9 @@ pub fn merge(
     observer: &dyn Observer,
 ) -> Result<Report> {
     let begin = Instant::now();
+    check_memory(schedule)?;
     side_files::check(plan, &**storage)?;
-    let dir = OutputDir::open(plan, output, storage).map_err(Error::as_input)?;
+    let dir = OutputDir::open(plan, output, storage)?;
     if dir.is_published() {
         dir.hand_over_rest(plan, observer)?;
         return tidy_up(dir);
@@ -266,6 +267,28 @@ fn differing_warning(plan: &Plan, differing: &BTreeSet<u32>) -> Option<String> {
     let name = printable(&plan.tensors[*differing.first()? as usize].name);
     let count = differing.len();
     Some(format!("{count} tensors that are copied from base differ between the models (first: \"{name}\")"))
+}
+
+/// What C libraries set apart for a thread: an arena, and its stack.
+const ADDRESSES_OF_A_THREAD: u64 = 66 << 20;
+
+/// Fails before anything is written if the system does not give as much memory as is planned: where an allocation fails,
+/// the process ends without a word.
+fn check_memory(schedule: &Schedule) -> Result<()> {
+    // Where addresses are rationed, what allocators and stacks set apart counts too.
+    let apart = if address_space_is_limited() { (schedule.threads as u64 + 1) * ADDRESSES_OF_A_THREAD } else { 0 };
+    let bytes = schedule.memory_bytes() + apart;
+    let mut room = Vec::<u8>::new();
+    let got = room.try_reserve_exact(usize::try_from(bytes).unwrap_or(usize::MAX));
+    // Looked at, so that it is really asked for.
+    std::hint::black_box(&mut room);
+    got.map_err(|_| {
+        Error::failed(format!(
+            "the system does not give the {} MB of memory that the run needs",
+            bytes.div_ceil(1_000_000)
+        ))
+        .help("use less --memory or fewer --threads, or raise the limit (ulimit -v)")
+    })
 }
 
 /// Thresholds depend on everything that was read, whatever shard it went into.

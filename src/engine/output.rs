@@ -165,8 +165,12 @@ impl Found {
 /// Where `dir` has its work: in itself, whatever links there are.
 pub(super) fn work_dir(dir: &Path, storage: &dyn Storage) -> Result<PathBuf> {
     let work = dir.join(WORK_DIR);
-    if storage.identity(&work)?.is_some() && storage.canonical(&work) != storage.canonical(dir).join(WORK_DIR) {
-        return Err(Error::input("the work directory is a link to somewhere else").at(&work).help("remove it"));
+    let parts = work.join(parts::DIR);
+    for folder in [&work, &parts] {
+        let here = storage.canonical(dir).join(folder.strip_prefix(dir).unwrap_or(folder));
+        if storage.identity(folder)?.is_some() && storage.canonical(folder) != here {
+            return Err(Error::input("the work directory is a link to somewhere else").at(folder).help("remove it"));
+        }
     }
     Ok(work)
 }
@@ -205,13 +209,18 @@ impl OutputDir {
     /// Checks everything that can be refused, then takes the directory. What is refused is left as it was.
     pub(super) fn open(plan: &Plan, options: &OutputOptions, storage: &Arc<dyn Storage>) -> Result<Self> {
         let dir = &options.dir;
-        refuse_inputs(plan, dir, &**storage)?;
-        let work = work_dir(dir, &**storage)?;
-        let before = Found::look(dir, &work, &**storage)?;
-        before.admit(dir, options)?;
-        if !before.begun() {
-            check_space(held_at_once(plan, options.on_shard.is_some()), dir, &**storage)?;
-        }
+        let admit = || -> Result<(PathBuf, Found)> {
+            refuse_inputs(plan, dir, &**storage)?;
+            let work = work_dir(dir, &**storage)?;
+            let before = Found::look(dir, &work, &**storage)?;
+            before.admit(dir, options)?;
+            if !before.begun() {
+                check_space(held_at_once(plan, options.on_shard.is_some()), dir, &**storage)?;
+            }
+            Ok((work, before))
+        };
+        // Whatever fails before anything is written.
+        let (work, before) = admit().map_err(Error::as_input)?;
         let unwritable = |e: Error| e.as_input().help("choose an --out that you may write to");
         let lock = storage.lock(&work.join(LOCK)).map_err(unwritable)?;
         let taken = Self::taken(dir, work.join(JOURNAL), lock, storage);
@@ -325,11 +334,7 @@ impl OutputDir {
         let journal = Journal::create(&self.journal_path, kind::BEGIN, &begin, &*self.storage)?;
         self.journal = Mutex::new(Some(journal));
         self.storage.sync_dir(&self.work)?;
-        self.storage.sync_dir(&self.dir)?;
-        match self.dir.parent() {
-            Some(parent) if self.created && parent != Path::new("") => self.storage.sync_dir(parent),
-            _ => Ok(()),
-        }
+        self.storage.sync_dir(&self.dir)
     }
 
     /// Goes without a trace, as far as there was none before.

@@ -88,6 +88,7 @@ pub fn pack(
     let jobs = jobs(plan)?;
     let packing = Packing::new(plan, &jobs);
     let schedule = packing.schedule(run)?;
+    super::check_memory(&schedule)?;
     let target = Target::new(plan, output, &**storage)?;
     let result = packing.run(&schedule, &target, &**storage, observer);
     target.close(result, &**storage).map(|(counted, bytes_written)| {
@@ -204,10 +205,6 @@ impl Target {
         let result = result.and_then(|made| {
             storage.rename(&self.partial, &self.path)?;
             storage.sync_dir(folder)?;
-            match folder.parent() {
-                Some(parent) if self.created && parent != Path::new("") => storage.sync_dir(parent)?,
-                _ => {}
-            }
             Ok(made)
         });
         if result.is_err() {

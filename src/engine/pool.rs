@@ -52,13 +52,16 @@ pub(super) fn run_weighed<T: Send, W: Send>(
     };
     let consume = &consume;
     std::thread::scope(|scope| {
-        let handles: Vec<_> = workers
-            .iter_mut()
-            .map(|worker| {
-                let receiver = receiver.clone();
-                scope.spawn(move || consume(worker, receiver))
-            })
-            .collect();
+        let mut handles = Vec::with_capacity(workers.len());
+        for worker in workers {
+            let receiver = receiver.clone();
+            match std::thread::Builder::new().spawn_scoped(scope, move || consume(worker, receiver)) {
+                Ok(handle) => handles.push(handle),
+                // Fewer threads do the same.
+                Err(_) if !handles.is_empty() => break,
+                Err(error) => return Err(no_thread(&error)),
+            }
+        }
         drop(receiver);
         let (mut queue, mut waiting) = (VecDeque::new(), 0u64);
         let mut items = items.enumerate();
@@ -86,6 +89,12 @@ pub(super) fn run_weighed<T: Send, W: Send>(
         }
         failures.into_iter().min_by_key(|(ordinal, _)| *ordinal).map_or(Ok(()), |(_, error)| Err(error))
     })
+}
+
+/// The system starts no thread.
+pub(super) fn no_thread(error: &std::io::Error) -> Error {
+    Error::failed(format!("cannot start a thread: {error}"))
+        .help("use fewer --threads, or raise the limits of processes and memory (ulimit -u, ulimit -v)")
 }
 
 #[cfg(test)]

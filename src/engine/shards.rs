@@ -22,6 +22,7 @@ use super::cut::TieCounts;
 use super::hand_over::{HandedOver, hand_over};
 use super::kept::Kept;
 use super::output::OutputDir;
+use super::pool::no_thread;
 use super::records::{self, Entry, Piece, RangeDone, UnitDone};
 use super::shard_hash::ShardHash;
 use super::tensor_hash::{Hash, TensorHashes};
@@ -411,13 +412,13 @@ pub(super) fn write_shards(
     let (behind, messages) = crossbeam_channel::bounded(64);
     std::thread::scope(|scope| {
         let (shards, failure, follower) = (&shards, &failure, &mut follower);
-        let handing = output.hands_over().then(|| {
-            // One shard waits while another is handed over; the merge waits when a third is complete.
-            let (courier, complete) = crossbeam_channel::bounded(0);
-            follower.courier = Some(courier);
-            scope.spawn(move || hand_over_all(&complete, plan, output, observer))
-        });
-        let following = scope.spawn(move || {
+        let follow = move || {
+            let handing = output.hands_over().then(|| {
+                // One shard waits while another is handed over; the merge waits when a third is complete.
+                let (courier, complete) = crossbeam_channel::bounded(0);
+                follower.courier = Some(courier);
+                scope.spawn(move || hand_over_all(&complete, plan, output, observer))
+            });
             let mut result = follower.follow(&messages);
             follower.courier = None;
             if let Some(handing) = handing {
@@ -429,7 +430,8 @@ pub(super) fn write_shards(
                 *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
             }
             result
-        });
+        };
+        let following = std::thread::Builder::new().spawn_scoped(scope, follow).map_err(|error| no_thread(&error))?;
         let done = work(&ShardWriter { shards, behind, failure }, &kept);
         let followed = following.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         done.and(followed)

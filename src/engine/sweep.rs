@@ -20,7 +20,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::output::{JOURNAL_PATH, MANIFEST};
-use super::{Observer, OutputOptions, Report, is_finished, merge, peak_memory_bytes};
+use super::{Observer, OutputOptions, Report, check_memory, is_finished, merge, peak_memory_bytes};
 use crate::checkpoint::packed;
 use crate::error::{Error, Result, printable};
 use crate::limits::{MAX_MANIFEST_BYTES, MAX_SWEEP_GROUP};
@@ -133,14 +133,11 @@ fn run_all(
     }
     if !open.is_empty() && storage.identity(&output.dir)?.is_none() {
         storage.create_dir_all(&output.dir).map_err(Error::as_input)?;
-        match output.dir.parent() {
-            Some(parent) if parent != Path::new("") => storage.sync_dir(parent)?,
-            _ => {}
-        }
     }
     let mut rest = &shared[..];
     while !rest.is_empty() {
         let (group, schedule) = sweep.group(rest, variants)?;
+        check_memory(&schedule)?;
         rest = &rest[group.len()..];
         let plans: Vec<&Variant> = group.iter().map(|&at| &variants[at]).collect();
         let reports = match options.packed {

@@ -1,6 +1,6 @@
 //! The real file system.
 //!
-//! - Interrupted and short reads and writes are continued; an early end of file is an error.
+//! - Interrupted and short reads and writes are continued (`transfer`); an early end of file is an error.
 //! - The first failure of an output file is sticky: after a failed sync the system may have dropped the data and would
 //!   call the next sync a success.
 //!
@@ -14,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::mmap::Faults;
 use super::system::{self, Hint};
+use super::transfer::{read_fully, write_fully};
 use super::{Identity, InputFile, IoMode, Lock, OutputFile, Storage, Window};
 use crate::error::{Error, Result, printable};
 
@@ -105,7 +106,7 @@ impl InputFile for DiskInput {
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         let wanted = buffer.len();
-        let done = fill(buffer, |rest, done| system::read_at(&self.file, rest, offset + done))
+        let done = read_fully(buffer, |rest, done| system::read_at(&self.file, rest, offset + done))
             .map_err(|e| Error::io(&format!("read {wanted} bytes at {offset}"), &self.path, &e))?;
         if done < wanted {
             let (end, opened) = (offset + done as u64, self.identity.bytes);
@@ -156,7 +157,7 @@ impl OutputFile for DiskOutput {
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         self.sticky(|| {
-            drain(bytes, |rest, done| system::write_at(&self.file, rest, offset + done))
+            write_fully(bytes, |rest, done| system::write_at(&self.file, rest, offset + done))
                 .map_err(|e| write_error(&format!("write {} bytes at {offset}", bytes.len()), &self.path, &e))
         })
     }
@@ -238,7 +239,18 @@ impl Storage for Disk {
     }
 
     fn create_dir_all(&self, path: &Path) -> Result<()> {
-        std::fs::create_dir_all(path).map_err(|e| write_error("create directory", path, &e))
+        let is_missing = |dir: &&Path| *dir != Path::new("") && !dir.exists();
+        let made: Vec<&Path> = path.ancestors().take_while(is_missing).collect();
+        std::fs::create_dir_all(path).map_err(|e| write_error("create directory", path, &e))?;
+        for dir in made.into_iter().rev() {
+            let parent = dir.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
+            match system::sync_directory(parent) {
+                // Somebody else's directory need not be readable for things to be made in it.
+                Err(e) if e.kind() == IoKind::PermissionDenied => {}
+                other => other.map_err(|e| write_error("make durable", parent, &e))?,
+            }
+        }
+        Ok(())
     }
 
     fn remove_file(&self, path: &Path) -> Result<()> {
@@ -295,41 +307,18 @@ fn identity_at(path: &Path) -> Result<Option<Identity>> {
     match std::fs::metadata(path) {
         Ok(metadata) => Ok(Some(system::identity_of(&metadata))),
         Err(e) if matches!(e.kind(), IoKind::NotFound | IoKind::NotADirectory) => Ok(None),
+        // No file can be called so, or links lead back to themselves.
+        Err(e) if system::is_nowhere(&e) => Ok(None),
         Err(e) => Err(Error::io("examine", path, &e)),
     }
-}
-
-/// Reads with `read` (rest of the buffer, bytes done) until `buffer` is full or the file ends; returns the bytes read.
-fn fill(buffer: &mut [u8], mut read: impl FnMut(&mut [u8], u64) -> std::io::Result<usize>) -> std::io::Result<usize> {
-    let mut done = 0;
-    while done < buffer.len() {
-        match read(&mut buffer[done..], done as u64) {
-            Ok(0) => break,
-            Ok(n) => done += n,
-            Err(e) if e.kind() == IoKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(done)
-}
-
-/// Writes with `write` (rest of the bytes, bytes done) until everything is written.
-fn drain(bytes: &[u8], mut write: impl FnMut(&[u8], u64) -> std::io::Result<usize>) -> std::io::Result<()> {
-    let mut done = 0;
-    while done < bytes.len() {
-        match write(&bytes[done..], done as u64) {
-            Ok(0) => return Err(IoKind::WriteZero.into()),
-            Ok(n) => done += n,
-            Err(e) if e.kind() == IoKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
 }
 
 fn open_error(path: &Path, error: &std::io::Error) -> Error {
     match error.kind() {
         IoKind::NotFound | IoKind::NotADirectory => Error::input("no such file").at(path).help("check the path"),
+        _ if system::is_nowhere(error) => {
+            Error::input(format!("no such file: {error}")).at(path).help("check the path")
+        }
         IoKind::PermissionDenied => Error::input("you may not read this file").at(path).help("change its permissions"),
         // A socket cannot even be opened.
         _ if std::fs::metadata(path).is_ok_and(|m| !m.is_file()) => not_regular(path),
@@ -345,7 +334,11 @@ fn not_regular(path: &Path) -> Error {
 fn write_error(what: &str, path: &Path, error: &std::io::Error) -> Error {
     let full = matches!(error.kind(), IoKind::StorageFull | IoKind::QuotaExceeded);
     let failed = Error::io(what, path, error);
-    if full { failed.help("make room and run the same command again") } else { failed }
+    match error.kind() {
+        _ if full => failed.help("make room and run the same command again"),
+        IoKind::FileTooLarge => failed.help("raise the limit (ulimit -f) and run the same command again"),
+        _ => failed,
+    }
 }
 
 /// Says who holds the lock, as far as the lock file tells.
@@ -443,34 +436,6 @@ mod tests {
             let error = disk.open(path).err().unwrap();
             assert!(error.to_string().contains("not a regular file") && error.exit_code() == 2, "{error}");
         }
-    }
-
-    #[test]
-    fn interrupted_and_short_transfers_are_continued() {
-        let source = b"abcdefgh";
-        let mut turn = 0;
-        let mut transfer = |bytes: &mut [u8], done: u64| {
-            turn += 1;
-            if turn % 2 == 0 {
-                return Err(IoKind::Interrupted.into());
-            }
-            let n = bytes.len().min(3);
-            bytes[..n].copy_from_slice(&source[done as usize..done as usize + n]);
-            Ok(n)
-        };
-        let mut buffer = [0; 8];
-        assert_eq!(fill(&mut buffer, &mut transfer).unwrap(), 8);
-        assert_eq!(&buffer, source);
-
-        let mut written: Vec<u8> = Vec::new();
-        let take_three = |rest: &[u8], done: u64| {
-            assert_eq!(done as usize, written.len());
-            written.extend(rest.iter().take(3));
-            Ok(rest.len().min(3))
-        };
-        drain(source, take_three).unwrap();
-        assert_eq!(written, source);
-        assert_eq!(drain(source, |_, _| Ok(0)).unwrap_err().kind(), IoKind::WriteZero);
     }
 
     #[test]

@@ -16,12 +16,15 @@ mod online;
 mod places;
 mod remote;
 mod system;
+mod transfer;
 
 pub use disk::Disk;
 pub use mmap::Window;
 pub use online::Online;
 pub(crate) use online::is_remote;
 pub(crate) use places::hub_cache;
+pub use system::address_space_is_limited;
+pub use transfer::{read_fully, write_fully};
 
 use std::path::{Path, PathBuf};
 
@@ -164,7 +167,7 @@ pub trait Storage: Send + Sync {
     fn rename(&self, from: &Path, to: &Path) -> Result<()>;
     /// Makes the directory's entries durable.
     fn sync_dir(&self, path: &Path) -> Result<()>;
-    /// Creates the directory and its parents.
+    /// Creates the directory and its parents; those that it makes are durable.
     fn create_dir_all(&self, path: &Path) -> Result<()>;
     /// Removes a file; a missing one is not an error.
     fn remove_file(&self, path: &Path) -> Result<()>;

@@ -58,6 +58,15 @@ pub(super) fn identity_of(metadata: &Metadata) -> Identity {
     Identity { bytes: metadata.len(), mtime_ns, ..Identity::default() }
 }
 
+/// Whether nothing can be at a path: it is too long for the file system, or its links lead back to themselves.
+pub(super) fn is_nowhere(error: &std::io::Error) -> bool {
+    #[cfg(unix)]
+    let circular = error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error());
+    #[cfg(not(unix))]
+    let circular = false;
+    circular || error.kind() == std::io::ErrorKind::InvalidFilename
+}
+
 /// Lets opening a FIFO return at once, so that it can be refused instead of waited for.
 #[cfg(unix)]
 pub(super) fn open_without_waiting(options: &mut OpenOptions) {
@@ -131,6 +140,18 @@ pub(super) fn is_local(file: &File) -> bool {
 
 #[cfg(not(target_os = "linux"))]
 pub(super) fn is_local(_file: &File) -> bool {
+    false
+}
+
+/// Whether this process may have only so many addresses (`ulimit -v`).
+#[cfg(unix)]
+pub fn address_space_is_limited() -> bool {
+    rustix::process::getrlimit(rustix::process::Resource::As).current.is_some()
+}
+
+/// Not known here.
+#[cfg(not(unix))]
+pub fn address_space_is_limited() -> bool {
     false
 }
 

@@ -39,6 +39,7 @@ fn a_look_that_is_disturbed_anywhere_ends_the_same() {
     look(&memory, &Silent).unwrap();
     let expected = files(&memory);
     let (operations, changes) = memory.counts();
+    let mut cases = 0;
     for at in (1..=changes + 3).step_by(STEP) {
         for fault in [Fault::CrashBefore, Fault::CrashIn] {
             let memory = before.fork(Some((at, fault)));
@@ -48,6 +49,7 @@ fn a_look_that_is_disturbed_anywhere_ends_the_same() {
                     continue;
                 }
                 finish(&memory.reboot(survives), &expected, &format!("{fault:?} {at}, {survives:?}"));
+                cases += 1;
             }
         }
     }
@@ -56,6 +58,7 @@ fn a_look_that_is_disturbed_anywhere_ends_the_same() {
             let memory = before.fork(Some((at, fault)));
             let _ = look(&memory, &Silent);
             finish(&memory.reboot(Survives::All), &expected, &format!("operation {at}, {fault:?}"));
+            cases += 1;
         }
     }
     let mut reused = 0;
@@ -65,5 +68,7 @@ fn a_look_that_is_disturbed_anywhere_ends_the_same() {
             reused += u32::from(finish(&memory.reboot(Survives::All), &expected, &format!("stopped after {asked}")));
         }
     }
+    say(&format!("{cases} looks disturbed"));
+    assert!(cases > 500 / STEP, "{cases}");
     assert!(reused > 0, "nothing was taken over after a stop");
 }

@@ -1,20 +1,24 @@
 //! Fails and crashes a small merge at every operation, goes on with it, and compares with an undisturbed run.
 //!
-//! - Crashes: before and in every changing operation, with five fates of what was not durable; also while a crash is being
-//!   recovered from.
+//! - Crashes: before and in every changing operation, with eight fates of what was not durable; also, as errors, while a
+//!   crash is being recovered from.
 //! - Errors: at every operation, once and from there on, of several kinds.
+//! - Transfers of data that are short or interrupted: at every one, once and from there on.
 //!
-//! A build without optimisation tries every fifth operation only: it is several times slower.
+//! A build without optimisation tries every fifth operation only: it is several times slower. How many cases there were is
+//! printed.
 //!
 //! Afterwards the same command must give the same files. Before it, nothing may look like a model that is not one.
 
 mod analyze;
 mod memory;
 mod packed;
+mod parts;
+mod repair;
 mod sweep;
 
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -26,12 +30,29 @@ use tiesmith::{
 
 use memory::{Fault, Memory, Survives};
 
-const OUT: &str = "/out";
+/// Neither directory is there at first.
+const OUT: &str = "/new/out";
 /// One in so many operations is tried.
 const STEP: usize = if cfg!(debug_assertions) { 5 } else { 1 };
 /// Tensors of every checkpoint, all f32 but the last.
 const TENSORS: [(&str, u64); 6] =
     [("a.weight", 20_000), ("b.weight", 9_000), ("c.empty", 0), ("d.norm", 13), ("e.scale", 1), ("f.ids", 7)];
+
+/// Errors that systems give: no room, over quota, no permission, read-only, out of time, anything else.
+const KINDS: [ErrorKind; 6] = [
+    ErrorKind::StorageFull,
+    ErrorKind::QuotaExceeded,
+    ErrorKind::PermissionDenied,
+    ErrorKind::ReadOnlyFilesystem,
+    ErrorKind::TimedOut,
+    ErrorKind::Other,
+];
+
+/// Says what was tried, also when tests are run without `--nocapture`.
+fn say(text: &str) {
+    // Nobody reading it changes nothing.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
 
 type Tree = BTreeMap<String, (u64, Vec<u8>)>;
 
@@ -311,34 +332,43 @@ fn crashes_at_every_change_with_every_fate_of_what_was_not_durable() {
             }
         }
     }
-    println!("{cases} crashes survived, {reused} of them with work taken over");
-    assert!(cases > 1500 / STEP && reused > 300 / STEP as u64, "{cases} cases, {reused} with work taken over");
+    say(&format!("{cases} crashes survived, {reused} of them with work taken over"));
+    assert!(cases > 4000 / STEP && reused > 300 / STEP as u64, "{cases} cases, {reused} with work taken over");
 }
 
 #[test]
-fn crashes_while_recovering_from_a_crash() {
+fn crashes_and_errors_while_recovering_from_a_crash() {
     let mut cases = 0;
     for job in jobs() {
         let Undisturbed { before, older, expected, changes, .. } = undisturbed(&job);
-        for first in (1..=changes).step_by(2 * STEP + 1) {
-            let crashed = before.fork(Some((first, Fault::CrashIn)));
+        for first in (1..=changes).step_by(2 * STEP - 1) {
+            let crashed = before.fork(Some((first, [Fault::CrashIn, Fault::CrashBefore][first as usize / 2 % 2])));
             let _ = job.run(&crashed);
-            let survives = Survives::EACH[first as usize % 5];
+            let survives = Survives::EACH[first as usize % Survives::EACH.len()];
+            let faults = [
+                Fault::CrashIn,
+                Fault::CrashBefore,
+                Fault::Once(KINDS[first as usize % KINDS.len()]),
+                Fault::FromHere(KINDS[first as usize % KINDS.len()]),
+            ];
             for second in (1..=changes).step_by(4) {
-                let again = crashed.reboot(survives).fork(Some((second, Fault::CrashIn)));
+                let fault = faults[(first / 2 + second / 4) as usize % faults.len()];
+                let again = crashed.reboot(survives).fork(Some((second, fault)));
                 let outcome = job.run(&again);
-                let what = format!("{}, changes {first} and {second} of {changes}, {survives:?}", job.name);
+                let what = format!("{}, change {first} of {changes}, {survives:?}, then {fault:?} {second}", job.name);
                 if outcome.is_ok() && job.force {
                     break;
                 }
                 let case = Case { job: &job, expected: &expected, older: &older, what };
-                case.finish(&again.reboot(Survives::EACH[second as usize % 5]));
+                let dead = matches!(fault, Fault::CrashIn | Fault::CrashBefore);
+                let then = Survives::EACH[second as usize / 4 % Survives::EACH.len()];
+                case.finish(&again.reboot(if dead { then } else { Survives::All }));
                 cases += 1;
             }
         }
     }
-    println!("{cases} double crashes survived");
-    assert!(cases > 500 / STEP, "{cases}");
+    say(&format!("{cases} crashes and errors while recovering from a crash survived"));
+    assert!(cases > 2500 / STEP, "{cases}");
 }
 
 #[test]
@@ -347,7 +377,7 @@ fn errors_at_every_operation_once_and_from_there_on() {
     for job in jobs() {
         let Undisturbed { before, older, expected, operations, .. } = undisturbed(&job);
         for at in (1..=operations).step_by(STEP) {
-            let kind = [ErrorKind::StorageFull, ErrorKind::PermissionDenied, ErrorKind::Other][at as usize % 3];
+            let kind = KINDS[at as usize / STEP % KINDS.len()];
             for fault in [Fault::Once(kind), Fault::FromHere(kind)] {
                 let what = format!("{}, operation {at} of {operations}, {fault:?}", job.name);
                 let memory = before.fork(Some((at, fault)));
@@ -366,8 +396,32 @@ fn errors_at_every_operation_once_and_from_there_on() {
             }
         }
     }
-    println!("{cases} errors survived");
+    say(&format!("{cases} errors survived"));
     assert!(cases > 1000 / STEP, "{cases}");
+}
+
+/// A part of what was asked is no error, and an interruption none either: the run ends as if nothing had been.
+#[test]
+fn short_and_interrupted_transfers_change_nothing() {
+    let mut cases = 0;
+    for job in jobs() {
+        let Undisturbed { before, expected, .. } = undisturbed(&job);
+        let whole = before.fork(None);
+        job.run(&whole).unwrap();
+        for at in (1..=whole.transfers()).step_by(STEP) {
+            let faults = [Fault::Short(false), Fault::Short(true), Fault::Interrupted(false), Fault::Interrupted(true)];
+            for fault in faults {
+                let what = format!("{}, transfer {at} of {}, {fault:?}", job.name, whole.transfers());
+                let memory = before.fork(Some((at, fault)));
+                let report = job.run(&memory).unwrap_or_else(|error| panic!("{what}: {error}"));
+                assert!(!report.resumed && memory.transfers() > whole.transfers(), "{what}: it did not happen");
+                assert!(lasting(&memory.tree(OUT)) == expected, "{what}: the output is another");
+                cases += 1;
+            }
+        }
+    }
+    say(&format!("{cases} short or interrupted transfers made good"));
+    assert!(cases > 2000 / STEP, "{cases}");
 }
 
 #[test]
@@ -412,7 +466,7 @@ fn a_resumed_run_may_have_other_threads_and_memory() {
             assert_eq!(report.sign_conflict_fraction, undisturbed.sign_conflict_fraction);
         }
     }
-    println!("{stops} stops, {reused} chunks taken over by runs with other cuts");
+    say(&format!("{stops} stops, {reused} chunks taken over by runs with other cuts"));
     assert!(stops > 40 / STEP && reused > 20 / STEP as u64, "{stops} {reused}");
 }
 

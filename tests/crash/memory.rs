@@ -1,6 +1,7 @@
 //! A file system in memory that knows what is durable, counts operations, and fails or dies at any of them.
 //!
 //! - Data is durable after the file's sync, names after the directory's.
+//! - Reads and writes may do a part of what is asked, or be interrupted, as the system's may.
 //! - After a crash nothing works any more, until [`Memory::reboot`] decides what of the rest survived.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,7 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tiesmith::{Error, Identity, InputFile, Lock, OutputFile, Result, Storage};
+use tiesmith::{Error, Identity, InputFile, Lock, OutputFile, Result, Storage, read_fully, write_fully};
 
 /// What happens at one operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +23,10 @@ pub enum Fault {
     Once(io::ErrorKind),
     /// It and every later one fails with this kind of error.
     FromHere(io::ErrorKind),
+    /// This transfer of data does only a half of what is asked; `true`: and so does every later one.
+    Short(bool),
+    /// This transfer of data is interrupted by a signal; `true`: and then every second one.
+    Interrupted(bool),
 }
 
 /// What survives of what was not durable.
@@ -37,10 +42,33 @@ pub enum Survives {
     Data,
     /// Names, but no data.
     Names,
+    /// Of every sector and every name either the old or the new, whatever was written first: a choice by number.
+    Mixed(u64),
 }
 
 impl Survives {
-    pub const EACH: [Self; 5] = [Self::All, Self::Nothing, Self::Zeros, Self::Data, Self::Names];
+    pub const EACH: [Self; 8] = [
+        Self::All,
+        Self::Nothing,
+        Self::Zeros,
+        Self::Data,
+        Self::Names,
+        Self::Mixed(1),
+        Self::Mixed(2),
+        Self::Mixed(3),
+    ];
+}
+
+/// What a disk writes at once.
+const SECTOR_BYTES: usize = 512;
+
+/// An even choice by number, of `place` in `file`.
+fn choice(number: u64, file: u64, place: u64) -> bool {
+    let mut mixed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ file.wrapping_mul(0xd1b5_4a32_d192_ed03) ^ place;
+    for _ in 0..3 {
+        mixed = (mixed ^ mixed >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    }
+    mixed >> 63 == 1
 }
 
 #[derive(Clone, Default)]
@@ -48,6 +76,23 @@ struct Node {
     data: Vec<u8>,
     durable: Vec<u8>,
     time: u64,
+}
+
+impl Node {
+    /// Takes of every sector, and of the length, either what is durable or what was written since.
+    fn mix(&mut self, number: u64, file: u64) {
+        let length = if choice(number, file, u64::MAX) { self.data.len() } else { self.durable.len() };
+        self.data.resize(length, 0);
+        for (place, sector) in self.data.chunks_mut(SECTOR_BYTES).enumerate() {
+            if choice(number, file, place as u64) {
+                let from = place * SECTOR_BYTES;
+                let durable = self.durable.get(from..).unwrap_or_default();
+                let kept = durable.len().min(sector.len());
+                sector[..kept].copy_from_slice(&durable[..kept]);
+                sector[kept..].fill(0);
+            }
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +110,8 @@ struct State {
     /// Operations so far, and those among them that change something.
     operations: u64,
     changes: u64,
+    /// Reads and writes of data so far; an operation has more than one where they are cut short.
+    transfers: u64,
     fault: Option<(u64, Fault)>,
     dead: bool,
     /// The files that are locked.
@@ -115,6 +162,22 @@ impl State {
         }
     }
 
+    /// One call that moves data: how much of `length` bytes it does.
+    fn transfer(&mut self, length: usize) -> io::Result<usize> {
+        self.transfers += 1;
+        let (hit, from) = match self.fault {
+            Some((at, Fault::Short(_) | Fault::Interrupted(_))) => (self.transfers == at, self.transfers > at),
+            _ => (false, false),
+        };
+        match self.fault {
+            Some((_, Fault::Short(on))) if hit || on && from => Ok(length.div_ceil(2)),
+            Some((at, Fault::Interrupted(on))) if hit || on && from && (self.transfers - at).is_multiple_of(2) => {
+                Err(io::ErrorKind::Interrupted.into())
+            }
+            _ => Ok(length),
+        }
+    }
+
     fn file(&self, path: &Path) -> Result<u64> {
         match self.names.get(path) {
             Some(Entry::File(id)) => Ok(*id),
@@ -134,6 +197,34 @@ impl State {
         let node = self.nodes.get_mut(&id).expect("a node lives as long as its names");
         node.time = self.clock;
         node
+    }
+
+    /// Takes of every name either the old or the new. What has a new name may have the old one too, but not none.
+    fn mix_names(&mut self, number: u64) {
+        let mut mixed = self.durable_names.clone();
+        let chosen = |place: usize| choice(number, 0, place as u64);
+        for (place, (name, entry)) in self.names.iter().enumerate() {
+            if self.durable_names.get(name) != Some(entry) && chosen(place) {
+                mixed.insert(name.clone(), *entry);
+            }
+        }
+        let files = |names: &BTreeMap<PathBuf, Entry>| -> BTreeSet<u64> {
+            names.values().filter_map(|entry| if let Entry::File(id) = entry { Some(*id) } else { None }).collect()
+        };
+        let (now, new) = (files(&self.names), files(&mixed));
+        for (place, (name, entry)) in self.durable_names.iter().enumerate() {
+            let renamed = match entry {
+                Entry::File(id) if now.contains(id) => {
+                    // The one new name of what was renamed must have survived.
+                    new.contains(id) && mixed.iter().any(|(other, found)| other != name && found == entry)
+                }
+                _ => true,
+            };
+            if !self.names.contains_key(name) && renamed && chosen(place + self.names.len()) {
+                mixed.remove(name);
+            }
+        }
+        self.names = mixed;
     }
 
     fn make_directory(&mut self, path: &Path) {
@@ -170,8 +261,8 @@ impl Memory {
 
     /// An independent copy, with an operation to fail at.
     pub fn fork(&self, fault: Option<(u64, Fault)>) -> Self {
-        let state =
-            State { operations: 0, changes: 0, fault, dead: false, locked: BTreeSet::new(), ..self.state().clone() };
+        let (state, locked) = (self.state().clone(), BTreeSet::new());
+        let state = State { operations: 0, changes: 0, transfers: 0, fault, dead: false, locked, ..state };
         Self(Arc::new(Mutex::new(state)), Arc::default())
     }
 
@@ -184,13 +275,15 @@ impl Memory {
     pub fn reboot(&self, survives: Survives) -> Self {
         let fork = self.fork(None);
         let mut state = fork.state();
-        if matches!(survives, Survives::Nothing | Survives::Zeros | Survives::Data) {
-            state.names = state.durable_names.clone();
+        match survives {
+            Survives::All | Survives::Names => {}
+            Survives::Nothing | Survives::Zeros | Survives::Data => state.names = state.durable_names.clone(),
+            Survives::Mixed(number) => state.mix_names(number),
         }
         // A directory that is gone took everything in it along.
         let names = state.names.clone();
-        state.names.retain(|name, _| name.parent().is_none_or(|parent| names.contains_key(parent)));
-        for node in state.nodes.values_mut() {
+        state.names.retain(|name, _| name.ancestors().all(|parent| names.contains_key(parent)));
+        for (&id, node) in &mut state.nodes {
             match survives {
                 Survives::All | Survives::Data => {}
                 Survives::Nothing | Survives::Names => node.data.clone_from(&node.durable),
@@ -201,6 +294,7 @@ impl Memory {
                         }
                     }
                 }
+                Survives::Mixed(number) => node.mix(number, id),
             }
             node.durable.clone_from(&node.data);
         }
@@ -213,6 +307,11 @@ impl Memory {
     pub fn counts(&self) -> (u64, u64) {
         let state = self.state();
         (state.operations, state.changes)
+    }
+
+    /// Reads and writes of data so far.
+    pub fn transfers(&self) -> u64 {
+        self.state().transfers
     }
 
     /// Every file under `dir`: its inode and content.
@@ -253,11 +352,17 @@ impl InputFile for Input {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         let mut state = self.memory.state();
         state.step(Does::Look, "read", &self.path)?;
-        let data = &state.nodes[&self.id].data;
-        let range = offset as usize..offset as usize + buffer.len();
-        let bytes = data.get(range).ok_or_else(|| Error::failed("the file ends early").at(&self.path))?;
-        buffer.copy_from_slice(bytes);
-        Ok(())
+        let done = read_fully(buffer, |rest, done| {
+            let most = state.transfer(rest.len())?;
+            let data = state.nodes[&self.id].data.get((offset + done) as usize..).unwrap_or_default();
+            let length = most.min(data.len());
+            rest[..length].copy_from_slice(&data[..length]);
+            Ok(length)
+        });
+        match done.map_err(|e| Error::io("read", &self.path, &e))? {
+            done if done < buffer.len() => Err(Error::failed("the file ends early").at(&self.path)),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -290,10 +395,15 @@ impl OutputFile for Output {
         self.sticky(|state| {
             let go = state.step(Does::Change, "write", &self.path)?;
             let bytes = if matches!(go, Go::Die) { &bytes[..bytes.len() / 2] } else { bytes };
-            let data = &mut state.touch(self.id).data;
-            let range = offset as usize..offset as usize + bytes.len();
-            data.resize(data.len().max(range.end), 0);
-            data[range].copy_from_slice(bytes);
+            let written = write_fully(bytes, |rest, done| {
+                let length = state.transfer(rest.len())?;
+                let data = &mut state.touch(self.id).data;
+                let range = (offset + done) as usize..(offset + done) as usize + length;
+                data.resize(data.len().max(range.end), 0);
+                data[range].copy_from_slice(&rest[..length]);
+                Ok(length)
+            });
+            written.map_err(|e| Error::io("write", &self.path, &e))?;
             unless_dead(&go, (), &self.path)
         })
     }
@@ -386,9 +496,12 @@ impl Storage for Memory {
 
     fn create_dir_all(&self, path: &Path) -> Result<()> {
         let mut state = self.state();
+        let made: Vec<_> = path.ancestors().take_while(|dir| !state.names.contains_key(*dir)).collect();
         let go = state.step(Does::Change, "create directory", path)?;
         state.make_directory(path);
-        unless_dead(&go, (), path)
+        unless_dead(&go, (), path)?;
+        drop(state);
+        made.into_iter().rev().try_for_each(|dir| self.sync_dir(dir.parent().expect("the root is always there")))
     }
 
     fn remove_file(&self, path: &Path) -> Result<()> {

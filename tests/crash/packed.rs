@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tiesmith::{Error, PackOutput, PackReport, Plan, Recipe, Run, Storage};
 
 use super::memory::{Fault, Memory, Survives};
-use super::{OUT, STEP, Silent, inputs};
+use super::{OUT, STEP, Silent, inputs, say};
 
 fn pack(density: f64, memory: &Memory) -> Result<PackReport, Error> {
     let storage: Arc<dyn Storage> = Arc::new(memory.clone());
@@ -55,6 +55,6 @@ fn packing_is_all_or_nothing() {
             cases += 1;
         }
     }
-    println!("{cases} packings disturbed");
+    say(&format!("{cases} packings disturbed"));
     assert!(cases > 200 / STEP, "{cases}");
 }

@@ -1,14 +1,13 @@
 //! A sweep that is interrupted, or fails, goes on and gives what an undisturbed one gives.
 
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
 use std::sync::Arc;
 
 use serde_json::Value;
 use tiesmith::{Error, OutputOptions, Plan, Recipe, Run, Scope, Storage, SweepOptions, SweepReport, TrimTies, Variant};
 
 use super::memory::{Fault, Memory, Survives};
-use super::{OUT, STEP, Silent, inputs, recipe};
+use super::{KINDS, OUT, STEP, Silent, inputs, recipe, say};
 
 fn sweep(base: &Recipe, packed: bool, memory: &Memory) -> Result<SweepReport, Error> {
     let storage: Arc<dyn Storage> = Arc::new(memory.clone());
@@ -84,16 +83,17 @@ fn an_interrupted_sweep_goes_on() {
         assert_eq!(expected.keys().filter(|name| name.ends_with(ending)).count(), 3);
         for at in (1..=changes).step_by(STEP) {
             let fault = [Fault::CrashBefore, Fault::CrashIn][at as usize / STEP % 2];
-            reused += disturbed((&base, packed), at, fault, Survives::EACH[at as usize / STEP % 5], &expected);
+            let survives = Survives::EACH[at as usize / STEP % Survives::EACH.len()];
+            reused += disturbed((&base, packed), at, fault, survives, &expected);
             cases += 1;
         }
         for at in (1..=operations).step_by(3 * STEP) {
-            let kind = [ErrorKind::StorageFull, ErrorKind::PermissionDenied, ErrorKind::Other][at as usize % 3];
+            let kind = KINDS[at as usize / STEP % KINDS.len()];
             let fault = [Fault::Once(kind), Fault::FromHere(kind)][at as usize / STEP % 2];
             reused += disturbed((&base, packed), at, fault, Survives::All, &expected);
             cases += 1;
         }
     }
-    println!("{cases} sweeps disturbed, {reused} chunks and outputs taken over");
+    say(&format!("{cases} sweeps disturbed, {reused} chunks and outputs taken over"));
     assert!(cases > 300 / STEP && reused > 100 / STEP as u64, "{cases} {reused}");
 }

@@ -24,6 +24,7 @@
 //! | `output` | the files of a finished output |
 //! | `parts` | merges in parts, on many machines |
 //! | `remote` | inputs from the Hub and from web servers, with every fault |
+//! | `limits` | limits of the system: files, memory, names |
 //! | `resume` | what becomes of an unfinished output |
 //! | `repair` | a manifest makes its output again, and its damaged files |
 //! | `sweep` | grids of merges, against merges |
@@ -47,6 +48,7 @@ mod fisher;
 mod formats;
 mod golden;
 mod handing;
+mod limits;
 mod mergekit;
 mod merges;
 mod methods;

@@ -5,10 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
-use serde_json::Value;
 
 use crate::support::family::{Deltas, Family, Saved, Spec, text};
-use crate::support::files::read_tree;
+use crate::support::files::{lasting, read_tree};
 use crate::support::oracle::{Method, Recipe, Scope, TrimTies, ZeroSum};
 use crate::support::random::Random;
 use crate::support::run::{Outcome, command, run, tiesmith};
@@ -45,19 +44,6 @@ impl Job {
     fn parts(&self) -> PathBuf {
         self.out.join(".tiesmith/parts")
     }
-}
-
-/// Files that do not depend on how a run went: all but the manifest's times and places.
-fn lasting(out: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut files = read_tree(out);
-    let manifest = files.get_mut(Path::new("tiesmith.json")).expect("a manifest");
-    let mut value: Value = serde_json::from_slice(manifest).unwrap();
-    for field in ["out", "wall_seconds", "peak_memory_bytes", "resumed", "chunks_reused", "bytes_read"] {
-        value["report"].as_object_mut().unwrap().remove(field);
-    }
-    value.as_object_mut().unwrap().remove("run");
-    *manifest = value.to_string().into_bytes();
-    files
 }
 
 #[track_caller]
@@ -411,4 +397,30 @@ fn plan_files_are_checked() {
     }
     let outcome = saved.run("plan", &Recipe::default(), &["--save", &text(&job.file)]);
     says(outcome.refusal(), &["no output directory is given"]);
+}
+
+#[test]
+#[cfg(unix)]
+fn a_work_directory_that_leads_elsewhere_is_refused() {
+    let saved = family(Deltas::HeavyTailed).save();
+    let job = Job::plan(&saved, &Recipe::default(), &[]);
+    let elsewhere = job.dir.path().join("elsewhere");
+    fs::create_dir_all(elsewhere.join("parts")).unwrap();
+    fs::write(elsewhere.join("parts/mine"), "mine").unwrap();
+    fs::create_dir(&job.out).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, job.out.join(".tiesmith")).unwrap();
+    for outcome in [job.run("1/2", &[]), job.finish()] {
+        assert!(outcome.refusal().contains("a link to somewhere else"), "{}", outcome.stderr);
+    }
+    fs::remove_file(job.out.join(".tiesmith")).unwrap();
+    job.run("1/2", &[]).succeeded();
+    // The folder of the parts may not lead elsewhere either: what is in it is removed in the end.
+    let parts = job.parts();
+    fs::rename(&parts, elsewhere.join("moved")).unwrap();
+    std::os::unix::fs::symlink(elsewhere.join("parts"), &parts).unwrap();
+    for outcome in [job.run("1/2", &[]), job.finish()] {
+        assert!(outcome.refusal().contains("a link to somewhere else"), "{}", outcome.stderr);
+    }
+    assert_eq!(fs::read_to_string(elsewhere.join("parts/mine")).unwrap(), "mine");
+    assert_eq!(fs::read_dir(elsewhere.join("parts")).unwrap().count(), 1, "something was put there");
 }

@@ -1,14 +1,13 @@
 //! Sweeps: every output is what a merge of its own gives, bit for bit, from shared reads.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::support::family::{Deltas, Family, Saved, Spec, text};
-use crate::support::files::{self, read_checkpoint, read_tree};
+use crate::support::files::{self, lasting, read_checkpoint, read_tree};
 use crate::support::run::{Outcome, tiesmith};
 use crate::support::tensor::{Tensor, differences};
 
@@ -24,20 +23,6 @@ fn sweep(saved: &Saved, out: &Path, extra: &[&str]) -> Outcome {
     args.extend(["--out".to_owned(), text(out), "--json".into(), "--progress".into(), "none".into()]);
     args.extend(extra.iter().map(|arg| (*arg).to_owned()));
     tiesmith(args)
-}
-
-/// A finished output but for what tells how it came about.
-fn lasting(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut files = read_tree(dir);
-    let manifest = files.get_mut(Path::new("tiesmith.json")).expect("an output has a manifest");
-    let mut value: Value = serde_json::from_slice(manifest).unwrap();
-    value["run"].take();
-    let report = value["report"].as_object_mut().unwrap();
-    for field in ["out", "wall_seconds", "peak_memory_bytes", "bytes_read", "resumed", "chunks_reused"] {
-        report.remove(field);
-    }
-    *manifest = value.to_string().into_bytes();
-    files
 }
 
 /// What is varied, and what is not.

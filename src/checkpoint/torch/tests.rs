@@ -153,6 +153,9 @@ fn newer_pickles_and_nested_state_dicts_are_read() {
 fn what_is_no_checkpoint_of_weights_is_refused_by_what_it_is() {
     refused(b"", &["the file is empty", "download"]);
     refused(b"PK\x03\x04", &["cut short"]);
+    // A record is announced where there is no room for it.
+    let announced = [&b"PK\x03\x04\0PK\x06\x07\r\0\0}\0\0\0\0\0\0\0\0\x01\0\0\0"[..], b"PK\x05\x06", &[0; 18]].concat();
+    refused(&announced, &["no zip64 record at byte"]);
     refused(b"hello, this is text", &["not a zip archive: not a PyTorch checkpoint"]);
     refused(b"version https://git-lfs.github.com/spec/v1", &["git-lfs pointer"]);
     refused(b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.", &["before version 1.6", "safetensors.torch"]);

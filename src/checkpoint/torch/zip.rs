@@ -104,7 +104,7 @@ impl<'a> Archive<'a> {
             return Err(fail(format!("is compressed (method {method})")).help(super::CONVERT));
         }
         let mut start = [0; LOCAL_BYTES];
-        if header > self.end_of_data.saturating_sub(LOCAL_BYTES as u64) {
+        if self.end_of_data.checked_sub(LOCAL_BYTES as u64).is_none_or(|last| header > last) {
             return Err(fail(format!("begins at {header}, beyond the archive's data")).help(AGAIN));
         }
         self.file.read_at(&mut start, header)?;
@@ -176,7 +176,7 @@ fn end64(file: &dyn InputFile, end: u64) -> Result<Option<(u64, [u8; END64_BYTES
     }
     let begin = u64_at(&locator, 8);
     let mut record = [0; END64_BYTES as usize];
-    if begin <= at.saturating_sub(END64_BYTES) {
+    if at.checked_sub(END64_BYTES).is_some_and(|last| begin <= last) {
         file.read_at(&mut record, begin)?;
     }
     match record[..4] == END64 {

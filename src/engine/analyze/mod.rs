@@ -27,8 +27,8 @@ use super::pool;
 use super::select::solo_thresholds;
 use super::turns::{Ordered, Pending, Turns};
 use super::worker::Worker;
-use super::{Observer, OutputOptions, check_inputs_unchanged, peak_memory_bytes};
-use crate::error::{Error, ErrorKind, Result};
+use super::{Observer, OutputOptions, check_inputs_unchanged, check_memory, peak_memory_bytes};
+use crate::error::{ErrorKind, Result};
 use crate::plan::{Chunk, Goal, Plan, Unit, UnitKind, Wanted};
 use crate::report::{self, Analysis, Line, Row};
 use crate::sketch::Threshold;
@@ -76,7 +76,8 @@ pub fn analyze(
     observer: &dyn Observer,
 ) -> Result<AnalysisReport> {
     let begin = Instant::now();
-    let work = WorkDir::open(study, output, storage).map_err(Error::as_input)?;
+    check_memory(&study.schedule)?;
+    let work = WorkDir::open(study, output, storage)?;
     study.schedule.allow_ahead(&study.plan, &**storage);
     let outcome = run(study, &work, storage, observer);
     let (mut report, staged) = match outcome {

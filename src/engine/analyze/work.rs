@@ -59,13 +59,18 @@ impl WorkDir {
     /// Checks everything that can be refused, then takes the directory. What is refused is left as it was.
     pub(super) fn open(study: &Study, options: &OutputOptions, storage: &Arc<dyn Storage>) -> Result<Self> {
         let dir = &options.dir;
-        refuse_inputs(&study.plan, dir, &**storage)?;
-        let work = work_dir(dir, &**storage)?;
-        let created = storage.identity(dir)?.is_none();
-        if !created && !storage.is_dir(dir) {
-            return Err(Error::input("the output is a file, not a directory").at(dir).help("choose another --out"));
-        }
-        admit(dir, &work, options, &**storage)?;
+        let admit = || -> Result<(PathBuf, bool)> {
+            refuse_inputs(&study.plan, dir, &**storage)?;
+            let work = work_dir(dir, &**storage)?;
+            let created = storage.identity(dir)?.is_none();
+            if !created && !storage.is_dir(dir) {
+                return Err(Error::input("the output is a file, not a directory").at(dir).help("choose another --out"));
+            }
+            admit(dir, &work, options, &**storage)?;
+            Ok((work, created))
+        };
+        // Whatever fails before anything is written.
+        let (work, created) = admit().map_err(Error::as_input)?;
         let unwritable = |e: Error| e.as_input().help("choose an --out that you may write to");
         let lock = storage.lock(&work.join(LOCK)).map_err(unwritable)?;
         let mut opened = Self {

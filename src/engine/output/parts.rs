@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use super::{Found, JOURNAL, LOCK, Log, OutputDir, WORK_DIR, check_space, finished_already, kind, refuse_inputs};
+use super::{Found, JOURNAL, LOCK, Log, OutputDir, check_space, finished_already, kind, refuse_inputs, work_dir};
 use crate::engine::identity::Begin;
 use crate::error::{Error, Result};
 use crate::journal::Journal;
@@ -20,8 +20,8 @@ pub(super) const DIR: &str = "parts";
 
 impl OutputDir {
     /// Where the parts of a merge into `dir` leave what they know.
-    pub(in crate::engine) fn parts_dir(dir: &Path) -> PathBuf {
-        dir.join(WORK_DIR).join(DIR)
+    pub(in crate::engine) fn parts_dir(dir: &Path, storage: &dyn Storage) -> Result<PathBuf> {
+        work_dir(dir, storage).map(|work| work.join(DIR))
     }
 
     /// Takes `dir` for parts, unless `taken` says that it is already; `begin` is run while nobody else can, and makes that
@@ -35,7 +35,7 @@ impl OutputDir {
         begin: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         refuse_inputs(plan, dir, &**storage)?;
-        let work = dir.join(WORK_DIR);
+        let work = work_dir(dir, &**storage)?;
         let admit = || -> Result<bool> {
             let found = Found::look(dir, &work, &**storage)?;
             if found.in_parts() {
@@ -109,7 +109,7 @@ impl OutputDir {
         storage: &Arc<dyn Storage>,
     ) -> Result<Self> {
         refuse_inputs(plan, dir, &**storage)?;
-        let work = dir.join(WORK_DIR);
+        let work = work_dir(dir, &**storage)?;
         let lock = storage.lock(&work.join(LOCK)).map_err(Error::as_input)?;
         let mut output = Self { on_shard, ..Self::bare(dir, work.join(JOURNAL), lock, storage) };
         let found = Found::look(dir, &work, &**storage)?;

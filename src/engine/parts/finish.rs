@@ -23,7 +23,7 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
     let begin = Instant::now();
     job.admit(plan)?;
     side_files::check(plan, &**storage)?;
-    let parts_dir = OutputDir::parts_dir(&job.out);
+    let parts_dir = OutputDir::parts_dir(&job.out, &**storage)?;
     if !storage.is_dir(&parts_dir) {
         return finished_before(plan, job, storage);
     }

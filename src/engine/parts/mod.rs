@@ -25,7 +25,9 @@ use super::kept::Kept;
 use super::output::OutputDir;
 use super::passes::Passes;
 use super::shards::write_shards;
-use super::{Observer, OutputOptions, check_inputs_unchanged, is_finished, peak_memory_bytes, side_files};
+use super::{
+    Observer, OutputOptions, check_inputs_unchanged, check_memory, is_finished, peak_memory_bytes, side_files,
+};
 use crate::error::{Error, Result};
 use crate::limits::MAX_PARTS;
 use crate::plan::{Plan, Run, Schedule};
@@ -172,6 +174,7 @@ pub fn run_part(
     job.admit(plan)?;
     side_files::check(plan, &**storage)?;
     let schedule = Schedule::with_bins(plan, run, job.sketch_bins)?;
+    check_memory(&schedule)?;
     schedule.allow_ahead(plan, &**storage);
     let shards = plan.shares(part.count)[part.index].clone();
     let mut report = PartReport {
@@ -188,7 +191,7 @@ pub fn run_part(
         peak_memory_bytes: None,
         warnings: Vec::new(),
     };
-    let parts_dir = OutputDir::parts_dir(&job.out);
+    let parts_dir = OutputDir::parts_dir(&job.out, &**storage)?;
     if !storage.is_dir(&parts_dir) && is_finished(plan, &job.out, &**storage)? {
         return Ok(report);
     }

@@ -93,7 +93,7 @@ impl Sweep<'_> {
         let mut dirs: Vec<(usize, OutputDir)> = Vec::new();
         let opened = variants.iter().enumerate().try_for_each(|(at, variant)| {
             side_files::check(&variant.plan, &**self.storage)?;
-            let dir = OutputDir::open(&variant.plan, &self.options(variant), self.storage).map_err(Error::as_input)?;
+            let dir = OutputDir::open(&variant.plan, &self.options(variant), self.storage)?;
             match dir.is_published() {
                 true => reports[at] = Some(tidy_up(dir)?),
                 false => dirs.push((at, dir)),

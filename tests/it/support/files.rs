@@ -141,6 +141,20 @@ pub fn read_tree(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     files
 }
 
+/// Files of a finished output that do not depend on how a run went: all, but without the manifest's times and places.
+pub fn lasting(out: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = read_tree(out);
+    let manifest = files.get_mut(Path::new("tiesmith.json")).expect("a finished output has a manifest");
+    let mut value: Value = serde_json::from_slice(manifest).unwrap();
+    value.as_object_mut().unwrap().remove("run").expect("how it was done");
+    let report = value["report"].as_object_mut().unwrap();
+    for field in ["out", "wall_seconds", "peak_memory_bytes", "resumed", "chunks_reused", "bytes_read"] {
+        report.remove(field).expect(field);
+    }
+    *manifest = value.to_string().into_bytes();
+    files
+}
+
 /// Copies a directory, links followed.
 pub fn copy_tree(from: &Path, to: &Path) {
     for (path, bytes) in read_tree(from) {
