@@ -23,8 +23,18 @@ pub const MAX_CONFIG_BYTES: u64 = 4_000_000;
 
 /// Longest accepted configuration of an adapter in bytes: tables of patterns have a line per module.
 pub const MAX_ADAPTER_CONFIG_BYTES: u64 = 4 << 20;
-/// What one read of a tensor that an adapter changes takes beside its result, in bytes: blocks of both factors.
+/// What one read of a tensor that an adapter changes takes beside its result, in bytes: blocks of it and of both factors.
 pub const ADAPTER_SCRATCH_BYTES: u64 = 1 << 20;
+
+/// Largest factors of a module, in bytes of f32, that are kept while the tensor that they change is read: those of rank 64 of
+/// an 8B model's layers. Larger ones are read block by block.
+pub const FACTORS_BYTES: u64 = 8 << 20;
+/// Bytes of such factors that are kept of one adapter, between reads.
+pub const KEPT_FACTORS_BYTES: u64 = 2 * FACTORS_BYTES;
+/// Columns that products of tall matrices take at a time.
+pub const PANEL_COLUMNS: u64 = 8;
+/// What one thread takes for such products beside the matrices, in bytes.
+pub const PRODUCT_BYTES: u64 = 1 << 18;
 
 /// Longest accepted manifest in bytes: ten thousand listed units of a hundred models, and room to spare.
 pub const MAX_MANIFEST_BYTES: u64 = 256_000_000;

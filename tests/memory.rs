@@ -62,16 +62,17 @@ fn write_checkpoint(path: &Path, seed: u32, block_elements: usize) {
     }
 }
 
-/// Writes a LoRA adapter of rank 8 on the large tensor.
-fn write_adapter(dir: &Path) {
+/// Writes a LoRA adapter on the large tensor.
+fn write_adapter(dir: &Path, rank: u64) {
     fs::create_dir(dir).unwrap();
-    fs::write(dir.join("adapter_config.json"), r#"{"peft_type": "LORA", "r": 8, "lora_alpha": 16}"#).unwrap();
+    let config = format!(r#"{{"peft_type": "LORA", "r": {rank}, "lora_alpha": 16}}"#);
+    fs::write(dir.join("adapter_config.json"), config).unwrap();
     let (rows, columns) = (SHAPES[0].1[0], SHAPES[0].1[1]);
-    let (a, b) = (4 * 8 * columns, 4 * 8 * rows);
+    let (a, b) = (4 * rank * columns, 4 * rank * rows);
     let entry = |name: &str, shape: [u64; 2], begin: u64, end: u64| {
         format!(r#""big.lora_{name}.weight":{{"dtype":"F32","shape":{shape:?},"data_offsets":[{begin},{end}]}}"#)
     };
-    let header = format!("{{{},{}}}", entry("A", [8, columns], 0, a), entry("B", [rows, 8], a, a + b));
+    let header = format!("{{{},{}}}", entry("A", [rank, columns], 0, a), entry("B", [rows, rank], a, a + b));
     let values = (0..(a + b) / 4).flat_map(|i| ((i % 251) as f32 / 1e4 - 0.01).to_le_bytes());
     let file = (header.len() as u64).to_le_bytes().into_iter().chain(header.bytes()).chain(values);
     fs::write(dir.join("adapter_model.safetensors"), file.collect::<Vec<u8>>()).unwrap();
@@ -143,7 +144,7 @@ fn the_memory_budget_holds() {
         fs::create_dir(place(name)).unwrap();
         write_checkpoint(&dir.path().join(name).join("model.safetensors"), seed as u32 + 1, block);
     }
-    write_adapter(&dir.path().join("lora"));
+    write_adapter(&dir.path().join("lora"), 8);
     const { assert!(3 * CHECKPOINT_BYTES > 8 * BUDGET_BYTES) };
 
     let group = Cgroup::new();
@@ -181,6 +182,32 @@ fn the_memory_budget_holds() {
         let written: u64 = fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
         assert!(written >= CHECKPOINT_BYTES, "{flags:?}: {written} bytes written");
         fs::remove_dir_all(&out).unwrap();
+    }
+}
+
+/// Adapters of different ranks whose change is three times the budget: a part of it is held at a time, and its factors.
+#[test]
+fn factors_of_a_large_change_fit() {
+    let _alone = alone();
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let place = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    write_adapter(&dir.path().join("eight"), 8);
+    write_adapter(&dir.path().join("three"), 3);
+    let group = Cgroup::new();
+    for flags in [&["--method=linear", "--threads=2"][..], &["--density=0.5", "--threads=1", "--rank=2"]] {
+        let program = env!("CARGO_BIN_EXE_tiesmith");
+        let mut command = group.as_ref().map_or_else(|| Command::new(program), |group| group.command(program));
+        command.args(["merge", "--model", &place("eight"), "--model", &place("three"), "--out", &place("out"), "--force"]);
+        command.args(["--memory", &BUDGET_BYTES.to_string(), "--progress=none", "--json"]).args(flags);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let peak = watch(&mut child);
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+        eprintln!("{flags:?}: a peak of {peak} bytes");
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let peak = peak.max(report["peak_memory_bytes"].as_u64().unwrap());
+        assert!(peak > BUDGET_BYTES / 4 && peak <= BUDGET_BYTES, "{flags:?}: a peak of {peak} bytes");
+        assert!(report["factors"]["kept_norm"].as_f64().unwrap() > 0.5);
     }
 }
 

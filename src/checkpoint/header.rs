@@ -355,7 +355,7 @@ impl<'de> Deserialize<'de> for StoredDtype {
 }
 
 /// A shape, collected without growing a vector.
-struct Dimensions(Box<[u64]>);
+pub(super) struct Dimensions(pub(super) Box<[u64]>);
 
 impl<'de> Deserialize<'de> for Dimensions {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -24,9 +24,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub use adapter::{Adapters, Changes, FactoredModule};
+
 use crate::dtype::{Dtype, Float};
 use crate::error::{Error, Result};
-use crate::limits::ADAPTER_SCRATCH_BYTES;
 use crate::storage::{InputFile, Storage};
 use resolve::Source;
 
@@ -112,20 +113,26 @@ impl Checkpoint {
     /// Opens what `spec` names: a directory, a `.safetensors` file or a PyTorch file (`.bin`, `.pt`, `.pth`, `.ckpt`), an
     /// index file, a Hub id in the local cache, or one of these and a PEFT adapter on it, `MODEL+ADAPTER`.
     pub fn open(spec: &str, storage: &Arc<dyn Storage>) -> Result<Self> {
-        Self::open_on(spec, None, storage)
+        Self::open_beside(spec, None, storage)
     }
 
-    /// The same, where an adapter alone is one on the model `base`, which a packed task vector may be against.
+    /// The same, where an adapter alone is one on the model called `base`, which a packed task vector may be against.
     pub fn open_on(spec: &str, base: Option<&str>, storage: &Arc<dyn Storage>) -> Result<Self> {
+        let base = base.map(|base| Self::open(base, storage)).transpose()?;
+        Self::open_beside(spec, base.as_ref(), storage)
+    }
+
+    /// The same with a base that is open already.
+    pub fn open_beside(spec: &str, base: Option<&Self>, storage: &Arc<dyn Storage>) -> Result<Self> {
         if let Some((model, adapter)) = adapter::split(spec, &**storage)? {
-            return Self::with_adapter(spec, model, adapter, storage);
+            return Self::open(model, storage)?.with_adapter(spec, adapter, storage);
         }
         let found = resolve::resolve(spec, &**storage, &|name| std::env::var_os(name))?;
         let catalogue = match (&found.source, base) {
             (Source::File(path), _) => Catalogue::of_file(path, &**storage)?,
             (Source::Index(path), _) => index::open(path, &**storage)?,
             (Source::Packed(path), _) => return packed::open(spec, path, found.warnings, base, storage),
-            (Source::Adapter, Some(base)) => return Self::with_adapter(spec, base, spec, storage),
+            (Source::Adapter, Some(base)) => return base.clone().with_adapter(spec, spec, storage),
             (Source::Adapter, None) => {
                 return Err(Error::input("a PEFT adapter, which has no weights of its own")
                     .at(&found.dir)
@@ -156,14 +163,11 @@ impl Checkpoint {
         }
     }
 
-    fn with_adapter(spec: &str, model: &str, adapter: &str, storage: &Arc<dyn Storage>) -> Result<Self> {
-        let adapter = adapter::Adapter::open(adapter, &**storage)?;
-        let mut checkpoint = Self::open(model, storage)?;
-        adapter.apply(&mut checkpoint)?;
-        // Adapters on adapters read each other's results.
-        checkpoint.derived.scratch_bytes += ADAPTER_SCRATCH_BYTES;
-        checkpoint.spec = spec.to_owned();
-        Ok(checkpoint)
+    /// This with an adapter on it, under the name `spec`.
+    fn with_adapter(mut self, spec: &str, adapter: &str, storage: &Arc<dyn Storage>) -> Result<Self> {
+        adapter::Adapter::open(adapter, &**storage)?.apply(&mut self)?;
+        self.spec = spec.to_owned();
+        Ok(self)
     }
 
     /// Puts a tensor that is computed as `float` in the place of `entry`.

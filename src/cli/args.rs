@@ -3,6 +3,7 @@
 //! Names of methods and words of method parameters are taken from the registry of methods, so that help, validation
 //! and shell completions cannot disagree with it.
 
+mod grid;
 mod parts;
 mod words;
 
@@ -21,11 +22,11 @@ use super::parse;
 use super::perturb::PerturbArgs;
 use super::progress::Mode;
 use super::statistics::StatisticsArgs;
-use super::sweep;
 use super::verify::VerifyArgs;
 
 use words::{dtypes, io_modes};
 
+pub use grid::SweepArgs;
 pub use parts::{FinishArgs, PlanArgs, ResourceArgs, RunPartArgs, SlurmArgs};
 
 /// Merge fine-tuned models that do not fit in memory
@@ -61,6 +62,8 @@ Examples:
     tiesmith merge recipe.yml --memory 8GiB --out merged
   Merge adapters of one base: a directory with adapter_config.json is a model on --base
     tiesmith merge --base llama --model lora-chat --model lora-code --out merged
+  Merge adapters with each other, into an adapter of rank 16
+    tiesmith merge --model lora-chat --model lora-code --rank 16 --out lora-merged
   Make a finished output again, bit for bit
     tiesmith merge merged/tiesmith.json --out again
   Average three fine-tunes, no base needed
@@ -77,7 +80,7 @@ Examples:
 
 const PACK_EXAMPLES: &str = "\
 Examples:
-  The 20 % of the task vector with the largest magnitudes: about five times smaller
+  The 20 % of the task vector with the largest magnitudes: about six times smaller
     tiesmith pack chat --base llama --density 0.2 --out chat.tvz
   All that differs, whatever it is
     tiesmith pack chat --base llama --density 1 --out chat.tvz
@@ -137,7 +140,11 @@ pub enum Command {
     ///
     /// Each output is what 'merge' gives with the same options, bit for bit, in a folder of its own; sweep.md and
     /// sweep.json list them. The same command goes on after an interruption.
-    #[command(after_help = SWEEP_EXAMPLES)]
+    #[command(
+        after_help = SWEEP_EXAMPLES,
+        mut_arg("out", |arg| arg.help("Directory of the outputs, which have a folder each, and of their table")),
+        mut_arg("parts", |arg| arg.hide(true)),
+    )]
     Sweep(Box<SweepArgs>),
     /// Pack a checkpoint into a file of what differs from its base, trimmed and compressed
     ///
@@ -336,6 +343,13 @@ pub struct OutputArgs {
     #[arg(long, value_name = "TYPE", value_parser = dtypes())]
     pub dtype: Option<Float>,
 
+    /// Rank of the adapter that LoRA adapters are merged into [default: the largest of theirs, if they differ]
+    ///
+    /// For adapters as every --model, and no --base. The changes B A that they make are merged, and factors of this rank
+    /// come as close as any can. Without it, adapters of equal ranks are merged factor by factor, as in the TIES paper.
+    #[arg(long, value_name = "R", value_parser = parse::rank)]
+    pub rank: Option<u64>,
+
     /// What a result too large for the output type does
     #[arg(long, value_name = "RULE", default_value = "error", value_parser = choice(&[
         ("error", "stop, naming the tensor", Overflow::Error),
@@ -437,84 +451,6 @@ pub struct DiffArgs {
 
     #[command(flatten)]
     pub report: ReportArgs,
-}
-
-#[derive(Debug, Args)]
-pub struct SweepArgs {
-    /// A recipe file in mergekit's language, instead of --base, --model and --method; other options override it
-    #[arg(value_name = "RECIPE.yml", conflicts_with_all = ["base", "models", "method"])]
-    pub recipe: Option<String>,
-
-    /// Options that were given, not filled in.
-    #[arg(skip)]
-    pub given: Vec<String>,
-
-    #[command(flatten)]
-    pub inputs: InputArgs,
-
-    /// Scales of the merged task vector: a list, ranges first:last:step, or both
-    #[arg(long, value_name = "LIST", help_heading = "Grid", allow_hyphen_values = true, value_parser = sweep::numbers)]
-    pub lambda: Option<sweep::Values>,
-
-    /// Fractions of each task vector to keep: a list, ranges first:last:step, or both
-    #[arg(long, value_name = "LIST", help_heading = "Grid", value_parser = sweep::fractions)]
-    pub density: Option<sweep::Values>,
-
-    /// Methods, separated by commas; 'tiesmith methods' explains each [default: ties]
-    #[arg(long, value_name = "NAMES", help_heading = "Grid", value_delimiter = ',', value_parser = methods())]
-    pub method: Vec<String>,
-
-    /// Which models: all, pairs, leave-one-out, sizes (the first two, three, ...), or numbers such as 1+3; several are
-    /// separated by commas
-    #[arg(long, value_name = "SETS", help_heading = "Grid", value_delimiter = ',', value_parser = sweep::subset)]
-    pub subset: Vec<sweep::Subset>,
-
-    /// How the sign of each parameter is elected [default: mass]
-    #[arg(long, value_name = "RULE", help_heading = "Method", value_parser = words("elect"))]
-    pub elect: Option<String>,
-
-    /// What becomes of the values that agree with the elected sign [default: mean] (sum in dare_ties and breadcrumbs_ties)
-    #[arg(long, value_name = "RULE", help_heading = "Method", value_parser = words("combine"))]
-    pub combine: Option<String>,
-
-    /// The sign where an election cancels exactly [default: zero]
-    #[arg(long, value_name = "RULE", help_heading = "Method", value_parser = words("zero_sum"))]
-    pub zero_sum: Option<String>,
-
-    /// Any parameter of the methods by its name, as in '--param gamma=0.01'; repeatable
-    #[arg(long = "param", value_name = "NAME=VALUE", help_heading = "Method", allow_hyphen_values = true, value_parser = parse::param)]
-    pub params: Vec<(String, Value)>,
-
-    /// Take the elected signs from this checkpoint's task vector instead (oracle signs)
-    #[arg(long, value_name = "CKPT", help_heading = "Method")]
-    pub sign_from: Option<String>,
-
-    /// Seed of every random draw; equal seeds give equal bytes
-    #[arg(long, value_name = "N", help_heading = "Method", default_value = "0", value_parser = parse::whole)]
-    pub seed: u64,
-
-    /// Where one threshold applies
-    #[arg(long, value_name = "SCOPE", help_heading = "Trim", default_value = "model", value_parser = scopes())]
-    pub scope: Scope,
-
-    /// How the thresholds are found
-    #[arg(long, value_name = "KIND", help_heading = "Trim", default_value = "exact", value_parser = thresholds())]
-    pub threshold: ThresholdKind,
-
-    /// What becomes of magnitudes equal to the threshold
-    #[arg(long, value_name = "RULE", help_heading = "Trim", default_value = "keep", value_parser = tie_rules())]
-    pub trim_ties: TrimTies,
-
-    /// Store each output as what differs from the base, compressed, in a file DIR/NAME.tvz
-    ///
-    /// Such a file is a checkpoint for every command; 'tiesmith unpack' writes it as one.
-    #[arg(long, help_heading = "Output")]
-    pub packed: bool,
-
-    #[command(flatten)]
-    pub output: OutputArgs,
-    #[command(flatten)]
-    pub run: RunArgs,
 }
 
 #[derive(Debug, Args)]

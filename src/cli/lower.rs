@@ -27,6 +27,7 @@ pub fn recipe(args: &MergeArgs, verb: &str) -> Result<Recipe> {
         sign_from: args.method.sign_from.clone(),
         seed: args.method.seed,
         dtype: args.output.dtype,
+        rank: args.output.rank,
         include: args.inputs.include.clone(),
         exclude: args.inputs.exclude.clone(),
         missing: args.inputs.missing,
@@ -98,6 +99,7 @@ pub fn override_recipe(recipe: &mut Recipe, args: &MergeArgs) -> Result<()> {
     }
     recipe.sign_from = method.sign_from.clone();
     recipe.dtype = output.dtype.or(recipe.dtype);
+    recipe.rank = output.rank;
     recipe.include = inputs.include.clone();
     recipe.exclude = inputs.exclude.clone();
     recipe.missing = inputs.missing;

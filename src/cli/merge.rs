@@ -60,6 +60,12 @@ pub fn show(plan: &Plan, report: &Report, reproduced: bool, json: bool) -> Resul
         let share = human::percent(report.sign_conflict_fraction);
         line(&mut text, "sign conflicts", &format!("{share} of the merged parameters"));
     }
+    if let Some(factors) = &report.factors {
+        let [all, least] = [factors.kept_norm, factors.least_kept_norm].map(human::percent);
+        let of = printable(&factors.least_kept);
+        line(&mut text, &format!("rank {}", factors.rank), &format!("holds {all} of the length of what was merged"));
+        line(&mut text, "", &format!("least of all {least}, of {of}"));
+    }
     if reproduced {
         line(&mut text, "reproduced", "every shard is bit for bit what the manifest lists");
     }
@@ -179,6 +185,7 @@ mod tests {
             kept_interval: None,
             surviving_fraction: vec![0.9, 0.875],
             sign_conflict_fraction: 0.0312,
+            factors: None,
             warnings: Vec::new(),
         }
     }

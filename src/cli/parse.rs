@@ -93,6 +93,14 @@ pub fn threads(text: &str) -> Result<usize, String> {
     }
 }
 
+/// A rank of factors.
+pub fn rank(text: &str) -> Result<u64, String> {
+    match text.trim().parse() {
+        Ok(rank @ 1..=65_536) => Ok(rank),
+        _ => Err("a rank is expected, from 1 to 65,536".into()),
+    }
+}
+
 /// A number of parts.
 pub fn parts(text: &str) -> Result<usize, String> {
     match text.trim().parse() {

@@ -155,6 +155,11 @@ impl Kept {
         (known.facts.len() == facts && plan.goals(unit).iter().zip(&known.found).all(enough)).then_some(known)
     }
 
+    /// What is kept of a unit that begins with tensor `tensor`, whatever the plan needs.
+    pub(super) fn done(&self, tensor: u32) -> Option<&UnitDone> {
+        self.units.get(&tensor)
+    }
+
     /// Whether something of tensor `tensor` is done.
     pub(super) fn has_part_of(&self, tensor: u32) -> bool {
         self.spans.contains_key(&tensor)

@@ -9,6 +9,7 @@ mod cut;
 mod diff;
 mod elements;
 mod exceptions;
+mod factor;
 mod hand_over;
 mod identity;
 mod inspect;
@@ -35,6 +36,7 @@ mod worker;
 
 pub use analyze::{AnalysisReport, Study, analyze};
 pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};
+pub use factor::FactorReport;
 pub use inspect::{DtypeTotal, InspectReport, TensorStats, ValueStats, inspect};
 pub use pack::{PackOutput, PackReport, pack};
 pub use parts::{Job, Part, PartReport, Stage, finish, run_part};
@@ -145,6 +147,9 @@ pub struct Report {
     pub surviving_fraction: Vec<f64>,
     /// Fraction of merged elements whose survivors disagree in sign.
     pub sign_conflict_fraction: f64,
+    /// How much the factors of a merged adapter hold, where they were sought.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub factors: Option<FactorReport>,
     /// What the user should know.
     pub warnings: Vec<String>,
 }
@@ -216,6 +221,9 @@ pub fn is_finished(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<boo
 }
 
 fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observer, begin: Instant) -> Result<Finished> {
+    if let Some(factored) = &plan.factors {
+        return factor::run(plan, factored, schedule, dir, observer, begin);
+    }
     let mut tally = Tally::default();
     let mut thresholds = Thresholds::default();
     let mut warnings = plan.warnings.clone();
@@ -331,6 +339,7 @@ fn report(
         kept_fraction,
         surviving_fraction: surviving(plan, tally),
         sign_conflict_fraction: share(tally.conflicts, tally.merged),
+        factors: None,
         warnings,
     }
 }

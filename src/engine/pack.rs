@@ -517,7 +517,7 @@ impl Packer {
             }
         };
         let packed = masked.and_then(|()| {
-            let (bytes, stored) = self.encoder.encode(model, job.width, &self.mask)?;
+            let (bytes, stored) = self.encoder.encode(model, base, job.width, &self.mask)?;
             let base = base.map_or(0, checksum);
             Ok((bytes, Entry { stored, length: bytes.len() as u32, check: checksum(bytes), base }))
         });
@@ -575,7 +575,7 @@ fn thresholds(passes: &mut Passes<'_>, schedule: &Schedule, observer: &dyn Obser
     let plan = passes.plan;
     let mut all = vec![vec![Cut::NonZero]; plan.tensors.len()];
     if !schedule.units.is_empty() {
-        observer.stage("sketch", schedule.passes.iter().filter(|p| p.name != "merge").map(|p| p.bytes_read).sum());
+        observer.stage("sketch", schedule.search_bytes(plan));
     }
     let (solo, shared): (Vec<_>, Vec<_>) = schedule.units.iter().partition(|unit| unit.kind == UnitKind::Solo);
     for unit in shared {

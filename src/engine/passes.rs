@@ -181,17 +181,7 @@ impl<'a> Passes<'a> {
     pub(super) fn tally(&self) -> Tally {
         let mut sum = self.kept.tally.clone();
         sum.bytes_read = sum.bytes_read.saturating_add(self.kept_reads);
-        for worker in &self.workers {
-            sum.merged += worker.tally.merged;
-            sum.conflicts += worker.tally.conflicts;
-            sum.bytes_read = sum.bytes_read.saturating_add(worker.tally.bytes_read);
-            for (total, kept) in sum.kept.iter_mut().zip(&worker.tally.kept) {
-                *total += kept;
-            }
-            for (total, agreeing) in sum.agreeing.iter_mut().zip(&worker.tally.agreeing) {
-                *total += agreeing;
-            }
-        }
+        self.workers.iter().for_each(|worker| sum.add(&worker.tally));
         sum
     }
 
@@ -466,7 +456,7 @@ impl<'a> Passes<'a> {
     }
 
     /// Sign of the sum of all elected signs of the unit, where the method asks for it.
-    fn majority(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut], facts: &[f64]) -> Result<f32> {
+    pub(super) fn majority(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut], facts: &[f64]) -> Result<f32> {
         let sum = if self.plan.votes() { self.votes(unit, resident, cuts, facts)? } else { 0 };
         Ok(sum.signum() as f32)
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::Observer;
+use super::{Observer, factor};
 use super::kept::Kept;
 use super::output::{INDEX, OutputDir};
 use super::passes::Passes;
@@ -55,7 +55,10 @@ fn files(
         let kept = intact(manifest, plan, schedule, &repairs);
         let all = 0..plan.layout.shards.len();
         shards::write_shards(plan, output, all, observer, Some(&repairs), &|_| true, |writer, _| {
-            Passes::new(plan, schedule, observer, Some(writer), &kept).run()
+            match &plan.factors {
+                Some(factored) => factor::repair(plan, factored, schedule, observer, writer),
+                None => Passes::new(plan, schedule, observer, Some(writer), &kept).run(),
+            }
         })?;
     }
     let others: Vec<&ListedFile> = manifest.side_files.iter().filter(|file| damaged.contains(&file.name)).collect();

@@ -24,6 +24,8 @@ use crate::storage::Storage;
 const SETTINGS_LISTED: usize = 10_000;
 /// Tensors that the manifest names for each set of parameters.
 const SETTINGS_TENSORS: usize = 100;
+/// Configuration of a PEFT adapter.
+const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 /// Files that are copied from the template where it has them: what transformers and the Hub's tools look for.
 const COPIED: &[&str] = &[
@@ -104,8 +106,12 @@ pub(super) fn check(plan: &Plan, storage: &dyn Storage) -> Result<()> {
 fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Content)>> {
     let dir = &plan.template().dir;
     let mut files = Vec::new();
-    let adapter = plan.adapter.then_some("adapter_config.json");
+    let adapter = plan.adapter.then_some(ADAPTER_CONFIG);
     for &name in COPIED.iter().chain(&adapter) {
+        if let (Some(factored), ADAPTER_CONFIG) = (&plan.factors, name) {
+            files.push((name.to_string(), Content::Bytes(factored.config.clone())));
+            continue;
+        }
         match (&plan.chat_template, name) {
             (Some(template), "chat_template.jinja") => {
                 files.push((name.to_string(), Content::Bytes(template.clone().into_bytes())));
@@ -218,7 +224,7 @@ fn set_layers(config: &mut serde_json::Map<String, Value>, layers: &LayerMap) {
 /// The model card, as the Hub shows it.
 fn model_card(plan: &Plan, report: &Report) -> String {
     let mut card = String::from("---\n");
-    let summary = PlanSummary::inputs(plan);
+    let summary = PlanSummary::inputs(plan.merging());
     let hub_ids: Vec<&str> =
         plan.checkpoints.iter().filter_map(|c| c.hub.as_ref()).map(|hub| hub.id.as_str()).collect();
     if !hub_ids.is_empty() {
@@ -231,7 +237,7 @@ fn model_card(plan: &Plan, report: &Report) -> String {
     }
     let (library, title) = if plan.adapter { ("peft", "adapter") } else { ("transformers", "model") };
     card.push_str(&format!("library_name: {library}\ntags:\n- merge\n- tiesmith\n---\n\n"));
-    if !plan.tensors.iter().any(|tensor| matches!(tensor.action, Action::Merge { .. })) {
+    if plan.factors.is_none() && !plan.tensors.iter().any(|tensor| matches!(tensor.action, Action::Merge { .. })) {
         let source = printable(&base_name(&plan.template().spec)).replace('|', "\\|");
         card.push_str(&format!("# Copied model\n\nThe tensors of `{source}`, written by {PROGRAM}.\n"));
         return card;
@@ -257,6 +263,15 @@ fn model_card(plan: &Plan, report: &Report) -> String {
         card.push_str(&format!("| {} | `{source}` | {} | {kept} | {survives} |\n", input.role, params.join(", ")));
     }
     card.push_str(&format!("\nSign conflicts: {:.2} % of the parameters.\n", report.sign_conflict_fraction * 100.0));
+    if let Some(factors) = &report.factors {
+        card.push_str(&format!(
+            "\nFactors of rank {} hold {:.2} % of the length of the merged changes; least of all {:.2} %, of `{}`.\n",
+            factors.rank,
+            factors.kept_norm * 100.0,
+            factors.least_kept_norm * 100.0,
+            printable(&factors.least_kept)
+        ));
+    }
     card.push_str("\n## Recipe\n\n```json\n");
     card.push_str(&serde_json::to_string_pretty(&recipe_without_paths(plan)).unwrap_or_default());
     card.push_str("\n```\n\nHashes of inputs and outputs are in `tiesmith.json`.\n");
@@ -344,7 +359,7 @@ pub(super) fn manifest(
     report: &Report,
     side_files: &[SideFile],
 ) -> Result<Vec<u8>> {
-    let inputs: Vec<Value> = PlanSummary::inputs(plan)
+    let inputs: Vec<Value> = PlanSummary::inputs(plan.merging())
         .zip(&plan.checkpoints)
         .map(|(mut summary, checkpoint)| {
             // For those who look for it from elsewhere.
@@ -369,9 +384,9 @@ pub(super) fn manifest(
         program: PROGRAM,
         fingerprint: &plan.fingerprint,
         recipe: &plan.recipe,
-        settings: settings(plan),
+        settings: settings(plan.merging()),
         inputs,
-        thresholds: thresholds.listed.iter().map(|unit| unit_thresholds(plan, unit)).collect(),
+        thresholds: thresholds.listed.iter().map(|unit| unit_thresholds(plan.merging(), unit)).collect(),
         shards: shard_list(plan, written),
         side_files: side_files.collect(),
         run: json!({ "threads": schedule.threads, "memory_limit_bytes": schedule.memory_limit }),

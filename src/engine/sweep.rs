@@ -61,7 +61,10 @@ pub struct SweepEntry {
     pub found: bool,
     /// Whether it was made together with others.
     pub shared: bool,
-    /// Its own report; tensor bytes read are those that its result is made of. None for a packed one that was there.
+    /// The fingerprint of its plan.
+    pub fingerprint: String,
+    /// Its own report; tensor bytes read are those that its result is made of. None for a packed one that was there and is
+    /// not in the table.
     pub report: Option<Report>,
 }
 
@@ -164,7 +167,10 @@ fn run_all(
         peak_memory_bytes: peak_memory_bytes(),
         outputs,
     };
-    write_tables(&report, &output.dir, &**storage)?;
+    // A run that found everything has nothing to say about how it was made.
+    if !open.is_empty() || !tables_list(&report, &output.dir, &**storage)? {
+        write_tables(&report, &output.dir, &**storage)?;
+    }
     Ok(report)
 }
 
@@ -174,6 +180,7 @@ fn entry(variant: &Variant, report: Report, shared: bool) -> SweepEntry {
         settings: variant.settings.clone(),
         found: false,
         shared,
+        fingerprint: variant.plan.fingerprint.clone(),
         report: Some(report),
     }
 }
@@ -230,9 +237,24 @@ impl Sweep<'_> {
         for left in spool::leftovers(&path) {
             let _ = self.storage.remove_file(&left);
         }
-        let Variant { name, settings, .. } = variant;
-        let (name, settings) = (name.clone(), settings.clone());
-        Ok(Some(SweepEntry { name, settings, found: true, shared: false, report: None }))
+        let Variant { name, settings, plan } = variant;
+        let (name, settings, fingerprint) = (name.clone(), settings.clone(), plan.fingerprint.clone());
+        let report = self.listed(&fingerprint)?;
+        Ok(Some(SweepEntry { name, settings, found: true, shared: false, fingerprint, report }))
+    }
+
+    /// The report of an output with this fingerprint in the table that is there, if there is one.
+    fn listed(&self, fingerprint: &str) -> Result<Option<Report>> {
+        let path = self.output.dir.join(TABLE_JSON);
+        if !self.storage.is_file(&path) {
+            return Ok(None);
+        }
+        let table = self.storage.read_small(&path, MAX_MANIFEST_BYTES)?;
+        // Whatever else it may be, it is replaced in the end.
+        let table: serde_json::Value = serde_json::from_slice(&table).unwrap_or_default();
+        let outputs = table["outputs"].as_array().into_iter().flatten();
+        let own = outputs.into_iter().find(|output| output["fingerprint"] == *fingerprint);
+        Ok(own.and_then(|output| serde_json::from_value(output["report"].clone()).ok()))
     }
 
     /// Refuses outputs that do not fit on the disk together.
@@ -346,6 +368,9 @@ fn searches<'a>(plans: impl Iterator<Item = &'a Plan>) -> u64 {
 
 /// Whether `plan` can be merged from what `union` loads, chunk by chunk.
 fn fits(plan: &Plan, union: &Plan) -> bool {
+    if plan.factors.is_some() || union.factors.is_some() {
+        return false;
+    }
     let needs = plan.needs();
     let simple = |plan: &Plan| plan.layers.is_empty() && plan.tokenizer.is_none();
     let in_units = union.selects() || union.votes();
@@ -392,6 +417,18 @@ fn places(plan: &Plan, union: &Plan) -> Option<Vec<u32>> {
     plan.checkpoints.iter().enumerate().map(place).collect()
 }
 
+/// Whether the tables that are there list the outputs of `report`.
+fn tables_list(report: &SweepReport, dir: &Path, storage: &dyn Storage) -> Result<bool> {
+    let path = dir.join(TABLE_JSON);
+    if !storage.is_file(&path) || !storage.is_file(&dir.join(TABLE_TEXT)) {
+        return Ok(false);
+    }
+    let table: serde_json::Value =
+        serde_json::from_slice(&storage.read_small(&path, MAX_MANIFEST_BYTES)?).unwrap_or_default();
+    let listed = table["outputs"].as_array().into_iter().flatten().map(|output| &output["fingerprint"]);
+    Ok(listed.eq(report.outputs.iter().map(|output| &output.fingerprint)))
+}
+
 fn write_tables(report: &SweepReport, dir: &Path, storage: &dyn Storage) -> Result<()> {
     storage.create_dir_all(dir)?;
     let json = serde_json::to_string_pretty(report).map_err(|e| Error::failed(format!("{TABLE_JSON}: {e}")))?;
@@ -427,11 +464,19 @@ fn table(report: &SweepReport) -> String {
         let conflicts = report.sign_conflict_fraction * 100.0;
         text.push_str(&format!(" {} | {conflicts:.2} % |\n", kept.join(", ")));
     }
-    let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+    let made = report.outputs.iter().filter(|entry| !entry.found).count();
     text.push_str(&format!(
-        "\nThe last run read {:.3} GB of tensors; separate merges of what it made would read {:.3} GB.\n",
-        gigabytes(report.bytes_read),
-        gigabytes(report.separate_bytes_read)
+        "\nThe last run made {made} of them: it read {} of tensors in {:.1} s; separate merges would read {}.\n",
+        sized(report.bytes_read),
+        report.wall_seconds,
+        sized(report.separate_bytes_read)
     ));
     text
+}
+
+/// A number of bytes for people, in decimal units.
+fn sized(bytes: u64) -> String {
+    let units = [("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)];
+    let unit = units.into_iter().find(|(_, size)| bytes as f64 >= *size);
+    unit.map_or_else(|| format!("{bytes} B"), |(unit, size)| format!("{:.2} {unit}", bytes as f64 / size))
 }

@@ -20,7 +20,7 @@ use crate::plan::{Chunk, Piece, Plan, Schedule};
 use crate::sketch::{Bracket, MagnitudeSketch, NearKeys};
 
 /// What a worker counts.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Tally {
     /// Per model: survivors of the trim that are not zero.
     pub kept: Vec<u64>,
@@ -38,6 +38,15 @@ impl Tally {
     /// Nothing, of so many models.
     pub(super) fn of(models: usize) -> Self {
         Self { kept: vec![0; models], agreeing: vec![0; models], ..Self::default() }
+    }
+
+    /// Adds what was counted elsewhere.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.merged += other.merged;
+        self.conflicts += other.conflicts;
+        self.bytes_read = self.bytes_read.saturating_add(other.bytes_read);
+        self.kept.iter_mut().zip(&other.kept).for_each(|(sum, kept)| *sum += kept);
+        self.agreeing.iter_mut().zip(&other.agreeing).for_each(|(sum, agreeing)| *sum += agreeing);
     }
 }
 

@@ -3,6 +3,7 @@
 //! θ = Σ_t w_t F_t θ_t / Σ_t w_t F_t, element by element, F_t being the diagonal of model t's Fisher information and never
 //! below a floor. Where no model has F for a tensor, its weighted mean.
 
+use super::linear::mean_of_all;
 use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Statistics, Tile};
 use crate::kernels;
 
@@ -71,9 +72,7 @@ impl Merger for FisherMerger {
 
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {
         if tile.statistics.is_empty() {
-            kernels::combine_sum(tile.isa, tile.inputs, tile.weights, None, out);
-            kernels::divide(tile.isa, out, tile.weights.iter().sum());
-            return;
+            return mean_of_all(tile, None, out);
         }
         kernels::weighted_mean(tile.isa, tile.inputs, tile.statistics, tile.weights, self.floor, out);
     }

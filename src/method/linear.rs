@@ -52,8 +52,16 @@ impl Method for Linear {
     }
 }
 
-struct LinearMerger {
-    normalize: bool,
+/// Σ w_t θ_t, divided by Σ w_t where that is asked for.
+pub(super) struct LinearMerger {
+    /// Divide.
+    pub(super) normalize: bool,
+}
+
+/// The sum of all inputs (of those that `gamma` agrees with) divided by the weights of all.
+pub(super) fn mean_of_all(tile: &Tile<'_>, gamma: Option<&[f32]>, out: &mut [f32]) {
+    kernels::combine_sum(tile.isa, tile.inputs, tile.weights, gamma, out);
+    kernels::divide(tile.isa, out, tile.weights.iter().sum());
 }
 
 impl Merger for LinearMerger {
@@ -66,9 +74,9 @@ impl Merger for LinearMerger {
     }
 
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {
-        kernels::combine_sum(tile.isa, tile.inputs, tile.weights, None, out);
-        if self.normalize {
-            kernels::divide(tile.isa, out, tile.weights.iter().sum());
+        match self.normalize {
+            true => mean_of_all(tile, None, out),
+            false => kernels::combine_sum(tile.isa, tile.inputs, tile.weights, None, out),
         }
     }
 

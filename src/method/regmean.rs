@@ -4,8 +4,8 @@
 //! W = (Σ_t W_t G̃_t) (Σ_t G̃_t)⁻¹, G̃_t being G_t with all entries off the diagonal times α. The solution is a matter of the
 //! whole layer, so the plan hands in its result as the only input; every other tensor is averaged.
 
-use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Statistics, Tile};
-use crate::kernels;
+use super::linear::LinearMerger;
+use super::{Merger, Method, ParamKind, ParamSpec, Settings, Statistics};
 
 /// See the module's documentation.
 pub(super) struct RegMean;
@@ -45,19 +45,7 @@ impl Method for RegMean {
     }
 
     fn prepare(&self, _settings: &Settings, _base: bool) -> Box<dyn Merger> {
-        Box::new(RegMeanMerger)
-    }
-}
-
-struct RegMeanMerger;
-
-impl Merger for RegMeanMerger {
-    fn needs(&self) -> Needs {
-        Needs::of(Inputs::Weights)
-    }
-
-    fn merge(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {
-        kernels::combine_sum(tile.isa, tile.inputs, tile.weights, None, out);
-        kernels::divide(tile.isa, out, tile.weights.iter().sum());
+        // What is solved for comes as one input, and everything else is averaged.
+        Box::new(LinearMerger { normalize: true })
     }
 }

@@ -11,6 +11,7 @@
 //!
 //! With `rescale l1` (mergekit), τ̂_t is multiplied by Σ|τ_t| / Σ|τ̂_t| over the tensor.
 
+use super::linear::mean_of_all;
 use super::sparse::{RESTORE, SparseMerger, per_model};
 use super::task_arithmetic::{normalize, normalizes};
 use super::{Inputs, Merger, Method, Needs, ParamKind, ParamSpec, Settings, Sparsify, Tile};
@@ -202,10 +203,7 @@ impl Merger for TiesMerger {
             Combine::Mean => kernels::combine_mean(tile.isa, tile.inputs, tile.weights, gamma, out),
             Combine::Sum => kernels::combine_sum(tile.isa, tile.inputs, tile.weights, gamma, out),
             Combine::Max => kernels::combine_max(tile.isa, tile.inputs, tile.weights, gamma, out),
-            Combine::MeanAll => {
-                kernels::combine_sum(tile.isa, tile.inputs, tile.weights, gamma, out);
-                kernels::divide(tile.isa, out, tile.weights.iter().sum());
-            }
+            Combine::MeanAll => mean_of_all(tile, gamma, out),
         }
         if self.normalize {
             normalize(tile, out);

@@ -10,7 +10,7 @@ use super::statistics::Described;
 use super::{Action, ParamSet, Piece, Plan, PlannedTensor, Trim};
 use super::{chat, layers, vocabulary};
 use crate::checkpoint::layout::{Layout, OutputTensor};
-use crate::checkpoint::{Checkpoint, TensorEntry};
+use crate::checkpoint::{Adapters, Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, Float, dtype_name};
 use crate::error::{Error, Result, printable};
 use crate::limits::{MAX_CONFIG_BYTES, ROW_ELEMENTS};
@@ -25,18 +25,18 @@ const NAMES_LISTED: usize = 3;
 
 /// Lowers `recipe`: see [`Plan::new`].
 pub(super) fn build(recipe: &Recipe, storage: &Arc<dyn Storage>) -> Result<Plan> {
-    build_from(recipe, storage, &mut |spec, beside| Checkpoint::open_on(spec, beside, storage))
+    build_from(recipe, storage, &mut |spec, beside| Checkpoint::open_beside(spec, beside, storage))
 }
 
 /// Lowers `recipes`, opening what they name alike once.
 pub(super) fn build_all(recipes: &[Recipe], storage: &Arc<dyn Storage>) -> Result<Vec<Plan>> {
     let mut opened: HashMap<(String, Option<String>), Checkpoint> = HashMap::new();
-    let mut open = |spec: &str, beside: Option<&str>| {
-        let key = (spec.to_owned(), beside.map(str::to_owned));
+    let mut open = |spec: &str, beside: Option<&Checkpoint>| {
+        let key = (spec.to_owned(), beside.map(|base| base.spec.clone()));
         if let Some(known) = opened.get(&key) {
             return Ok(known.clone());
         }
-        let checkpoint = Checkpoint::open_on(spec, beside, storage)?;
+        let checkpoint = Checkpoint::open_beside(spec, beside, storage)?;
         opened.insert(key, checkpoint.clone());
         Ok(checkpoint)
     };
@@ -44,20 +44,36 @@ pub(super) fn build_all(recipes: &[Recipe], storage: &Arc<dyn Storage>) -> Resul
 }
 
 /// Opens the checkpoint that is called so, with a base at hand for packed task vectors.
-type Open<'a> = &'a mut dyn FnMut(&str, Option<&str>) -> Result<Checkpoint>;
+type Open<'a> = &'a mut dyn FnMut(&str, Option<&Checkpoint>) -> Result<Checkpoint>;
 
 fn build_from(recipe: &Recipe, storage: &Arc<dyn Storage>, open_one: Open<'_>) -> Result<Plan> {
     let method = recipe.method()?;
     let recipe = &base_as_model(recipe, method);
-    let filter = recipe.filter()?;
     let adapters = adapters(recipe, method, storage).map_err(Error::as_input)?;
     check_request(recipe, adapters.is_some())?;
     // Whatever keeps an input from being opened, nothing has been written yet.
-    let adapter = adapters.is_some();
-    let mut checkpoints = match adapters {
-        Some(adapters) => adapters,
-        None => open(recipe, open_one).map_err(Error::as_input)?,
-    };
+    match adapters {
+        None => lower(recipe, open(recipe, open_one).map_err(Error::as_input)?, false, storage),
+        Some(Adapters::Tensors(adapters)) => lower(recipe, adapters, true, storage),
+        Some(Adapters::Changes(changes)) => {
+            let exact = Recipe { dtype: Some(Float::F32), rank: None, ..recipe.clone() };
+            let merged = lower(&exact, changes.checkpoints.clone(), true, storage)?;
+            let mut output = lower(recipe, changes.checkpoints.clone(), true, storage)?;
+            output.warnings.extend(changes.warnings.iter().cloned());
+            output.factored(merged, changes)
+        }
+    }
+}
+
+/// The plan for opened checkpoints; `adapter` says that they are adapters, before which base is if the method needs one.
+fn lower(
+    recipe: &Recipe,
+    mut checkpoints: Vec<Checkpoint>,
+    adapter: bool,
+    storage: &Arc<dyn Storage>,
+) -> Result<Plan> {
+    let method = recipe.method()?;
+    let filter = recipe.filter()?;
     let base = (recipe.base.is_some() || adapter && method.needs_base()).then_some(0);
     let first_model = usize::from(base.is_some());
     let oracle = recipe.sign_from.is_some().then_some(first_model + recipe.models.len());
@@ -134,13 +150,14 @@ fn build_from(recipe: &Recipe, storage: &Arc<dyn Storage>, open_one: Open<'_>) -
         fingerprint,
         named,
         adapter,
+        factors: None,
         checkpoints,
     })
 }
 
 /// The adapters that are merged with each other, after the base of their task vectors, if that is asked for: no model
 /// is given besides.
-fn adapters(recipe: &Recipe, method: &dyn Method, storage: &Arc<dyn Storage>) -> Result<Option<Vec<Checkpoint>>> {
+fn adapters(recipe: &Recipe, method: &dyn Method, storage: &Arc<dyn Storage>) -> Result<Option<Adapters>> {
     let besides =
         recipe.models.iter().any(|model| Statistics::ALL.iter().any(|&kind| model.statistics(kind).is_some()));
     let in_parts = !recipe.slices.is_empty() || !recipe.modules.is_empty();
@@ -148,18 +165,21 @@ fn adapters(recipe: &Recipe, method: &dyn Method, storage: &Arc<dyn Storage>) ->
         return Ok(None);
     }
     let specs: Vec<&str> = recipe.models.iter().map(|model| &*model.source).collect();
-    Checkpoint::open_adapters(&specs, method.needs_base(), storage)
+    Checkpoint::open_adapters(&specs, method.needs_base(), recipe.rank, storage)
 }
 
 /// Opens base, models, oracle and what models have besides, in that order.
 fn open(recipe: &Recipe, open_one: Open<'_>) -> Result<Vec<Checkpoint>> {
     // An adapter alone is one on base; a packed task vector needs the base that it was packed against.
-    let beside = recipe.base.as_deref().or(recipe.packed_base.as_deref());
+    let base = recipe.base.as_ref().map(|spec| open_one(spec, None)).transpose()?;
+    let packed_base = recipe.packed_base.as_ref().filter(|_| base.is_none());
+    let packed_base = packed_base.map(|spec| open_one(spec, None)).transpose()?;
+    let beside = base.as_ref().or(packed_base.as_ref());
     let kind = recipe.method()?.statistics();
-    let base = recipe.base.iter().map(|spec| (spec, None));
     let others = recipe.models.iter().map(|m| &m.source).chain(&recipe.sign_from).map(|spec| (spec, beside));
     let statistics = recipe.models.iter().filter_map(|model| Some((model.statistics(kind?)?, None)));
-    base.chain(others).chain(statistics).map(|(spec, beside)| open_one(spec, beside)).collect()
+    let others = others.chain(statistics).map(|(spec, beside)| open_one(spec, beside)).collect::<Result<Vec<_>>>()?;
+    Ok(base.into_iter().chain(others).collect())
 }
 
 /// Length of the longest of the configurations that are parsed.
@@ -174,7 +194,7 @@ fn parsed_bytes(checkpoints: &[Checkpoint], templates: bool, storage: &dyn Stora
     Ok(longest)
 }
 
-fn output_tensor(tensor: &PlannedTensor) -> OutputTensor<'_> {
+pub(super) fn output_tensor(tensor: &PlannedTensor) -> OutputTensor<'_> {
     OutputTensor { name: &tensor.name, dtype: tensor.dtype, shape: &tensor.shape }
 }
 

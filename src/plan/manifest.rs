@@ -41,6 +41,8 @@ struct Input {
 
 #[derive(Debug, Deserialize)]
 struct Checkpoint {
+    #[serde(default)]
+    role: String,
     source: String,
     path: PathBuf,
     hub: Option<String>,
@@ -124,7 +126,9 @@ impl Manifest {
     /// The recipe, with inputs named by where they are now.
     pub fn recipe(&self, storage: &dyn Storage) -> Recipe {
         let mut recipe = self.recipe.clone();
-        let mut inputs = self.inputs.iter().map(|input| input.checkpoint.place(storage));
+        // The base of adapters that are merged with each other is no input: it is what does nothing.
+        let real = |input: &&Input| recipe.base.is_some() || input.checkpoint.role != "base";
+        let mut inputs = self.inputs.iter().filter(real).map(|input| input.checkpoint.place(storage)).collect::<Vec<_>>().into_iter();
         let mut next = |source: &mut String| {
             let Some(place) = inputs.next() else { return };
             match &mut recipe.vocabulary {
@@ -154,8 +158,11 @@ impl Manifest {
     pub fn admit(&self, plan: &mut Plan) -> Result<()> {
         self.compare(plan)?;
         plan.recipe = self.recipe.clone();
-        for (input, checkpoint) in self.inputs.iter().zip(&mut plan.checkpoints) {
-            checkpoint.spec.clone_from(&input.checkpoint.source);
+        let merged = plan.factors.as_mut().map_or(&mut [][..], |factored| &mut factored.merged.checkpoints);
+        for checkpoints in [&mut plan.checkpoints[..], merged] {
+            for (input, checkpoint) in self.inputs.iter().zip(checkpoints) {
+                checkpoint.spec.clone_from(&input.checkpoint.source);
+            }
         }
         Ok(())
     }

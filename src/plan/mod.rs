@@ -9,6 +9,7 @@
 mod assembly;
 mod build;
 mod chat;
+mod factored;
 mod layers;
 mod manifest;
 mod modules;
@@ -24,6 +25,7 @@ mod vocabulary;
 
 use std::sync::Arc;
 
+pub use factored::{Factored, search_columns};
 pub use layers::LAYER_COUNT_KEYS;
 pub(crate) use layers::split as split_layer;
 pub use manifest::{ListedFile, MANIFEST_VERSION, Manifest};
@@ -201,6 +203,8 @@ pub struct Plan {
     pub named: usize,
     /// Whether adapters are merged with each other, and the output is one.
     pub adapter: bool,
+    /// Where they are merged through the changes that they make: that merge, and how its result is written.
+    pub factors: Option<Box<Factored>>,
     /// Index in `checkpoints` of base.
     pub base: Option<usize>,
     /// Index in `checkpoints` of the first model.

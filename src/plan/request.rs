@@ -72,6 +72,10 @@ pub(super) fn check_request(recipe: &Recipe, adapters: bool) -> Result<()> {
         return Err(Error::usage(format!("{} merges {wanted} models, but {given} are given", method.name()))
             .help("'tiesmith methods' says what each method takes"));
     }
+    if recipe.rank.is_some() && !adapters {
+        return Err(Error::usage("--rank is for LoRA adapters that are merged with each other")
+            .help("leave it out, or give adapters as every --model, and no --base"));
+    }
     if method.needs_base() && recipe.base.is_none() && !adapters {
         return Err(Error::usage(format!("{} works on task vectors and needs a base checkpoint", method.name()))
             .help("give --base CKPT, the checkpoint that the models were fine-tuned from"));

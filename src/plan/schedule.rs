@@ -120,6 +120,8 @@ pub struct Schedule {
     pub sketch_bins: usize,
     /// Bytes held of ranges that are fetched from a network ahead of their use; 0 if no input is on one.
     pub ahead_bytes: u64,
+    /// Elements of a merged tensor that are held, where its factors are sought; else none.
+    pub held_elements: u64,
     /// The memory sum: (term, bytes).
     pub memory: Vec<(String, u64)>,
     /// The limit asked for.
@@ -131,6 +133,9 @@ pub struct Schedule {
 impl Schedule {
     /// Cuts `plan` for `run`; an error names the smallest memory that works.
     pub fn new(plan: &Plan, run: Run) -> Result<Self> {
+        if let Some(factored) = &plan.factors {
+            return factored.schedule(plan, run);
+        }
         Self::cut(plan, run, Demand::of(plan))
     }
 
@@ -200,6 +205,7 @@ impl Schedule {
             widths: demand.widths,
             sketch_bins: cut.bins,
             ahead_bytes: cut.ahead_bytes,
+            held_elements: 0,
             memory: cut.terms,
             memory_limit: run.memory_bytes,
             passes: Vec::new(),
@@ -225,6 +231,14 @@ impl Schedule {
     /// The smallest memory that `plan` can be cut for, in bytes.
     pub fn smallest_memory(plan: &Plan) -> u64 {
         Demand::of(plan).smallest()
+    }
+
+    /// Bytes that are read to find all thresholds and whatever else comes before merging.
+    pub fn search_bytes(&self, plan: &Plan) -> u64 {
+        let before = self.passes.iter().filter(|pass| !["merge", "factor"].contains(&pass.name));
+        let held = self.units.iter().filter(|unit| unit.kind != UnitKind::Streamed);
+        before.map(|pass| pass.bytes_read).sum::<u64>()
+            + held.map(|unit| bytes_of(plan, &unit.tensors, Wanted::All)).sum::<u64>()
     }
 
     /// Peak memory promised, in bytes.

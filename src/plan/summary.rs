@@ -112,15 +112,16 @@ impl PlanSummary {
     /// Sums up `plan` and `schedule`.
     pub fn new(plan: &Plan, schedule: &Schedule) -> Self {
         let merged = |t: &&super::PlannedTensor| matches!(t.action, Action::Merge { .. });
-        let tensors_merged = plan.tensors.iter().filter(merged).count();
+        let merging = plan.merging();
+        let tensors_merged = merging.tensors.iter().filter(merged).count();
         Self {
             method: plan.method.name().into(),
-            params: params(plan),
-            trim: trim(plan),
-            inputs: Self::inputs(plan).collect(),
+            params: params(merging),
+            trim: trim(merging),
+            inputs: Self::inputs(merging).collect(),
             tensors_merged,
-            tensors_copied: plan.tensors.len() - tensors_merged,
-            elements_merged: plan.tensors.iter().filter(merged).map(|t| t.elements).sum(),
+            tensors_copied: merging.tensors.len() - tensors_merged,
+            elements_merged: merging.tensors.iter().filter(merged).map(|t| t.elements).sum(),
             bytes_read: schedule.passes.iter().map(|p| p.bytes_read).sum(),
             bytes_written: schedule.passes.iter().map(|p| p.bytes_written).sum(),
             passes: schedule.passes.clone(),

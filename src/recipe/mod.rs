@@ -274,6 +274,9 @@ pub struct Recipe {
     pub overflow: Overflow,
     /// Largest shard, in tensor bytes.
     pub max_shard_bytes: u64,
+    /// The rank of the output, where LoRA adapters are merged with each other through the changes that they make.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank: Option<u64>,
     /// What packed task vectors are put on, where `base` is not given; else the checkpoint that they name.
     #[serde(skip)]
     pub packed_base: Option<String>,
@@ -309,6 +312,7 @@ impl Default for Recipe {
             non_finite: NonFinite::default(),
             overflow: Overflow::default(),
             max_shard_bytes: 5_000_000_000,
+            rank: None,
             packed_base: None,
         }
     }

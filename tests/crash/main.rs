@@ -116,6 +116,14 @@ fn inputs() -> Memory {
     let factors = [("base_model.model.a.lora_A.weight", &[3, 40][..]), ("base_model.model.a.lora_B.weight", &[500, 3])];
     memory.put("/in/lora/adapter_model.safetensors", &floats(&factors, |i| (i % 7) as f32 / 16.0 - 0.2));
     memory.put("/in/lora/adapter_config.json", br#"{"peft_type": "LORA", "r": 3, "lora_alpha": 6}"#);
+    let factors: [(&str, &[u64]); 4] = [
+        ("base_model.model.a.lora_A.weight", &[2, 40]),
+        ("base_model.model.a.lora_B.weight", &[500, 2]),
+        ("base_model.model.z.lora_A.weight", &[2, 30]),
+        ("base_model.model.z.lora_B.weight", &[20, 2]),
+    ];
+    memory.put("/in/lora2/adapter_model.safetensors", &floats(&factors, |i| (i % 5) as f32 / 8.0 - 0.2));
+    memory.put("/in/lora2/adapter_config.json", br#"{"peft_type": "LORA", "r": 2, "lora_alpha": 3}"#);
     let fishers = [("a.weight", &[500, 40][..]), ("b.weight", &[9_000])];
     memory.put("/in/fisher/model.safetensors", &floats(&fishers, |i| (i % 11) as f32 / 16.0));
     let gram = |i: u64| if i.is_multiple_of(41) { 2.0 } else { 0.01 };
@@ -167,6 +175,12 @@ fn alone() -> Recipe {
     Recipe { base: None, models: vec![lora(), lora()], ..recipe() }
 }
 
+/// Adapters of different ranks.
+fn changes() -> Recipe {
+    let lora = |source: &str| ModelInput { source: source.into(), ..ModelInput::default() };
+    Recipe { base: None, models: vec![lora("/in/lora"), lora("/in/lora2")], ..recipe() }
+}
+
 fn jobs() -> Vec<Job> {
     let job = |name, recipe, force| Job { name, recipe, force };
     vec![
@@ -177,6 +191,7 @@ fn jobs() -> Vec<Job> {
         job("fisher", described("fisher"), false),
         job("regmean", described("regmean"), false),
         job("adapters alone", alone(), false),
+        job("changes of adapters", Recipe { trim_ties: TrimTies::Lowest, ..changes() }, false),
         job("replacing shards", recipe(), true),
         job("replacing by one file", Recipe { max_shard_bytes: 1 << 30, ..recipe() }, true),
     ]

@@ -194,6 +194,15 @@ fn adapters_that_cannot_be_used_are_one_line_each() {
         "w.weight",
     );
     case("newer", &|a| a.config["use_something"] = json!("yes"), "option use_something");
+    case(
+        "twice",
+        &|a| {
+            // Without their outer modules, both are "w".
+            let lora = Adapter::lora(2, 4.0);
+            *a = ["x.w", "y.w"].iter().fold(lora, |a, m| a.with(&mut Random::new(1), m, (2, 4), Dtype::F32));
+        },
+        "mean the same part of the model",
+    );
     for (name, adapter, message) in cases {
         adapter.write(&dir.path().join(name));
         for input in [format!("{}+{}", at("base"), at(name)), at(name)] {
@@ -303,7 +312,7 @@ fn lora_factors_of_one_rank_merge_into_an_adapter() {
 fn adapters_that_do_not_go_together_are_one_line() {
     let mut random = Random::new(13);
     let lora = |rank: usize, random: &mut Random| Adapter::lora(rank, 8.0).with(random, "a", (5, 6), Dtype::F32);
-    let (four, three) = (lora(4, &mut random), lora(3, &mut random));
+    let four = lora(4, &mut random);
     let ia3 = Adapter::ia3(&mut random, &[("a", 6)]);
     let mut whole = four.clone();
     whole.tensors.insert(format!("{PREFIX}head.weight"), Tensor::vector(&[1.0; 3]));
@@ -315,7 +324,12 @@ fn adapters_that_do_not_go_together_are_one_line() {
         assert!(line.contains(message), "{line}");
         assert!(!dir.path().join("out").exists());
     };
-    refused(&[&four, &three], &[], "module \"a\" has rank 3, but 4 in the first adapter");
+    refused(&[&ia3, &ia3], &["--rank=4"], "has no rank");
+    refused(&[&whole, &four], &["--rank=4"], "a whole tensor, which has no factors");
+    refused(&[&four, &four], &["--rank=0"], "a rank is expected");
+    refused(&[&four, &four], &["--rank=4", "--memory=9MB"], "at least");
+    let wide = Adapter::lora(3, 8.0).with(&mut random, "a", (9, 6), Dtype::F32);
+    refused(&[&four, &wide], &[], "factors of shapes [3, 9] and [6, 3], but [4, 5] and [6, 4]");
     refused(&[&four, &ia3], &[], "is LoRA, but");
     refused(&[&whole, &four], &[], "a whole tensor, whose base is not known");
     refused(&[&more, &four], &[], "does not have it");

@@ -8,6 +8,7 @@
 //! | `merges` | every method against a reference in f64 and against mergekit |
 //! | `mergekit` | its outputs on a family with massive ties |
 //! | `determinism` | bytes do not depend on threads, memory, input mode or layout |
+//! | `factors` | merged changes of adapters against the best approximation of their rank |
 //! | `fisher` | Fisher-weighted averages |
 //! | `formats` | stored types and every way to name a checkpoint |
 //! | `handing` | shards that a command takes away while the merge goes on |
@@ -44,6 +45,7 @@ mod corpus;
 mod determinism;
 mod digits;
 mod draws;
+mod factors;
 mod fisher;
 mod formats;
 mod golden;

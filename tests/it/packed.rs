@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use tempfile::TempDir;
 
+use crate::support::adapters::Adapter;
 use crate::support::family::{Deltas, Family, Saved, Spec, text};
 use crate::support::files::{self, Layout, read_checkpoint, read_tree, write_checkpoint};
 use crate::support::numbers::is_float;
@@ -280,6 +281,38 @@ fn base_is_the_one_at_hand_or_the_one_named_and_no_other() {
     let line = unpack(&file, &saved.path("d"), &["--base", &text(&small)]);
     assert!(line.refusal().contains("it has other tensors"), "{}", line.stderr);
     assert!(!saved.path("d").exists());
+}
+
+#[test]
+fn a_base_can_be_a_model_with_an_adapter_on_it() {
+    let saved = saved();
+    let base = read_checkpoint(&saved.base);
+    let (name, shape) = base.iter().find(|(_, t)| t.shape.len() == 2).map(|(n, t)| (n.clone(), t.shape.clone())).unwrap();
+    let module = name.strip_suffix(".weight").expect("a weight");
+    let adapter = Adapter::lora(2, 4.0).with(&mut Random::new(8), module, (shape[1], shape[0]), Dtype::F32);
+    adapter.write(&saved.path("lora"));
+    let on = format!("{}+{}", text(&saved.base), text(&saved.path("lora")));
+    let file = saved.path("x.tvz");
+    let args = ["pack", &text(&saved.models[0]), "--base", &on, "--density", "1", "--out", &text(&file)];
+    tiesmith(args).succeeded();
+    // Opened by the name in the file, and by the one given.
+    unpack(&file, &saved.path("a"), &[]).succeeded();
+    unpack(&file, &saved.path("b"), &["--base", &on]).succeeded();
+    let model = read_checkpoint(&saved.models[0]);
+    for out in ["a", "b"] {
+        assert_eq!(differences(&model, &read_checkpoint(&saved.path(out))), "");
+    }
+    // A base that is itself packed is no base, with an adapter on it or without; each path is named once.
+    let packed = format!("{}+{}", text(&file), text(&saved.path("lora")));
+    for base in [text(&file), packed] {
+        let line = unpack(&file, &saved.path("c"), &["--base", &base]);
+        let line = line.refusal();
+        assert!(line.contains("it is itself a packed task vector"), "{line}");
+    }
+    fs::rename(saved.path("lora"), saved.path("moved")).unwrap();
+    let line = unpack(&file, &saved.path("c"), &[]);
+    assert!(line.refusal().contains("is not there"), "{}", line.stderr);
+    assert_eq!(line.stderr.matches(&text(&saved.base)).count(), 1, "{}", line.stderr);
 }
 
 #[test]

@@ -167,6 +167,9 @@ fn the_table_says_what_is_where_and_finished_outputs_stay() {
     assert_eq!(fs::metadata(out.join("ties_lambda-0.5/model.safetensors")).unwrap().modified().unwrap(), before);
     let third = sweep(&saved, &out, &["--lambda", "0.5,1,2", "--method", "ties,task_arithmetic"]).succeeded().json();
     assert_eq!((&third["bytes_read"], &third["separate_bytes_read"]), (&0.into(), &0.into()));
+    // A run that found everything leaves the table of the one that made it.
+    let table = fs::read_to_string(out.join("sweep.md")).unwrap();
+    assert!(table.contains("The last run made 3 of them: it read "), "{table}");
     // Other inputs in the same place are refused.
     let line = sweep(&saved, &out, &["--lambda", "0.5", "--method", "ties,task_arithmetic", "--seed", "9"]);
     assert!(line.refusal().contains("--force"), "{}", line.stderr);
@@ -286,4 +289,32 @@ fn packed_outputs_are_the_merges_bit_for_bit() {
         assert!(!out.exists());
     };
     refused(&["--method=ties,karcher"], "karcher");
+}
+
+#[test]
+fn a_second_run_keeps_what_is_known_of_packed_outputs() {
+    let saved = Spec::default().family().save();
+    let out = saved.path("sweep");
+    let grid = ["--lambda=0.5,1", "--packed"];
+    sweep(&saved, &out, &grid).succeeded();
+    let (table, json) = (out.join("sweep.md"), out.join("sweep.json"));
+    let before = (fs::read(&table).unwrap(), fs::read(&json).unwrap());
+    sweep(&saved, &out, &grid).succeeded();
+    assert!((fs::read(&table).unwrap(), fs::read(&json).unwrap()) == before);
+    // A wider one lists the old ones with what was counted when they were made.
+    let third = sweep(&saved, &out, &["--lambda=0.5,1,2", "--packed"]).succeeded().json();
+    for (entry, found) in third["outputs"].as_array().unwrap().iter().zip([true, true, false]) {
+        assert_eq!(entry["found"], found);
+        assert!(entry["report"]["kept_fraction"][0].as_f64().unwrap() > 0.0);
+    }
+    assert!(!fs::read_to_string(&table).unwrap().contains("| |"), "every row has its numbers");
+    // What was made otherwise is not taken for it.
+    fs::write(&json, "{\"outputs\": 3}").unwrap();
+    let fourth = sweep(&saved, &out, &grid).succeeded().json();
+    assert!(fourth["outputs"][0]["report"].is_null());
+    // Help that speaks of sweeps.
+    let help = tiesmith(["sweep", "--help"]).succeeded().stdout;
+    assert!(!help.contains("--parts") && help.contains("Directory of the outputs"), "{help}");
+    let outcome = sweep(&saved, &out, &["--parts=x"]);
+    assert!(outcome.code == Some(2), "{}", outcome.stderr);
 }

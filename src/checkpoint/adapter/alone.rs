@@ -3,25 +3,38 @@
 //! - Each is a checkpoint of its own tensors. Their task vectors are differences to what an adapter that does nothing has:
 //!   ones for (IA)³, and zeros for the factors of LoRA, as PEFT and the TIES paper have it.
 //! - Factors can be merged entry by entry only if ranks are equal. Where scales differ, B takes the difference up, so that
-//!   the first adapter's configuration is the output's.
+//!   the first adapter's configuration is the output's. Otherwise what is merged are the changes B A (`changes.rs`).
 //! - Tensors that an adapter holds whole have no known base: only methods without one take them.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use super::config::{CONFIG, Kind};
+use super::changes::{self, Changes};
+use super::config::Kind;
 use super::views::{Adapted, Change, Constant};
-use super::{Adapter, Factors, Modules, part};
+use super::{Adapter, Factors, Modules, one_factor, part};
 use crate::checkpoint::resolve::{self, Source};
 use crate::checkpoint::{Checkpoint, CheckpointFile, Derived, TensorEntry};
 use crate::dtype::Float;
 use crate::error::{Error, Result, printable};
 use crate::storage::Storage;
 
+/// Adapters that are merged with each other.
+pub enum Adapters {
+    /// Tensor by tensor: a checkpoint each, after the base of their task vectors if there is one.
+    Tensors(Vec<Checkpoint>),
+    /// Through the changes that they make.
+    Changes(Changes),
+}
+
 impl Checkpoint {
-    /// The adapters that `specs` name, each as a checkpoint of its own tensors, after the base of their task vectors if
-    /// `with_base`; `None` if one of them is no adapter.
-    pub fn open_adapters(specs: &[&str], with_base: bool, storage: &Arc<dyn Storage>) -> Result<Option<Vec<Self>>> {
+    /// The adapters that `specs` name, after the base of their task vectors if `with_base`; `None` if one of them is no
+    /// adapter. They are taken as changes if `rank` says so, or ranks differ.
+    pub fn open_adapters(
+        specs: &[&str],
+        with_base: bool,
+        rank: Option<u64>,
+        storage: &Arc<dyn Storage>,
+    ) -> Result<Option<Adapters>> {
         for spec in specs {
             // What cannot be found is said where it is opened.
             let found = resolve::resolve(spec, &**storage, &|name| std::env::var_os(name));
@@ -33,9 +46,12 @@ impl Checkpoint {
         let Some(first) = adapters.first() else { return Ok(None) };
         for (adapter, spec) in adapters.iter().zip(specs) {
             first.check_kind(adapter, specs[0], spec)?;
-            if with_base {
-                adapter.refuse_whole()?;
-            }
+        }
+        if rank.is_some() || !changes::ranks_are_equal(&adapters)? {
+            return Ok(Some(Adapters::Changes(changes::changes(&adapters, specs, with_base, rank, &**storage)?)));
+        }
+        if with_base {
+            adapters.iter().try_for_each(Adapter::refuse_whole)?;
         }
         let scales = first.scales()?;
         let mut checkpoints = Vec::with_capacity(adapters.len() + 1);
@@ -45,12 +61,12 @@ impl Checkpoint {
         for (adapter, spec) in adapters.into_iter().zip(specs) {
             checkpoints.push(adapter.alone(spec, &scales)?);
         }
-        Ok(Some(checkpoints))
+        Ok(Some(Adapters::Tensors(checkpoints)))
     }
 }
 
 /// Scale and rank of each module, by its name.
-type Scales = std::collections::BTreeMap<String, (f32, u64)>;
+pub(super) type Scales = std::collections::BTreeMap<String, (f32, u64)>;
 
 impl Adapter {
     fn check_kind(&self, other: &Self, spec: &str, other_spec: &str) -> Result<()> {
@@ -77,17 +93,14 @@ impl Adapter {
     }
 
     /// Scales and ranks of the modules of a LoRA adapter.
-    fn scales(&self) -> Result<Scales> {
+    pub(super) fn scales(&self) -> Result<Scales> {
         let mut scales = Scales::new();
         if let Kind::Lora(lora) = &self.config.kind {
             let place = |error: Error| error.at(self.file.file.path());
             for (module, parts) in Modules::of(&self.tensors).map_err(place)?.changed {
                 let (Some(a), Some(b)) = (parts.linear.0.or(parts.embedding.0), parts.linear.1.or(parts.embedding.1))
                 else {
-                    return Err(place(
-                        Error::input(format!("module \"{}\" has one factor only", printable(&module)))
-                            .help("download the adapter again"),
-                    ));
+                    return Err(place(one_factor(&module)));
                 };
                 let factors = Factors::new(&module, lora, a, b).map_err(place)?;
                 scales.insert(module, (factors.scale, factors.rank));
@@ -112,7 +125,7 @@ impl Adapter {
         Ok(self.checkpoint(&format!("untrained {spec}"), files, tensors, derived))
     }
 
-    fn checkpoint(
+    pub(super) fn checkpoint(
         &self,
         spec: &str,
         files: Vec<CheckpointFile>,
@@ -130,12 +143,7 @@ impl Adapter {
         let file = Arc::clone(&self.file.file);
         let mut rescaled = Vec::new();
         for (module, parts) in &Modules::of(&self.tensors).map_err(|e| e.at(&place))?.changed {
-            let (Some(&(wanted, rank)), Some(&(scale, own_rank))) = (scales.get(module), own.get(module)) else {
-                continue;
-            };
-            if rank != own_rank {
-                return Err(ranks_differ(module, rank, own_rank, &place));
-            }
+            let (Some(&(wanted, _)), Some(&(scale, _))) = (scales.get(module), own.get(module)) else { continue };
             let b = parts.linear.1.or(parts.embedding.1).expect("it has a scale");
             if wanted != scale {
                 let shape = (b.shape[0], b.elements() / b.shape[0].max(1));
@@ -152,13 +160,4 @@ impl Adapter {
         }
         Ok(checkpoint)
     }
-}
-
-fn ranks_differ(module: &str, rank: u64, own: u64, place: &Path) -> Error {
-    Error::input(format!(
-        "module \"{}\" has rank {own}, but {rank} in the first adapter: factors of different rank cannot be merged",
-        printable(module)
-    ))
-    .at(place)
-    .help(format!("give --base MODEL to merge the models that they make of it (ranks are in {CONFIG})"))
 }

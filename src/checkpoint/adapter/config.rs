@@ -237,8 +237,10 @@ fn table<T>(json: &Map<String, Value>, name: &str, read: impl Fn(&Value) -> Resu
     };
     match compile(&mut entries.keys()) {
         Ok(patterns) => Ok(Table { patterns, values }),
-        Err(_) => {
-            let bad = entries.keys().find(|pattern| compile(&mut std::iter::once(*pattern)).is_err());
+        Err(error) => {
+            // Which one it is takes compiling them one by one: worth it for one that is wrong, not for too many.
+            let wrong = || entries.keys().find(|pattern| compile(&mut std::iter::once(*pattern)).is_err());
+            let bad = if matches!(error, regex::Error::CompiledTooBig(_)) { None } else { wrong() };
             let what = match bad {
                 Some(pattern) => format!("the pattern \"{}\" cannot be understood", printable(pattern)),
                 None => format!("{} patterns take too much memory", entries.len()),

@@ -9,10 +9,12 @@
 //! | file | what |
 //! |---|---|
 //! | `alone.rs` | adapters without a model |
+//! | `changes.rs` | the same, as the changes that they make |
 //! | `config.rs` | `adapter_config.json` |
 //! | `views.rs` | tensors that are computed where they are read |
 
 mod alone;
+mod changes;
 pub(super) mod config;
 #[cfg(test)]
 mod tests;
@@ -26,9 +28,12 @@ use super::rows::Part;
 use super::{Catalogue, Checkpoint, CheckpointFile, TensorEntry, resolve};
 use crate::dtype::{Float, dtype_name};
 use crate::error::{Error, Result, printable};
+use crate::limits::ADAPTER_SCRATCH_BYTES;
 use crate::storage::Storage;
+pub use alone::Adapters;
+pub use changes::{Changes, FactoredModule};
 use config::{CONFIG, Config, Kind, Lora};
-use views::{Adapted, Change, Factor};
+use views::{Adapted, Change, Factor, Kept};
 
 /// The weights' file, of now and of older versions of PEFT.
 const WEIGHTS: [&str; 2] = ["adapter_model.safetensors", "adapter_model.bin"];
@@ -101,16 +106,22 @@ impl Adapter {
         let place = |error: Error| error.at(&path);
         let modules = Modules::of(&self.tensors).map_err(place)?;
         let names = Naming::find(&modules, checkpoint).map_err(place)?;
+        names.check(&modules).map_err(place)?;
         let file = checkpoint.files.len() as u32;
         let source = Arc::clone(&self.file.file);
         checkpoint.files.push(self.file);
         for (name, entry) in &modules.whole {
             replace(checkpoint, &names.of(name), TensorEntry { file, ..(*entry).clone() });
         }
-        let mut patch = Patch { checkpoint, source, names: &names, config: &self.config };
+        let kept = Arc::new(Kept::default());
+        let mut patch = Patch { checkpoint, source, names: &names, config: &self.config, kept: Arc::clone(&kept) };
         for (module, parts) in &modules.changed {
             patch.module(module, parts).map_err(place)?;
         }
+        let (held, reading) = kept.held_bytes();
+        checkpoint.derived.held_bytes += held;
+        // Adapters on adapters read each other's results.
+        checkpoint.derived.scratch_bytes += ADAPTER_SCRATCH_BYTES + reading;
         Ok(())
     }
 }
@@ -247,6 +258,25 @@ impl Naming {
         }
     }
 
+    /// Refuses two modules that would change one tensor, or two whole tensors in one place.
+    fn check(&self, modules: &Modules<'_>) -> Result<()> {
+        for names in [modules.changed.keys().collect::<Vec<_>>(), modules.whole.keys().collect()] {
+            let mut seen = BTreeMap::new();
+            for name in names {
+                if let Some(first) = seen.insert(self.of(name), name) {
+                    return Err(Error::input(format!(
+                        "\"{}\" and \"{}\" mean the same part of the model, \"{}\"",
+                        printable(first),
+                        printable(name),
+                        printable(&self.of(name))
+                    ))
+                    .help("put the adapter on the model that it was trained on"));
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn of(&self, name: &str) -> String {
         match self {
             Self::Same => name.to_owned(),
@@ -267,6 +297,7 @@ struct Patch<'a> {
     source: Arc<dyn crate::storage::InputFile>,
     names: &'a Naming,
     config: &'a Config,
+    kept: Arc<Kept>,
 }
 
 impl Patch<'_> {
@@ -338,7 +369,7 @@ impl Patch<'_> {
     /// Shows `change` on `target` in its place.
     fn put(&mut self, target: &TensorEntry, shape: Matrix, change: Change) -> Result<()> {
         let weight = part(&self.checkpoint.files[target.file as usize].file, target)?;
-        let view = Adapted::new(Some(weight), (shape.rows, shape.columns), change);
+        let view = Adapted::new(Some(weight), (shape.rows, shape.columns), change).keeping(&self.kept);
         self.checkpoint.show(target, view.float(), view.hash(), Arc::new(view));
         Ok(())
     }
@@ -425,6 +456,11 @@ impl<'a> Factors<'a> {
             false => Err(misfit(&[self.a, self.b], target)),
         }
     }
+}
+
+/// A module of an adapter without A or B.
+fn one_factor(module: &str) -> Error {
+    Error::input(format!("module \"{}\" has one factor only", printable(module))).help("download the adapter again")
 }
 
 /// The adapter's tensors do not fit the model's.

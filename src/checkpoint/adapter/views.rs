@@ -4,35 +4,104 @@
 //!   nothing is rounded to W's type before the merge, and ΔW exists block by block only.
 //! - An entry of B A is summed up in f32 over k = 0, 1, ..., r − 1, products and sums rounded separately: the same bits
 //!   whichever range is read.
-//! - A read takes at most [`ADAPTER_SCRATCH_BYTES`](crate::limits::ADAPTER_SCRATCH_BYTES) beside its result, whatever
-//!   the rank and the shape.
+//! - W is read in long runs. Factors of the modules that are being read are kept in f32 ([`Kept`]), if they are not large.
+//! - Beside that, a read takes at most [`ADAPTER_SCRATCH_BYTES`](crate::limits::ADAPTER_SCRATCH_BYTES) and its result,
+//!   whatever the rank and the shape.
 //!
 //! Knows offsets and numbers, not names.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::checkpoint::rows::{Part, read_elements};
 use crate::dtype::Float;
 use crate::error::Result;
 use crate::kernels::{self, Isa};
-use crate::limits::ADAPTER_SCRATCH_BYTES;
+use crate::limits::{ADAPTER_SCRATCH_BYTES, FACTORS_BYTES, KEPT_FACTORS_BYTES};
 use crate::storage::{Identity, InputFile};
 
-/// Rows, columns and ranks of a block.
+/// Rows of a block, bytes of W that are read at once for it, and columns and ranks that are computed at once.
 const BLOCK_ROWS: u64 = 128;
+const BLOCK_BYTES: u64 = 1 << 18;
 const BLOCK_COLUMNS: u64 = 512;
 const BLOCK_RANKS: u64 = 64;
 /// Bytes of a factor read at once.
 const READ_BYTES: u64 = 1 << 16;
 
 const _: () = {
-    let floats = BLOCK_ROWS * BLOCK_COLUMNS + BLOCK_RANKS * (BLOCK_ROWS + BLOCK_COLUMNS) + 3 * BLOCK_COLUMNS;
-    assert!(4 * floats + 8 * BLOCK_COLUMNS + READ_BYTES <= ADAPTER_SCRATCH_BYTES);
+    // The change of a block, and of each factor a block and a run as stored and converted.
+    let change = 4 * (BLOCK_BYTES / 4);
+    let factors = 4 * BLOCK_RANKS * (BLOCK_ROWS + BLOCK_COLUMNS) + 3 * READ_BYTES;
+    assert!(BLOCK_BYTES + change + factors + 8 * BLOCK_COLUMNS <= ADAPTER_SCRATCH_BYTES);
     // The widest elements of the longest run that is read.
     assert!(8 * BLOCK_COLUMNS <= READ_BYTES);
 };
+
+/// Both factors of a module, each as [rank, length].
+struct Pair {
+    left: Vec<f32>,
+    right: Vec<f32>,
+}
+
+/// Factors of the modules that were read last, for all views of one adapter.
+#[derive(Default)]
+pub(super) struct Kept(Mutex<KeptPairs>);
+
+#[derive(Default)]
+struct KeptPairs {
+    /// Number of the view, its factors; the oldest first.
+    pairs: VecDeque<(u32, Arc<Pair>)>,
+    /// Views that take part; bytes of all their factors, and of the largest.
+    views: u32,
+    bytes: u64,
+    largest: u64,
+}
+
+impl Kept {
+    fn lock(&self) -> std::sync::MutexGuard<'_, KeptPairs> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A number for a view whose factors have so many bytes in f32; none if that is too much to be kept.
+    fn admit(&self, bytes: u64) -> Option<u32> {
+        let mut kept = self.lock();
+        (bytes <= FACTORS_BYTES).then(|| {
+            kept.views += 1;
+            kept.bytes += bytes;
+            kept.largest = kept.largest.max(bytes);
+            kept.views
+        })
+    }
+
+    /// Memory that it holds between reads, and that a read may hold besides, in bytes.
+    pub(super) fn held_bytes(&self) -> (u64, u64) {
+        let kept = self.lock();
+        (kept.bytes.min(KEPT_FACTORS_BYTES), kept.largest)
+    }
+
+    /// The factors of view `number`, which `read` reads if they are not there.
+    fn get(&self, number: u32, read: impl FnOnce() -> Result<Pair>) -> Result<Arc<Pair>> {
+        let find = |kept: &KeptPairs| kept.pairs.iter().find(|(own, _)| *own == number).map(|(_, pair)| Arc::clone(pair));
+        if let Some(pair) = find(&self.lock()) {
+            return Ok(pair);
+        }
+        let pair = Arc::new(read()?);
+        let bytes = |pair: &Pair| 4 * (pair.left.len() + pair.right.len()) as u64;
+        let mut kept = self.lock();
+        if find(&kept).is_none() {
+            let mut sum = bytes(&pair) + kept.pairs.iter().map(|(_, pair)| bytes(pair)).sum::<u64>();
+            while sum > KEPT_FACTORS_BYTES
+                && let Some((_, oldest)) = kept.pairs.pop_front()
+            {
+                sum -= bytes(&oldest);
+            }
+            kept.pairs.push_back((number, Arc::clone(&pair)));
+        }
+        Ok(pair)
+    }
+}
 
 /// A factor of ΔW: its matrix has `rank` × `length` entries, whichever of them is stored contiguously.
 pub(super) struct Factor {
@@ -98,6 +167,8 @@ pub(super) struct Adapted {
     change: Change,
     float: Float,
     isa: Isa,
+    /// Where the factors are kept, and under which number.
+    kept: Option<(Arc<Kept>, u32)>,
 }
 
 /// A rectangle of a matrix.
@@ -122,7 +193,16 @@ impl Adapted {
             Some(Float::F64) => Float::F64,
             _ => Float::F32,
         };
-        Self { weight, rows, columns, change, float, isa: Isa::detect() }
+        Self { weight, rows, columns, change, float, isa: Isa::detect(), kept: None }
+    }
+
+    /// The same with its factors kept while they are read, if they are not too large.
+    pub(super) fn keeping(mut self, kept: &Arc<Kept>) -> Self {
+        if let Change::Add { left, right, .. } = &self.change {
+            let number = kept.admit(4 * left.rank.saturating_mul(left.length.saturating_add(right.length)));
+            self.kept = number.map(|number| (Arc::clone(kept), number));
+        }
+        self
     }
 
     /// The type that it is shown as.
@@ -159,10 +239,18 @@ impl Adapted {
 
     /// Fills `out` with the elements from `first` on.
     fn elements(&self, mut first: u64, mut out: &mut [u8]) -> Result<()> {
-        let width = self.float.width();
+        let (width, stored) = (self.float.width(), self.weight.as_ref().map_or(1, |part| part.float.width()));
+        let most = BLOCK_BYTES / (stored as u64).max(4);
+        let pair = match (&self.kept, &self.change) {
+            (Some((kept, number)), Change::Add { left, right, .. }) => {
+                Some(kept.get(*number, || self.factors(left, right))?)
+            }
+            _ => None,
+        };
+        let mut change = Vec::new();
         while !out.is_empty() {
             let (row, column) = (first / self.columns, first % self.columns);
-            let left = (out.len() / width) as u64;
+            let left = ((out.len() / width) as u64).min(most);
             // Whole rows as far as there are, else a part of one.
             let block = match column == 0 && left >= self.columns {
                 true => Block { rows: row..row + (left / self.columns).min(BLOCK_ROWS), columns: 0..self.columns },
@@ -170,43 +258,48 @@ impl Adapted {
             };
             let count = block.height() * block.width();
             let (part, rest) = out.split_at_mut(count * width);
-            for start in block.columns.clone().step_by(BLOCK_COLUMNS as usize) {
-                let columns = start..(start + BLOCK_COLUMNS).min(block.columns.end);
-                self.block(&Block { rows: block.rows.clone(), columns }, &block, part)?;
-            }
+            change.clear();
+            change.resize(count, 0f32);
+            self.change(&block, pair.as_deref(), &mut change)?;
+            self.combine(first, &mut change, part)?;
             out = rest;
             first += count as u64;
         }
         Ok(())
     }
 
-    /// Writes `block` to its place in `out`, which holds `whole`.
-    fn block(&self, block: &Block, whole: &Block, out: &mut [u8]) -> Result<()> {
-        let (height, width) = (block.height(), block.width());
-        let mut change = vec![0f32; height * width];
-        self.change(block, &mut change)?;
+    /// Both factors, whole.
+    fn factors(&self, left: &Factor, right: &Factor) -> Result<Pair> {
+        let whole = |factor: &Factor| {
+            let mut values = vec![0f32; (factor.rank * factor.length) as usize];
+            factor.block(self.isa, 0..factor.rank, 0..factor.length, &mut values)?;
+            Ok(values)
+        };
+        Ok(Pair { left: whole(left)?, right: whole(right)? })
+    }
+
+    /// Writes W with `change` made to it, from element `first` on.
+    fn combine(&self, first: u64, change: &mut [f32], out: &mut [u8]) -> Result<()> {
         let adds = matches!(self.change, Change::Add { .. });
-        let mut stored = vec![0; width * self.weight.as_ref().map_or(0, |part| part.float.width())];
-        for (i, change) in change.chunks_exact_mut(width).enumerate() {
-            let at = i * whole.width() + (block.columns.start - whole.columns.start) as usize;
-            let out = &mut out[at * self.float.width()..(at + width) * self.float.width()];
-            if let Some(part) = &self.weight {
-                let first = (block.rows.start + i as u64) * self.columns + block.columns.start;
-                part.file.read_at(&mut stored, part.offset + first * part.float.width() as u64)?;
-                if part.float == Float::F64 {
-                    self.combine_f64(&stored, change, out);
-                    continue;
-                }
-                let mut weight = [0f32; BLOCK_COLUMNS as usize];
-                let weight = &mut weight[..width];
-                kernels::load(self.isa, part.float, &stored, weight);
+        if let Some(part) = &self.weight {
+            let width = part.float.width();
+            let mut stored = vec![0; change.len() * width];
+            part.file.read_at(&mut stored, part.offset + first * width as u64)?;
+            if part.float == Float::F64 {
+                self.combine_f64(&stored, change, out);
+                return Ok(());
+            }
+            let mut weight = [0f32; BLOCK_COLUMNS as usize];
+            for (change, stored) in change.chunks_mut(weight.len()).zip(stored.chunks(weight.len() * width)) {
+                let weight = &mut weight[..change.len()];
+                kernels::load(self.isa, part.float, stored, weight);
                 match adds {
                     true => kernels::add(self.isa, change, weight),
                     false => change.iter_mut().zip(weight).for_each(|(change, weight)| *change *= *weight),
                 }
             }
-            kernels::store(self.isa, self.float, change, out, false);
         }
+        kernels::store(self.isa, self.float, change, out, false);
         Ok(())
     }
 
@@ -220,30 +313,51 @@ impl Adapted {
     }
 
     /// ΔW, or the factors of W, in `block`.
-    fn change(&self, block: &Block, out: &mut [f32]) -> Result<()> {
-        let width = block.width();
-        match &self.change {
-            Change::Add { left, right, scale } => {
-                self.product(block, left, right, out)?;
-                kernels::scale(self.isa, out, *scale);
+    fn change(&self, block: &Block, pair: Option<&Pair>, out: &mut [f32]) -> Result<()> {
+        let whole = block.width();
+        for start in block.columns.clone().step_by(BLOCK_COLUMNS as usize) {
+            let columns = start..(start + BLOCK_COLUMNS).min(block.columns.end);
+            let (at, width) = ((start - block.columns.start) as usize, (columns.end - start) as usize);
+            let mut lines: Vec<&mut [f32]> = out.chunks_exact_mut(whole).map(|line| &mut line[at..at + width]).collect();
+            match &self.change {
+                Change::Add { left, right, scale } => {
+                    let part = Block { rows: block.rows.clone(), columns };
+                    match pair {
+                        Some(pair) => self.kept_product(&part, (left, right), pair, &mut lines),
+                        None => self.product(&part, left, right, &mut lines)?,
+                    }
+                    lines.iter_mut().for_each(|line| kernels::scale(self.isa, line, *scale));
+                }
+                Change::ScaleRows(part) => {
+                    let mut rows = vec![0f32; block.height()];
+                    self.entries(part, block.rows.start, &mut rows)?;
+                    lines.iter_mut().zip(rows).for_each(|(line, factor)| line.fill(factor));
+                }
+                Change::ScaleColumns(part) => {
+                    let mut factors = vec![0f32; width];
+                    self.entries(part, start, &mut factors)?;
+                    lines.iter_mut().for_each(|line| line.copy_from_slice(&factors));
+                }
+                Change::Scale(factor) => lines.iter_mut().for_each(|line| line.fill(*factor)),
             }
-            Change::ScaleRows(part) => {
-                let mut rows = vec![0f32; block.height()];
-                self.entries(part, block.rows.start, &mut rows)?;
-                out.chunks_exact_mut(width).zip(rows).for_each(|(out, factor)| out.fill(factor));
-            }
-            Change::ScaleColumns(part) => {
-                let mut columns = vec![0f32; width];
-                self.entries(part, block.columns.start, &mut columns)?;
-                out.chunks_exact_mut(width).for_each(|out| out.copy_from_slice(&columns));
-            }
-            Change::Scale(factor) => out.fill(*factor),
         }
         Ok(())
     }
 
-    /// L R in `block`, summed up to what `out` holds.
-    fn product(&self, block: &Block, left: &Factor, right: &Factor, out: &mut [f32]) -> Result<()> {
+    /// L R in `block`, whose lines hold zeros, of factors that are in memory.
+    fn kept_product(&self, block: &Block, (left, right): (&Factor, &Factor), pair: &Pair, lines: &mut [&mut [f32]]) {
+        let columns = block.columns.start as usize..block.columns.end as usize;
+        for (row, line) in (block.rows.start..).zip(lines) {
+            for k in 0..left.rank {
+                let factor = pair.left[(k * left.length + row) as usize];
+                let start = (k * right.length) as usize;
+                kernels::add_scaled(self.isa, line, factor, &pair.right[start + columns.start..start + columns.end]);
+            }
+        }
+    }
+
+    /// L R in `block`, whose lines hold zeros, of factors that are read for it.
+    fn product(&self, block: &Block, left: &Factor, right: &Factor, lines: &mut [&mut [f32]]) -> Result<()> {
         let (height, width) = (block.height(), block.width());
         let ranks = left.rank.min(BLOCK_RANKS) as usize;
         let (mut lefts, mut rights) = (vec![0f32; ranks * height], vec![0f32; ranks * width]);
@@ -251,9 +365,9 @@ impl Adapted {
             let ks = start..(start + BLOCK_RANKS).min(left.rank);
             left.block(self.isa, ks.clone(), block.rows.clone(), &mut lefts)?;
             right.block(self.isa, ks.clone(), block.columns.clone(), &mut rights)?;
-            for (i, out) in out.chunks_exact_mut(width).enumerate() {
+            for (i, line) in lines.iter_mut().enumerate() {
                 for (k, right) in rights.chunks_exact(width).take((ks.end - ks.start) as usize).enumerate() {
-                    kernels::add_scaled(self.isa, out, lefts[k * height + i], right);
+                    kernels::add_scaled(self.isa, line, lefts[k * height + i], right);
                 }
             }
         }

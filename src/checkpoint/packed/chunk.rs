@@ -1,8 +1,10 @@
 //! One chunk of a packed tensor: which elements are stored, and their bytes.
 //!
 //! - A bitmap says which elements are stored (bit i of a chunk is bit i mod 8 of byte i / 8); the others are base's.
-//! - The bytes of stored elements are split into planes, the most significant byte of each element first: exponents
-//!   compress, mantissas do not, and apart neither disturbs the other.
+//! - Where there is a base, an element is stored as its distance from base's: the difference of their bits as integers, modulo
+//!   2^bits, with the sign in the lowest bit (zigzag). Floats that are close have bits that are close, so most of it is zeros.
+//! - The bytes of what is stored are split into planes, the most significant byte of each element first: the upper ones
+//!   compress well, the lowest hardly, and apart neither disturbs the other.
 //! - Bitmap and planes are a zstd frame each, one after the other. Where every element is stored there is no bitmap, and
 //!   where none is there is nothing.
 //!
@@ -60,17 +62,23 @@ impl Encoder {
         (CHUNK / 4 + width * (CHUNK + compress_bound(CHUNK))) as u64 + ZSTD_BYTES
     }
 
-    /// The compressed chunk that stores those of `values` (elements of `width` bytes) whose bit in `mask` is set, and how
-    /// many these are.
-    pub fn encode(&mut self, values: &[u8], width: usize, mask: &[u64]) -> Result<(&[u8], u32)> {
+    /// The compressed chunk that stores those of `values` (elements of `width` bytes) whose bit in `mask` is set, as
+    /// distances from `base` if there is one, and how many these are.
+    pub fn encode(
+        &mut self,
+        values: &[u8],
+        base: Option<&[u8]>,
+        width: usize,
+        mask: &[u64],
+    ) -> Result<(&[u8], u32)> {
         let elements = values.len() / width;
         let stored = mask.iter().map(|word| word.count_ones() as usize).sum::<usize>();
         let planes = &mut self.planes[..stored * width];
         match width {
-            1 => gather::<1>(values, mask, planes),
-            2 => gather::<2>(values, mask, planes),
-            4 => gather::<4>(values, mask, planes),
-            _ => gather::<8>(values, mask, planes),
+            1 => gather::<1>(values, base, mask, planes),
+            2 => gather::<2>(values, base, mask, planes),
+            4 => gather::<4>(values, base, mask, planes),
+            _ => gather::<8>(values, base, mask, planes),
         }
         let mut length = 0;
         if stored > 0 && stored < elements {
@@ -90,16 +98,43 @@ fn compress(zstd: &mut Compressor<'_>, part: &[u8], out: &mut [u8]) -> Result<us
     zstd.compress_to_buffer(part, out).map_err(|e| Error::failed(format!("zstd: {e}")))
 }
 
+/// A value as its distance from base's, the sign in the lowest bit; in the lowest `bits` bits.
+#[inline(always)]
+fn distance(value: u64, base: u64, bits: u32) -> u64 {
+    let (unused, difference) = (64 - bits, value.wrapping_sub(base));
+    let signed = (difference << unused) as i64 >> unused;
+    ((signed << 1) ^ (signed >> 63)) as u64
+}
+
+/// The value at a distance from base's, in the lowest bits.
+#[inline(always)]
+fn at_distance(distance: u64, base: u64) -> u64 {
+    base.wrapping_add((distance >> 1) ^ (distance & 1).wrapping_neg())
+}
+
+/// The integer that little-endian bytes are.
+#[inline(always)]
+fn integer<const W: usize>(bytes: [u8; W]) -> u64 {
+    let mut whole = [0; 8];
+    whole[..W].copy_from_slice(&bytes);
+    u64::from_le_bytes(whole)
+}
+
 /// Splits the elements whose bit is set into planes.
-fn gather<const W: usize>(values: &[u8], mask: &[u64], planes: &mut [u8]) {
+fn gather<const W: usize>(values: &[u8], base: Option<&[u8]>, mask: &[u64], planes: &mut [u8]) {
     let stored = planes.len() / W;
     let (values, _) = values.as_chunks::<W>();
+    let base = base.map(|base| base.as_chunks::<W>().0);
     let mut at = 0;
-    for (block, &word) in values.chunks(64).zip(mask) {
+    for (first, (block, &word)) in (0..).step_by(64).zip(values.chunks(64).zip(mask)) {
         let mut bits = word;
         while bits != 0 {
-            let value = &block[bits.trailing_zeros() as usize];
-            for (plane, byte) in value.iter().rev().enumerate() {
+            let place = bits.trailing_zeros() as usize;
+            let value = match base {
+                Some(base) => distance(integer(block[place]), integer(base[first + place]), 8 * W as u32),
+                None => integer(block[place]),
+            };
+            for (plane, byte) in value.to_le_bytes()[..W].iter().rev().enumerate() {
                 planes[plane * stored + at] = *byte;
             }
             at += 1;
@@ -129,8 +164,8 @@ impl Decoder {
     }
 
     /// Puts the `stored` elements of the compressed chunk into their places in `out`, which holds base's elements of
-    /// `width` bytes; false if the chunk is not one of so many.
-    pub fn apply(&mut self, stored: usize, width: usize, out: &mut [u8]) -> bool {
+    /// `width` bytes if they are stored as distances from it; false if the chunk is not one of so many.
+    pub fn apply(&mut self, stored: usize, width: usize, delta: bool, out: &mut [u8]) -> bool {
         let elements = out.len() / width;
         if stored == 0 {
             return self.compressed.is_empty();
@@ -152,22 +187,26 @@ impl Decoder {
             }
         }
         match width {
-            1 => scatter::<1>(bitmap, planes, out),
-            2 => scatter::<2>(bitmap, planes, out),
-            4 => scatter::<4>(bitmap, planes, out),
-            _ => scatter::<8>(bitmap, planes, out),
+            1 => scatter::<1>(bitmap, planes, delta, out),
+            2 => scatter::<2>(bitmap, planes, delta, out),
+            4 => scatter::<4>(bitmap, planes, delta, out),
+            _ => scatter::<8>(bitmap, planes, delta, out),
         }
         true
     }
 }
 
 /// Puts elements back together and in their places.
-fn scatter<const W: usize>(bitmap: &[u8], planes: &[u8], out: &mut [u8]) {
+fn scatter<const W: usize>(bitmap: &[u8], planes: &[u8], delta: bool, out: &mut [u8]) {
     let stored = planes.len() / W;
     let (out, _) = out.as_chunks_mut::<W>();
-    let value = |at: usize| -> [u8; W] { std::array::from_fn(|byte| planes[(W - 1 - byte) * stored + at]) };
+    let put = |at: usize, out: &mut [u8; W]| {
+        let value = integer::<W>(std::array::from_fn(|byte| planes[(W - 1 - byte) * stored + at]));
+        let value = if delta { at_distance(value, integer(*out)) } else { value };
+        out.copy_from_slice(&value.to_le_bytes()[..W]);
+    };
     if bitmap.is_empty() {
-        out.iter_mut().enumerate().for_each(|(at, out)| *out = value(at));
+        out.iter_mut().enumerate().for_each(|(at, out)| put(at, out));
         return;
     }
     let mut at = 0;
@@ -176,7 +215,7 @@ fn scatter<const W: usize>(bitmap: &[u8], planes: &[u8], out: &mut [u8]) {
         word[..bytes.len()].copy_from_slice(bytes);
         let mut bits = u64::from_le_bytes(word);
         while bits != 0 {
-            block[bits.trailing_zeros() as usize] = value(at);
+            put(at, &mut block[bits.trailing_zeros() as usize]);
             at += 1;
             bits &= bits - 1;
         }
@@ -209,29 +248,48 @@ mod tests {
         )
     }
 
+    #[test]
+    fn distances_are_small_where_values_are_close() {
+        for (value, base, bits, expected) in [
+            (0x3f80, 0x3f80, 16, 0),
+            (0x3f81, 0x3f80, 16, 2),
+            (0x3f7f, 0x3f80, 16, 1),
+            (0, 0xffff, 16, 2),
+            (0x8000, 0, 16, 0xffff),
+            (0, u64::MAX, 64, 2),
+            (5, 3, 8, 4),
+        ] {
+            assert_eq!(distance(value, base, bits), expected);
+            let mask = u64::MAX >> (64 - bits);
+            assert!(expected <= mask && at_distance(expected, base) & mask == value);
+        }
+    }
+
     proptest! {
         #[test]
-        fn what_is_stored_comes_back_and_the_rest_is_base((width, values, base, mask) in chunk()) {
+        fn what_is_stored_comes_back_and_the_rest_is_base(
+            (width, values, base, mask) in chunk(), delta in any::<bool>(),
+        ) {
             let mut encoder = Encoder::new(8).unwrap();
-            let (compressed, stored) = encoder.encode(&values, width, &mask).unwrap();
+            let (compressed, stored) = encoder.encode(&values, delta.then_some(&base[..]), width, &mask).unwrap();
             let elements = values.len() / width;
             prop_assert!(compressed.len() <= compressed_bytes_max(elements, stored as usize, width));
             let mut decoder = Decoder::new().unwrap();
             decoder.compressed = compressed.to_vec();
             let mut out = base.clone();
-            prop_assert!(decoder.apply(stored as usize, width, &mut out));
+            prop_assert!(decoder.apply(stored as usize, width, delta, &mut out));
             for i in 0..elements {
                 let from = if mask[i / 64] >> (i % 64) & 1 == 1 { &values } else { &base };
                 prop_assert_eq!(&out[i * width..(i + 1) * width], &from[i * width..(i + 1) * width]);
             }
             // Another count is never taken for right.
-            prop_assert!(!decoder.apply(stored as usize + 1, width, &mut out));
+            prop_assert!(!decoder.apply(stored as usize + 1, width, delta, &mut out));
         }
 
         #[test]
         fn damage_never_panics((width, values, _, mask) in chunk(), place in any::<prop::sample::Index>(), byte in any::<u8>()) {
             let mut encoder = Encoder::new(8).unwrap();
-            let (compressed, stored) = encoder.encode(&values, width, &mask).unwrap();
+            let (compressed, stored) = encoder.encode(&values, None, width, &mask).unwrap();
             let mut decoder = Decoder::new().unwrap();
             decoder.compressed = compressed.to_vec();
             if !decoder.compressed.is_empty() {
@@ -239,7 +297,7 @@ mod tests {
                 decoder.compressed[place] ^= byte;
             }
             let mut out = vec![0; values.len()];
-            let _ = decoder.apply(stored as usize, width, &mut out);
+            let _ = decoder.apply(stored as usize, width, true, &mut out);
         }
     }
 }

@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::chunk::{CHUNK, compressed_bytes_max};
-use crate::checkpoint::header::{check_name, tensor_bytes};
+use crate::checkpoint::header::{Dimensions, check_name, tensor_bytes};
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Dtype, dtype_name};
 use crate::error::{Error, Result};
@@ -16,7 +16,7 @@ use crate::limits::{MAX_DIMENSIONS, MAX_INDEX_BYTES};
 use crate::storage::InputFile;
 
 /// Version of the format.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const MAGIC: [u8; 8] = *b"TIESMTVZ";
 const END: [u8; 8] = *b"ZVTMSEIT";
 /// What the file begins with: magic, version, and four bytes that are zero.
@@ -88,9 +88,15 @@ pub struct Tensor {
     /// Its stored type.
     pub dtype: Dtype,
     /// Its shape.
+    #[serde(deserialize_with = "dimensions")]
     pub shape: Vec<u64>,
     /// Whether its chunks are differences to base's tensor of this name, type and shape, and not the whole.
     pub delta: bool,
+}
+
+/// A list of dimensions that is refused before it is long.
+fn dimensions<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Vec<u64>, D::Error> {
+    Dimensions::deserialize(deserializer).map(|dimensions| dimensions.0.into_vec())
 }
 
 impl Tensor {

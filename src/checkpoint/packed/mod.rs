@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub use chunk::{CHUNK, Encoder, checksum};
 pub use format::{Base, Contents, Entry, HEAD_BYTES, Settings, Tensor, head, identify, tail, units};
 
+use super::adapter;
 use super::resolve::{self, Source};
 use super::{Checkpoint, CheckpointFile, Derived, TensorEntry, directory_of};
 use crate::error::{Error, Result, printable};
@@ -30,12 +31,12 @@ const DECODERS: usize = 2;
 /// Chunks that are kept because only a part of them was asked for.
 const KEPT_CHUNKS: usize = 4;
 
-/// Opens the file at `path`, which the user called `spec`. `beside` names a base at hand.
+/// Opens the file at `path`, which the user called `spec`. `beside` is a base at hand.
 pub(super) fn open(
     spec: &str,
     path: &Path,
     warnings: Vec<String>,
-    beside: Option<&str>,
+    beside: Option<&Checkpoint>,
     storage: &Arc<dyn Storage>,
 ) -> Result<Checkpoint> {
     let file: Arc<dyn InputFile> = Arc::from(storage.open(path)?);
@@ -75,27 +76,49 @@ fn difference(base: &Checkpoint, expected: &Base) -> Result<Option<&'static str>
 }
 
 /// The base of the file at `path`: the one at hand if it is the one expected, else the one that the file names.
-fn find_base(path: &Path, expected: &Base, beside: Option<&str>, storage: &Arc<dyn Storage>) -> Result<Checkpoint> {
+fn find_base(
+    path: &Path,
+    expected: &Base,
+    beside: Option<&Checkpoint>,
+    storage: &Arc<dyn Storage>,
+) -> Result<Checkpoint> {
     let mut others = Vec::new();
-    let named = Some(&*expected.source).filter(|named| beside != Some(*named));
-    for source in beside.into_iter().chain(named) {
-        let found = open_base(source, storage).and_then(|base| Ok((difference(&base, expected)?, base)));
-        match found {
-            Ok((None, base)) => return Ok(base),
+    let mut try_one = |source: &str, base: Result<Checkpoint>| {
+        match base.and_then(|base| Ok((difference(&base, expected)?, base))) {
+            Ok((None, base)) => return Some(base),
             Ok((Some(what), _)) => others.push(format!("{} is another: {what}", printable(source))),
-            Err(error) => others.push(format!("{}: {error}", printable(source))),
+            Err(error) => {
+                let (source, error) = (printable(source), error.to_string());
+                others.push(if error.starts_with(&source) { error } else { format!("{source}: {error}") });
+            }
         }
+        None
+    };
+    let known = beside.and_then(|base| try_one(&base.spec, refuse_packed(base.clone())));
+    let named = Some(&*expected.source).filter(|named| beside.is_none_or(|base| base.spec != *named));
+    match known.or_else(|| named.and_then(|source| try_one(source, open_base(source, storage)))) {
+        Some(base) => Ok(base),
+        None => Err(Error::input(format!("the base that it was packed against is not there ({})", others.join("; ")))
+            .at(path)
+            .help("give that checkpoint as --base")),
     }
-    Err(Error::input(format!("the base that it was packed against is not there ({})", others.join("; ")))
-        .at(path)
-        .help("give that checkpoint as --base"))
+}
+
+fn refuse_packed(base: Checkpoint) -> Result<Checkpoint> {
+    match base.derived.packed {
+        true => Err(Error::input("it is itself a packed task vector")),
+        false => Ok(base),
+    }
 }
 
 /// Opens a checkpoint to be base.
 fn open_base(source: &str, storage: &Arc<dyn Storage>) -> Result<Checkpoint> {
-    let found = resolve::resolve(source, &**storage, &|name| std::env::var_os(name))?;
-    match found.source {
-        // One that names itself would be opened for ever.
+    // One that names itself, with adapters or without, would be opened for ever.
+    let mut model = source;
+    while let Some((inner, _)) = adapter::split(model, &**storage)? {
+        model = inner;
+    }
+    match resolve::resolve(model, &**storage, &|name| std::env::var_os(name))?.source {
         Source::Packed(_) => Err(Error::input("it is itself a packed task vector")),
         _ => Checkpoint::open(source, storage),
     }
@@ -230,7 +253,7 @@ impl PackedFile {
         decoder.compressed.resize(entry.length as usize, 0);
         self.file.read_at(&mut decoder.compressed, self.offsets[place.first_chunk + number])?;
         let sound = checksum(&decoder.compressed) == entry.check;
-        if !sound || !decoder.apply(entry.stored as usize, place.width, out) {
+        if !sound || !decoder.apply(entry.stored as usize, place.width, place.base.is_some(), out) {
             return Err(Error::input(format!("chunk {number} is damaged"))
                 .at(self.file.path())
                 .tensor(&place.name)

@@ -48,7 +48,7 @@ fn seed(base: &Checkpoint, made: &[Made<'_>]) -> Vec<u8> {
             let differs = bytes[i * width..(i + 1) * width] != before[i * width..(i + 1) * width];
             mask[i / 64] |= u64::from(differs || !delta) << (i % 64);
         }
-        let (compressed, stored) = encoder.encode(bytes, width, &mask).unwrap();
+        let (compressed, stored) = encoder.encode(bytes, delta.then_some(&before[..]), width, &mask).unwrap();
         let check = checksum(compressed);
         let base = if *delta { checksum(&before) } else { 0 };
         entries.push(Entry { stored, length: compressed.len() as u32, check, base });

@@ -65,6 +65,11 @@ pub struct Study {
 impl Study {
     /// A look at the models of `plan` at its density and at `densities`. The plan must trim by magnitude.
     pub fn new(mut plan: Plan, densities: &[f64], run: Run) -> Result<Self> {
+        // Of adapters that are written as factors, the changes that they make are looked at.
+        plan = match plan.factors.take() {
+            Some(factored) => factored.merged,
+            None => plan,
+        };
         if plan.needs().inputs != Inputs::TrimmedTaskVectors
             || plan.method.draws()
             || plan.bounds() != 1

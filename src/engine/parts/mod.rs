@@ -107,6 +107,10 @@ pub struct PartReport {
 impl Job {
     /// The job that does `plan`, cut as in `schedule`, into `output`.
     pub fn new(plan: &Plan, schedule: &Schedule, output: &OutputOptions) -> Result<Self> {
+        if plan.factors.is_some() {
+            return Err(Error::usage("adapters that are merged through their changes are merged in one piece")
+                .help("use 'tiesmith merge'"));
+        }
         Ok(Self {
             out: output.dir.clone(),
             force: output.force,

@@ -468,12 +468,7 @@ impl<'a> Group<'a> {
         let plan = self.outs[out].plan;
         let mut counted = worker.counted();
         counted.bytes_read = plan.pieces(chunk.tensor, Wanted::All).map(|piece| locate(plan, chunk, piece).2).sum();
-        let tally = &mut lock(&self.counts[out]).tally;
-        tally.kept.iter_mut().zip(&counted.kept).for_each(|(sum, kept)| *sum += kept);
-        tally.agreeing.iter_mut().zip(&counted.agreeing).for_each(|(sum, agreeing)| *sum += agreeing);
-        tally.conflicts += counted.conflicts;
-        tally.merged += counted.merged;
-        tally.bytes_read = tally.bytes_read.saturating_add(counted.bytes_read);
+        lock(&self.counts[out]).tally.add(&counted);
         counted
     }
 

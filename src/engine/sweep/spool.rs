@@ -482,8 +482,7 @@ impl FrameWriter<'_> {
         let start = self.at - values.len() as u64;
         let width = self.place.width;
         mask.clear();
-        let mut base_check = 0;
-        match self.place.base {
+        let shown = match self.place.base {
             Some((file, offset)) => {
                 let base = match self.shown {
                     Some(shown) => &shown[(start - self.start) as usize..][..values.len()],
@@ -495,12 +494,16 @@ impl FrameWriter<'_> {
                         &base[..]
                     }
                 };
-                base_check = checksum(base);
                 mark_differing(values, base, width, mask);
+                Some(base)
             }
-            None => mark_all(values.len() / width, mask),
-        }
-        let (bytes, stored) = encoder.encode(values, width, mask)?;
+            None => {
+                mark_all(values.len() / width, mask);
+                None
+            }
+        };
+        let base_check = shown.map_or(0, checksum);
+        let (bytes, stored) = encoder.encode(values, shown, width, mask)?;
         let entry = Entry { stored, length: bytes.len() as u32, check: checksum(bytes), base: base_check };
         let number = self.place.first_chunk + (start / (CHUNK * width) as u64) as usize;
         let offset = {
