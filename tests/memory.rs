@@ -197,7 +197,16 @@ fn factors_of_a_large_change_fit() {
     for flags in [&["--method=linear", "--threads=2"][..], &["--density=0.5", "--threads=1", "--rank=2"]] {
         let program = env!("CARGO_BIN_EXE_tiesmith");
         let mut command = group.as_ref().map_or_else(|| Command::new(program), |group| group.command(program));
-        command.args(["merge", "--model", &place("eight"), "--model", &place("three"), "--out", &place("out"), "--force"]);
+        command.args([
+            "merge",
+            "--model",
+            &place("eight"),
+            "--model",
+            &place("three"),
+            "--out",
+            &place("out"),
+            "--force",
+        ]);
         command.args(["--memory", &BUDGET_BYTES.to_string(), "--progress=none", "--json"]).args(flags);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let peak = watch(&mut child);

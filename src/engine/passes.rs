@@ -456,7 +456,13 @@ impl<'a> Passes<'a> {
     }
 
     /// Sign of the sum of all elected signs of the unit, where the method asks for it.
-    pub(super) fn majority(&mut self, unit: &Unit, resident: &mut Option<Resident>, cuts: &[Cut], facts: &[f64]) -> Result<f32> {
+    pub(super) fn majority(
+        &mut self,
+        unit: &Unit,
+        resident: &mut Option<Resident>,
+        cuts: &[Cut],
+        facts: &[f64],
+    ) -> Result<f32> {
         let sum = if self.plan.votes() { self.votes(unit, resident, cuts, facts)? } else { 0 };
         Ok(sum.signum() as f32)
     }

@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::{Observer, factor};
 use super::kept::Kept;
 use super::output::{INDEX, OutputDir};
 use super::passes::Passes;
 use super::records::UnitDone;
 use super::side_files::{self, Content};
+use super::{Observer, factor};
 use super::{Report, shards};
 use crate::error::{Error, Result};
 use crate::kernels::Ties;

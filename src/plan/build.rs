@@ -66,12 +66,7 @@ fn build_from(recipe: &Recipe, storage: &Arc<dyn Storage>, open_one: Open<'_>) -
 }
 
 /// The plan for opened checkpoints; `adapter` says that they are adapters, before which base is if the method needs one.
-fn lower(
-    recipe: &Recipe,
-    mut checkpoints: Vec<Checkpoint>,
-    adapter: bool,
-    storage: &Arc<dyn Storage>,
-) -> Result<Plan> {
+fn lower(recipe: &Recipe, mut checkpoints: Vec<Checkpoint>, adapter: bool, storage: &Arc<dyn Storage>) -> Result<Plan> {
     let method = recipe.method()?;
     let filter = recipe.filter()?;
     let base = (recipe.base.is_some() || adapter && method.needs_base()).then_some(0);

@@ -128,7 +128,13 @@ impl Manifest {
         let mut recipe = self.recipe.clone();
         // The base of adapters that are merged with each other is no input: it is what does nothing.
         let real = |input: &&Input| recipe.base.is_some() || input.checkpoint.role != "base";
-        let mut inputs = self.inputs.iter().filter(real).map(|input| input.checkpoint.place(storage)).collect::<Vec<_>>().into_iter();
+        let mut inputs = self
+            .inputs
+            .iter()
+            .filter(real)
+            .map(|input| input.checkpoint.place(storage))
+            .collect::<Vec<_>>()
+            .into_iter();
         let mut next = |source: &mut String| {
             let Some(place) = inputs.next() else { return };
             match &mut recipe.vocabulary {

@@ -196,7 +196,11 @@ fn a_merged_adapter_is_one_like_any_other() {
     let on = |adapter: &str| format!("{}+{}", at("base"), at(adapter));
     let models = ["adapter0", "adapter1", "adapter2"].map(on);
     let models = models.iter().flat_map(|model| ["--model", model]);
-    let args: Vec<&str> = ["merge", "--method=linear", "--out"].into_iter().chain([&*at("full")].map(|s| s.to_owned().leak() as &str)).chain(models).collect();
+    let args: Vec<&str> = ["merge", "--method=linear", "--out"]
+        .into_iter()
+        .chain([&*at("full")].map(|s| s.to_owned().leak() as &str))
+        .chain(models)
+        .collect();
     tiesmith(args).succeeded();
     tiesmith(["diff", &on("out"), &at("full"), "--atol", "1e-5"]).succeeded();
     // A manifest makes it again, and what is damaged can be mended.
@@ -247,7 +251,8 @@ fn embeddings_and_convolutions_keep_their_shapes() {
     };
     let mut adapter = |rank: usize| {
         let mut adapter = Adapter::lora(rank, rank as f64);
-        let mut add = |name: &str, shape: &[usize]| drop(adapter.tensors.insert(format!("{PREFIX}{name}"), draw(shape)));
+        let mut add =
+            |name: &str, shape: &[usize]| drop(adapter.tensors.insert(format!("{PREFIX}{name}"), draw(shape)));
         add("embed.lora_embedding_A", &[rank, 33]);
         add("embed.lora_embedding_B", &[12, rank]);
         add("conv.lora_A.weight", &[rank, 5, 3, 3]);
@@ -270,7 +275,10 @@ fn embeddings_and_convolutions_keep_their_shapes() {
         ("embed.lora_embedding_A", "embed.lora_embedding_B", [vec![5, 33], vec![12, 5]]),
         ("conv.lora_A.weight", "conv.lora_B.weight", [vec![5, 5, 3, 3], vec![9, 5, 1, 1]]),
     ] {
-        assert_eq!([&merged.tensors[&format!("{PREFIX}{a}")].shape, &merged.tensors[&format!("{PREFIX}{b}")].shape], [&shapes[0], &shapes[1]]);
+        assert_eq!(
+            [&merged.tensors[&format!("{PREFIX}{a}")].shape, &merged.tensors[&format!("{PREFIX}{b}")].shape],
+            [&shapes[0], &shapes[1]]
+        );
         let (one, two) = (product(&adapters[0], a, b), product(&adapters[1], a, b));
         for ((actual, one), two) in product(&merged, a, b).iter().zip(one).zip(two) {
             assert!((actual - (one + two) / 2.0).abs() < 1e-5);

@@ -83,7 +83,8 @@ impl Kept {
 
     /// The factors of view `number`, which `read` reads if they are not there.
     fn get(&self, number: u32, read: impl FnOnce() -> Result<Pair>) -> Result<Arc<Pair>> {
-        let find = |kept: &KeptPairs| kept.pairs.iter().find(|(own, _)| *own == number).map(|(_, pair)| Arc::clone(pair));
+        let find =
+            |kept: &KeptPairs| kept.pairs.iter().find(|(own, _)| *own == number).map(|(_, pair)| Arc::clone(pair));
         if let Some(pair) = find(&self.lock()) {
             return Ok(pair);
         }
@@ -318,7 +319,8 @@ impl Adapted {
         for start in block.columns.clone().step_by(BLOCK_COLUMNS as usize) {
             let columns = start..(start + BLOCK_COLUMNS).min(block.columns.end);
             let (at, width) = ((start - block.columns.start) as usize, (columns.end - start) as usize);
-            let mut lines: Vec<&mut [f32]> = out.chunks_exact_mut(whole).map(|line| &mut line[at..at + width]).collect();
+            let mut lines: Vec<&mut [f32]> =
+                out.chunks_exact_mut(whole).map(|line| &mut line[at..at + width]).collect();
             match &self.change {
                 Change::Add { left, right, scale } => {
                     let part = Block { rows: block.rows.clone(), columns };

@@ -64,13 +64,7 @@ impl Encoder {
 
     /// The compressed chunk that stores those of `values` (elements of `width` bytes) whose bit in `mask` is set, as
     /// distances from `base` if there is one, and how many these are.
-    pub fn encode(
-        &mut self,
-        values: &[u8],
-        base: Option<&[u8]>,
-        width: usize,
-        mask: &[u64],
-    ) -> Result<(&[u8], u32)> {
+    pub fn encode(&mut self, values: &[u8], base: Option<&[u8]>, width: usize, mask: &[u64]) -> Result<(&[u8], u32)> {
         let elements = values.len() / width;
         let stored = mask.iter().map(|word| word.count_ones() as usize).sum::<usize>();
         let planes = &mut self.planes[..stored * width];

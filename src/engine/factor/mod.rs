@@ -471,7 +471,8 @@ impl Factoring<'_> {
         let largest = found.values.first().copied().unwrap_or(0.0);
         // Below that, directions are rounding.
         let used = found.values.iter().take(rank).take_while(|&&value| value > 1e-14 * largest).count();
-        for (tensor, basis, sides, is_a) in [(2 * index, x, &found.right, true), (2 * index + 1, y, &found.left, false)] {
+        for (tensor, basis, sides, is_a) in [(2 * index, x, &found.right, true), (2 * index + 1, y, &found.left, false)]
+        {
             let mut small = vec![0.0; width * used];
             for (k, (side, value)) in sides.iter().zip(&found.values).take(used).enumerate() {
                 let factor = if is_a { value.sqrt() } else { 1.0 / value.sqrt() };

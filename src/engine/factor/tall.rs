@@ -173,7 +173,8 @@ impl Tall {
             let lengths = lengths(own);
             for _ in 0..2 {
                 let mut shares = vec![0.0; number * PANEL * PANEL];
-                let items: Vec<_> = before.chunks_exact((rows * PANEL).max(1)).zip(shares.chunks_exact_mut(64)).collect();
+                let items: Vec<_> =
+                    before.chunks_exact((rows * PANEL).max(1)).zip(shares.chunks_exact_mut(64)).collect();
                 let seen = &*own;
                 hands.each(items, |_, _, (other, shares)| products(other, seen, shares))?;
                 let items: Vec<_> = own.chunks_mut(PROJECTED * PANEL).enumerate().collect();
