@@ -3,8 +3,7 @@
 use clap::Args;
 use tiesmith::{Scope, ThresholdKind, TrimTies, Value};
 
-use super::words::words;
-use super::{InputArgs, OutputArgs, RunArgs, methods, scopes, thresholds, tie_rules};
+use super::{InputArgs, OutputArgs, RunArgs, methods, scopes, thresholds, tie_rules, words};
 use crate::cli::{parse, sweep};
 
 #[derive(Debug, Args)]
