@@ -224,7 +224,7 @@ fn config(adapters: &[Adapter], modules: &[&str], rank: u64, storage: &dyn Stora
     // What says which modules have factors: as it was where all agree, else by their names.
     let targets = ["target_modules", "layers_to_transform", "layers_pattern", "exclude_modules"];
     let alike = |key: &&str| configs.iter().all(|other| other.get(*key) == configs[0].get(*key));
-    if !targets.iter().all(|key| alike(&key)) {
+    if !targets.iter().all(alike) {
         for key in &targets[1..] {
             if let Some(value) = config.get_mut(*key) {
                 *value = Value::Null;

@@ -47,8 +47,9 @@ pub(super) fn spectrum(mut left: Vec<Vec<f64>>) -> Spectrum {
 fn rotate(left: &mut [Vec<f64>], right: &mut [Vec<f64>], (i, j): (usize, usize)) -> bool {
     let (a, b) = (dot(&left[i], &left[i]), dot(&left[j], &left[j]));
     let product = dot(&left[i], &left[j]);
-    // Written so that zero columns and NaN end it.
-    if !(product.abs() > TOLERANCE * (a * b).sqrt()) {
+    // Of zero columns and of NaN, nothing is.
+    let slanted = product.abs() > TOLERANCE * (a * b).sqrt();
+    if !slanted {
         return false;
     }
     let half = (b - a) / (2.0 * product);
