@@ -251,7 +251,7 @@ impl Factoring<'_> {
             let mut resident = self.passes.hold(&unit);
             let found = self.passes.shared_thresholds(&unit, &goals, &mut resident)?;
             let cuts = cuts(merged, &goals, &found);
-            let facts = self.passes.facts(&unit, &mut resident)?;
+            let facts = self.passes.facts(&unit, &mut resident, &cuts)?;
             let majority = self.passes.majority(&unit, &mut resident, &cuts, &facts)?;
             self.passes.give_back(resident);
             unit.tensors.iter().for_each(|&tensor| self.unit_of[tensor as usize] = Some(self.units.len()));
@@ -430,7 +430,7 @@ impl Factoring<'_> {
         });
         let chain = TieChain::of(unit.cuts.len());
         let ahead = lookahead(self.schedule, self.schedule.chunk_elements);
-        let announce = |(chunk, _): &(Chunk, &mut [f32])| prefetch(plan, *chunk, Wanted::All);
+        let announce = |(chunk, _): &(Chunk, &mut [f32])| _ = prefetch(plan, *chunk, Wanted::All);
         pool::run(&mut self.passes.workers, items, ahead, announce, |worker, ordinal, (chunk, out)| {
             let mut pending = Pending::new(&chain, ordinal);
             let tally = worker.tally.clone();
