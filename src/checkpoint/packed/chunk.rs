@@ -11,7 +11,7 @@
 //! Knows elements of 1 to 8 bytes; not what they mean, nor where chunks are kept.
 
 use zstd::bulk::{Compressor, Decompressor};
-use zstd::zstd_safe::compress_bound;
+use zstd::zstd_safe::{compress_bound, get_frame_content_size};
 
 use crate::error::{Error, Result};
 
@@ -167,6 +167,11 @@ impl Decoder {
         let length = content_bytes(elements, stored, width);
         if self.content.len() < length {
             self.content.resize(length, 0);
+        }
+        // A bitmap comes first, or a plane: a short chunk could have as many bytes either way.
+        let first = if length > stored * width { length - stored * width } else { stored };
+        if !matches!(get_frame_content_size(&self.compressed), Ok(Some(found)) if found == first as u64) {
+            return false;
         }
         let content = &mut self.content[..length];
         if !self.zstd.decompress_to_buffer(&self.compressed, content).is_ok_and(|found| found == length) {
