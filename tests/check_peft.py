@@ -1,6 +1,6 @@
 """Adapters that tiesmith merges, loaded by PEFT and compared with what PEFT and torch make of the inputs.
 
-python tests/peft.py TIESMITH DIR   (run with peft 0.21.2, torch 2.15.0)
+python tests/check_peft.py TIESMITH DIR   (run with peft 0.21.2, torch 2.15.0)
 """
 import os, subprocess, sys
 import torch
