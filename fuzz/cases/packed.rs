@@ -14,7 +14,7 @@ fn base() -> Vec<u8> {
 fn assemble(seed: &[u8]) -> Vec<u8> {
     let (length, rest) = seed.split_first_chunk::<2>().map_or((0, seed), |(l, rest)| (u16::from_le_bytes(*l), rest));
     let (chunks, index) = rest.split_at(usize::from(length).min(rest.len()));
-    let mut file = b"TIESMTVZ\x01\0\0\0\0\0\0\0".to_vec();
+    let mut file = b"TIESMTVZ\x02\0\0\0\0\0\0\0".to_vec();
     file.extend_from_slice(chunks);
     let compressed = zstd::bulk::compress(index, 1).expect("compressing in memory works");
     let foot = [file.len() as u64, compressed.len() as u64, index.len() as u64];
