@@ -52,7 +52,7 @@ pub fn show(plan: &Plan, report: &Report, reproduced: bool, json: bool) -> Resul
     }
     let models: Vec<&str> = plan.recipe.models.iter().map(|model| model.source.as_str()).collect();
     let mut text = summary(report);
-    if plan.trim.is_some() {
+    if plan.merging().trim.is_some() {
         text.push_str(&kept(report, &models));
     }
     text.push_str(&surviving(report, &models));
