@@ -13,7 +13,7 @@ use super::args::{InputArgs, RunArgs, scopes, thresholds};
 use super::bars::bar;
 use super::progress::Progress;
 use super::table::Table;
-use super::{disk, human, parse, print, print_json, signals};
+use super::{human, parse, print, print_json, signals};
 
 /// Characters of a bar.
 const BAR: usize = 16;
@@ -93,7 +93,7 @@ pub fn run(args: &AnalyzeArgs) -> Result<u8> {
     let dir = args.look.out.clone().ok_or_else(|| {
         Error::usage("no output directory is given").help("add '--out DIR': the report is written there")
     })?;
-    let storage = disk(args.run.io);
+    let storage = super::inputs(&args.run)?;
     let progress = Progress::new(args.run.report.progress);
     let plan = Plan::new(&recipe, &storage)?;
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);

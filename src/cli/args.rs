@@ -20,14 +20,13 @@ use tiesmith::{
 use super::analyze::AnalyzeArgs;
 use super::parse;
 use super::perturb::PerturbArgs;
-use super::progress::Mode;
 use super::statistics::StatisticsArgs;
 use super::verify::VerifyArgs;
 
 use words::{dtypes, io_modes};
 
 pub use grid::SweepArgs;
-pub use parts::{FinishArgs, PlanArgs, ResourceArgs, RunPartArgs, SlurmArgs};
+pub use parts::{CacheArgs, FinishArgs, PlanArgs, ReportArgs, ResourceArgs, RunPartArgs, SlurmArgs};
 
 /// Merge fine-tuned models that do not fit in memory
 ///
@@ -390,25 +389,10 @@ pub struct RunArgs {
     pub io: IoMode,
 
     #[command(flatten)]
+    pub cache: CacheArgs,
+
+    #[command(flatten)]
     pub report: ReportArgs,
-}
-
-/// How progress and the result are shown.
-#[derive(Debug, Args)]
-pub struct ReportArgs {
-    /// Progress on stderr
-    #[arg(long, value_name = "FORM", default_value = "auto", value_parser = choice(&[
-        ("auto", "a bar on a terminal, plain lines elsewhere", Mode::Auto),
-        ("bar", "a bar with rate and time left", Mode::Bar),
-        ("plain", "a line per stage, then one every 10 seconds", Mode::Plain),
-        ("json", "one JSON object per line", Mode::Json),
-        ("none", "nothing but warnings and errors", Mode::None),
-    ]))]
-    pub progress: Mode,
-
-    /// Print the result as one JSON object on stdout
-    #[arg(long)]
-    pub json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -13,6 +13,8 @@ use super::table::Table;
 pub struct Rates {
     pub disk: Option<f64>,
     pub network: Option<f64>,
+    /// Bytes that are kept of what is downloaded.
+    pub cache_bytes: u64,
 }
 
 /// One pass.
@@ -28,8 +30,9 @@ struct Pass {
 impl Rates {
     /// The section of the page: empty if no rate is given.
     pub fn render(self, plan: &Plan, summary: &PlanSummary) -> String {
+        let downloads = self.downloads(plan, summary);
         if self.disk.is_none() && self.network.is_none() {
-            return String::new();
+            return downloads;
         }
         let passes = self.passes(summary, remote_share(plan));
         let mut table = Table::new("  ", "lrrr");
@@ -44,12 +47,45 @@ impl Rates {
             let seconds = passes.iter().map(|pass| pass.seconds).sum();
             table.row(["total".to_string(), sum(|p| p.disk_bytes), sum(|p| p.network_bytes), time(seconds)]);
         }
-        format!("\nTime, at the rates given\n{}", table.render())
+        format!("{downloads}\nTime, at the rates given\n{}", table.render())
+    }
+
+    /// What comes over the network, and how much of it more than once.
+    fn downloads(self, plan: &Plan, summary: &PlanSummary) -> String {
+        if !plan.is_remote() {
+            return String::new();
+        }
+        let sum = |rates: Self| rates.passes(summary, remote_share(plan)).iter().map(|p| p.network_bytes).sum::<u64>();
+        let bytes = |cache_bytes| sum(Self { cache_bytes, ..self });
+        let (now, once) = (bytes(self.cache_bytes), bytes(u64::MAX));
+        let mut text = format!("\nNetwork\n  {} are downloaded", human::bytes(now));
+        if now > once {
+            let kept = self.largest_pass(summary, remote_share(plan));
+            text.push_str(&format!(
+                ", {} of them again; with --cache DIR --cache-size {}GB nothing is\n",
+                human::bytes(now - once),
+                kept.div_ceil(1_000_000_000)
+            ));
+        } else {
+            text.push_str(", nothing of them twice\n");
+        }
+        text
+    }
+
+    /// What a cache must hold so that no pass downloads what another did.
+    fn largest_pass(self, summary: &PlanSummary, remote_share: f64) -> u64 {
+        summary.passes.iter().map(|pass| (pass.bytes_read as f64 * remote_share) as u64).max().unwrap_or(0)
     }
 
     fn passes(self, summary: &PlanSummary, remote_share: f64) -> Vec<Pass> {
+        // What the first pass over everything leaves in the cache; a probe's blocks lie too far apart to be of use.
+        let mut kept = 0;
         let pass = |pass: &tiesmith::PassSummary| {
-            let network_bytes = (pass.bytes_read as f64 * remote_share) as u64;
+            let remote_bytes = (pass.bytes_read as f64 * remote_share) as u64;
+            let network_bytes = remote_bytes - remote_bytes.min(kept);
+            if pass.name != "probe" {
+                kept = self.cache_bytes.min(remote_bytes.max(kept));
+            }
             let disk_bytes = pass.bytes_read - network_bytes + pass.bytes_written;
             let time = |bytes: u64, rate: Option<f64>| match (bytes, rate) {
                 (0, _) => Some(0.0),

@@ -90,8 +90,9 @@ pub fn load(file: &Path, io: Option<IoMode>) -> Result<Planned> {
     let Command::Plan(args) = cli.command else {
         return Err(Error::input("not a plan file").at(file));
     };
-    let args = args.merge;
-    let storage = disk(io.unwrap_or(args.run.io));
+    let mut args = args.merge;
+    args.run.io = io.unwrap_or(args.run.io);
+    let storage = super::inputs(&args.run)?;
     let mut merges = jobs::read(&args, "plan", &*storage)?;
     let mut merge = merges.pop().ok_or_else(|| Error::input("there is nothing to merge in it").at(file))?;
     let plan = merge.plan(&storage)?;

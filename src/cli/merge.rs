@@ -9,11 +9,11 @@ use tiesmith::{Error, Manifest, Observer, OutputOptions, Plan, Report, Result, S
 use super::args::MergeArgs;
 use super::jobs::{self, Job};
 use super::progress::Progress;
-use super::{disk, human, lower, print, print_json, signals};
+use super::{human, lower, print, print_json, signals};
 
 /// Runs the command.
 pub fn run(args: &MergeArgs) -> Result<u8> {
-    let storage = disk(args.run.io);
+    let storage = super::inputs(&args.run)?;
     signals::install();
     let mut jobs = jobs::read(args, "merge", &*storage)?;
     let output = lower::output(args)?;

@@ -112,6 +112,15 @@ fn disk(io: IoMode) -> Arc<dyn Storage> {
     Arc::new(Online::new(Disk::new(io)))
 }
 
+/// The same with what `args` say of them.
+fn inputs(args: &args::RunArgs) -> Result<Arc<dyn Storage>> {
+    let online = Online::new(Disk::new(args.io));
+    match (&args.cache.dir, args.cache.size) {
+        (Some(dir), Some(size)) => Ok(Arc::new(online.with_cache(dir, size)?)),
+        _ => Ok(Arc::new(online)),
+    }
+}
+
 /// Makes a panic one line and exit code 1, once, whichever thread it happens in.
 pub fn install_panic_hook() {
     static PANICKED: AtomicBool = AtomicBool::new(false);

@@ -6,11 +6,11 @@ use tiesmith::{OutputOptions, PackOutput, PackReport, Plan, Recipe, Report, Resu
 
 use super::args::{PackArgs, RunArgs, UnpackArgs};
 use super::progress::Progress;
-use super::{disk, human, print, print_json, signals};
+use super::{human, print, print_json, signals};
 
 /// Packs.
 pub fn pack(args: &PackArgs) -> Result<u8> {
-    let storage = disk(args.run.io);
+    let storage = super::inputs(&args.run)?;
     signals::install();
     let recipe = Recipe {
         scope: args.scope,
@@ -35,7 +35,7 @@ pub fn pack(args: &PackArgs) -> Result<u8> {
 
 /// Unpacks.
 pub fn unpack(args: &UnpackArgs) -> Result<u8> {
-    let storage = disk(args.run.io);
+    let storage = super::inputs(&args.run)?;
     signals::install();
     let recipe =
         Recipe { packed_base: args.base.clone(), max_shard_bytes: args.max_shard_size, ..Recipe::copying(&args.file) };

@@ -8,7 +8,7 @@ use tiesmith::{Error, ModelInput, Observer, OutputOptions, Plan, Recipe, Result,
 
 use super::args::RunArgs;
 use super::progress::Progress;
-use super::{disk, human, merge, parse, print, print_json, signals};
+use super::{human, merge, parse, print, print_json, signals};
 
 /// What the help shows.
 pub const EXAMPLES: &str = "\
@@ -76,7 +76,7 @@ pub fn run(args: &PerturbArgs) -> Result<u8> {
             return Err(Error::usage(format!("{name} {value} is not between 0 and 1")));
         }
     }
-    let storage = disk(args.run.io);
+    let storage = super::inputs(&args.run)?;
     let progress = Progress::new(args.run.report.progress);
     let (side, largest) = match args.flip_sign {
         Side::Top => ("top", args.density),

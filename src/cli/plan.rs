@@ -15,7 +15,7 @@ const LISTED_SHARDS: usize = 6;
 
 /// Runs the command.
 pub fn run(args: &PlanArgs) -> Result<u8> {
-    let rates = Rates { disk: args.disk, network: args.network };
+    let rates = Rates { disk: args.disk, network: args.network, cache_bytes: args.merge.run.cache.size.unwrap_or(0) };
     let (args, save) = (&args.merge, args.save.as_deref());
     let storage = disk(args.run.io);
     let mut jobs = jobs::read(args, "plan", &*storage)?;

@@ -8,14 +8,14 @@ use tiesmith::{Error, METHODS, Method, Plan, Recipe, Result, SweepOptions, Sweep
 
 use super::args::{MergeArgs, MethodArgs, SweepArgs, TrimArgs};
 use super::progress::Progress;
-use super::{disk, human, jobs, lower, print, print_json, signals};
+use super::{human, jobs, lower, print, print_json, signals};
 
 /// Most outputs of one sweep.
 const MAX_OUTPUTS: usize = 10_000;
 
 /// Runs the command.
 pub fn run(args: SweepArgs) -> Result<u8> {
-    let storage = disk(args.run.io);
+    let storage = super::inputs(&args.run)?;
     signals::install();
     let grid = Grid {
         methods: args.method.clone(),

@@ -8,6 +8,8 @@
 //! Knows bytes, paths and durability; knows nothing of tensors.
 
 mod ahead;
+mod cache;
+mod cloud;
 mod disk;
 mod http;
 mod hub;

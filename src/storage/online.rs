@@ -1,6 +1,7 @@
-//! Files that are read from the Hub or a web server by byte range, beside those of the file system.
+//! Files that are read from the Hub, a web server or an object store by byte range, beside those of the file system.
 //!
-//! - `hf://org/name@COMMIT/...` looks like a directory, `https://.../file` like a file; nothing of them is stored.
+//! - `hf://org/name@COMMIT/...` and `s3://bucket/prefix` look like directories, `https://.../file` like a file; nothing of them
+//!   is stored, unless a cache for it is given.
 //! - A revision is asked for once: whatever names it, it means one commit from then on.
 //!
 //! Everything that is not remote is left to [`Disk`]; how a remote file is read, to `remote`.
@@ -10,9 +11,11 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use super::ahead::Ahead;
+use super::ahead::{Ahead, Source};
+use super::cache::{Cache, Cached};
+use super::cloud::{self, Clouds};
 use super::hub::{Hub, Snapshot};
-use super::remote::{DEVICE, Remote, RemoteInput, hash};
+use super::remote::{DEVICE, Far, Remote, RemoteInput, hash};
 use super::{Disk, Identity, InputFile, Lock, OutputFile, Pinned, Storage};
 use crate::error::{Error, Result};
 
@@ -29,7 +32,10 @@ pub struct Online {
     /// By id and commit.
     snapshots: Mutex<HashMap<String, Arc<Snapshot>>>,
     /// What is known of files, by path; `None` for those that are not there.
-    heads: Mutex<HashMap<PathBuf, Option<Arc<Remote>>>>,
+    heads: Mutex<HashMap<PathBuf, Option<Arc<dyn Far>>>>,
+    clouds: Clouds,
+    /// What is kept of what was read.
+    cache: Option<Arc<Cache>>,
 }
 
 impl Online {
@@ -42,7 +48,25 @@ impl Online {
             pins: Mutex::default(),
             snapshots: Mutex::default(),
             heads: Mutex::default(),
+            clouds: Clouds::default(),
+            cache: None,
         }
+    }
+
+    /// The same, keeping up to `bytes` bytes of what is read over the network in `dir`, for the next pass over it. They go
+    /// when the process ends.
+    pub fn with_cache(mut self, dir: &Path, bytes: u64) -> Result<Self> {
+        let free = self.disk.free_bytes(dir)?;
+        if !self.disk.is_dir(dir) {
+            return Err(Error::input("there is no such directory for --cache").at(dir).help("create it"));
+        }
+        if free < bytes {
+            return Err(Error::input(format!("the cache is to hold {bytes} bytes, but only {free} are free"))
+                .at(dir)
+                .help("make room, or use a smaller --cache-size"));
+        }
+        self.cache = Some(Arc::new(Cache::new(dir, bytes)?));
+        Ok(self)
     }
 
     fn hub(&self) -> &Arc<Hub> {
@@ -59,9 +83,14 @@ impl Online {
     }
 
     /// What is at `path`; `None` if nothing is.
-    fn look(&self, path: &Path) -> Result<Option<Arc<Remote>>> {
+    fn look(&self, path: &Path) -> Result<Option<Arc<dyn Far>>> {
         if let Some(known) = lock(&self.heads).get(path) {
             return Ok(known.clone());
+        }
+        if cloud::is_object(path) {
+            let found = self.clouds.open(path)?;
+            lock(&self.heads).insert(path.to_path_buf(), found.clone());
+            return Ok(found);
         }
         let hub = Arc::clone(self.hub());
         let (url, snapshot) = match self.in_snapshot(path) {
@@ -69,7 +98,7 @@ impl Online {
             Some(_) => return Ok(None),
             None => (path.to_str().unwrap_or_default().to_owned(), None),
         };
-        let found = Remote::open(path, url, snapshot, hub)?.map(Arc::new);
+        let found = Remote::open(path, url, snapshot, hub)?.map(|found| Arc::new(found) as Arc<dyn Far>);
         lock(&self.heads).insert(path.to_path_buf(), found.clone());
         Ok(found)
     }
@@ -78,7 +107,7 @@ impl Online {
 /// Whether `path` is one on the network.
 pub(crate) fn is_remote(path: &Path) -> bool {
     let text = path.as_os_str().as_encoded_bytes();
-    [&b"hf://"[..], b"https://", b"http://"].iter().any(|scheme| text.starts_with(scheme))
+    [&b"hf://"[..], b"https://", b"http://"].iter().any(|scheme| text.starts_with(scheme)) || cloud::is_object(path)
 }
 
 fn missing(path: &Path) -> Error {
@@ -115,8 +144,15 @@ impl Storage for Online {
         if !is_remote(path) {
             return self.disk.open(path);
         }
-        let found = self.look(path)?.ok_or_else(|| missing(path))?;
-        Ok(Box::new(RemoteInput { remote: found, ahead: Arc::clone(&self.ahead) }))
+        let far = self.look(path)?.ok_or_else(|| missing(path))?;
+        let source: Arc<dyn Source> = match &self.cache {
+            Some(cache) => {
+                let cache = Arc::clone(cache);
+                Arc::new(Cached { source: Arc::clone(&far) as _, number: far.identity().inode, cache })
+            }
+            None => Arc::clone(&far) as _,
+        };
+        Ok(Box::new(RemoteInput { far, source, ahead: Arc::clone(&self.ahead) }))
     }
 
     fn check_mapped(&self) -> Result<()> {
@@ -159,6 +195,9 @@ impl Storage for Online {
         if !is_remote(path) {
             return self.disk.list(path);
         }
+        if cloud::is_object(path) {
+            return self.clouds.list(path);
+        }
         let Some((snapshot, _)) = self.in_snapshot(path) else { return Ok(Vec::new()) };
         let top = snapshot.files.iter().filter(|file| !file.contains('/'));
         let mut names: Vec<OsString> = top.map(OsString::from).collect();
@@ -188,15 +227,20 @@ impl Storage for Online {
             let inode = hash(&[&path.to_string_lossy()]);
             return Ok(Some(Identity { device: DEVICE, inode, ..Identity::default() }));
         }
+        if cloud::is_object(path) && !self.clouds.list(path)?.is_empty() {
+            let inode = hash(&[&path.to_string_lossy()]);
+            return Ok(Some(Identity { device: DEVICE, inode, ..Identity::default() }));
+        }
         // What has no ending is no file that anyone here asks for.
         if path.extension().is_none() && self.in_snapshot(path).is_none() {
             return Ok(None);
         }
-        Ok(self.look(path)?.map(|found| found.identity.clone()))
+        Ok(self.look(path)?.map(|found| found.identity().clone()))
     }
 
     fn is_dir(&self, path: &Path) -> bool {
         match is_remote(path) {
+            true if cloud::is_object(path) => self.clouds.list(path).is_ok_and(|names| !names.is_empty()),
             true => self.in_snapshot(path).is_some_and(|(_, file)| file.is_empty()),
             false => self.disk.is_dir(path),
         }

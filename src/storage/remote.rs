@@ -17,7 +17,7 @@ use super::{Identity, InputFile};
 use crate::error::{Error, Result};
 
 /// Bytes that the first request of a file asks for: the header of a usual shard.
-const HEAD_BYTES: u64 = 64 << 10;
+pub(super) const HEAD_BYTES: u64 = 64 << 10;
 /// Longest range of one request.
 const REQUEST_BYTES: u64 = 16 << 20;
 /// Device of remote files, which no file system has.
@@ -31,7 +31,7 @@ pub(super) struct Remote {
     /// The commit it belongs to, for messages.
     snapshot: Option<Arc<Snapshot>>,
     hub: Arc<Hub>,
-    pub identity: Identity,
+    identity: Identity,
     version: Version,
     /// Its first bytes.
     head: Vec<u8>,
@@ -47,9 +47,23 @@ struct Version {
     linked: Option<String>,
 }
 
-/// A remote file that is open.
+/// What is read over a network: a file on a server, or an object in a store.
+pub(super) trait Far: Source {
+    /// The path it is opened by.
+    fn path(&self) -> &Path;
+    /// Identity when it was looked up.
+    fn identity(&self) -> &Identity;
+    /// Identity of what is there now.
+    fn identity_now(&self) -> Result<Identity>;
+    /// Its first bytes.
+    fn head(&self) -> &[u8];
+}
+
+/// One that is open.
 pub(super) struct RemoteInput {
-    pub remote: Arc<Remote>,
+    pub far: Arc<dyn Far>,
+    /// Where its ranges come from: itself, or what is kept of it.
+    pub source: Arc<dyn Source>,
     pub ahead: Arc<Ahead>,
 }
 
@@ -110,15 +124,6 @@ impl Remote {
         }))
     }
 
-    /// Fills what of `buffer`, from `offset`, is in the first bytes; how much that is.
-    fn read_head(&self, buffer: &mut [u8], offset: u64) -> usize {
-        let count = (self.head.len() as u64).saturating_sub(offset).min(buffer.len() as u64) as usize;
-        if count > 0 {
-            buffer[..count].copy_from_slice(&self.head[offset as usize..offset as usize + count]);
-        }
-        count
-    }
-
     /// One request for the rest of `buffer` from `done` on; `done` grows with what arrives.
     fn request(&self, buffer: &mut [u8], offset: u64, done: &mut usize) -> Result<(), Failure> {
         let first = offset + *done as u64;
@@ -168,7 +173,7 @@ impl Remote {
 impl Source for Remote {
     /// In as many requests as it takes.
     fn fetch(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        let mut done = self.read_head(buffer, offset);
+        let mut done = 0;
         let mut patience = Patience::at_work();
         while done < buffer.len() {
             let end = buffer.len().min(done + REQUEST_BYTES as usize);
@@ -233,11 +238,11 @@ fn read_body(answer: Answer, buffer: &mut [u8], done: &mut usize, path: &Path) -
 }
 
 /// A path that is an address, without what may be a secret in it.
-fn shown_path(path: &Path) -> &Path {
+pub(super) fn shown_path(path: &Path) -> &Path {
     path.to_str().map_or(path, shown)
 }
 
-fn ignores_ranges(path: &Path) -> Error {
+pub(super) fn ignores_ranges(path: &Path) -> Error {
     Error::input("its server ignores byte ranges, and would send the whole file again and again")
         .at(shown_path(path))
         .help("download the file, or use another server")
@@ -262,53 +267,70 @@ pub(super) fn hash(texts: &[&str]) -> u64 {
     u64::from_le_bytes(*hasher.finalize().as_bytes().first_chunk().expect("a hash has 32 bytes"))
 }
 
-impl InputFile for RemoteInput {
+impl Far for Remote {
     fn path(&self) -> &Path {
-        &self.remote.path
+        &self.path
     }
 
     fn identity(&self) -> &Identity {
-        &self.remote.identity
+        &self.identity
     }
 
     fn identity_now(&self) -> Result<Identity> {
-        let remote = &self.remote;
-        if remote.snapshot.is_some() {
+        if self.snapshot.is_some() {
             // A commit's files do not change, and every answer was checked.
-            return Ok(remote.identity.clone());
+            return Ok(self.identity.clone());
         }
-        let now = Remote::open(&remote.path, remote.url.clone(), None, Arc::clone(&remote.hub))?;
-        now.map(|now| now.identity).ok_or_else(|| remote.changed())
+        let now = Self::open(&self.path, self.url.clone(), None, Arc::clone(&self.hub))?;
+        now.map(|now| now.identity).ok_or_else(|| self.changed())
+    }
+
+    fn head(&self) -> &[u8] {
+        &self.head
+    }
+}
+
+impl InputFile for RemoteInput {
+    fn path(&self) -> &Path {
+        self.far.path()
+    }
+
+    fn identity(&self) -> &Identity {
+        self.far.identity()
+    }
+
+    fn identity_now(&self) -> Result<Identity> {
+        self.far.identity_now()
     }
 
     fn identity_there(&self) -> Result<Option<Identity>> {
         // What is at an address is what is read there: see above.
-        Ok(Some(self.remote.identity.clone()))
+        Ok(Some(self.far.identity().clone()))
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        let (remote, bytes) = (&self.remote, self.remote.identity.bytes);
+        let (head, bytes) = (self.far.head(), self.far.identity().bytes);
         let end = offset.saturating_add(buffer.len() as u64);
         if end > bytes {
             let text = format!("{bytes} bytes, but bytes up to {end} were wanted");
-            return Err(Error::failed(text).at(shown_path(&remote.path)));
+            return Err(Error::failed(text).at(shown_path(self.far.path())));
         }
-        let done = remote.read_head(buffer, offset);
-        let source: Arc<dyn Source> = Arc::clone(remote) as _;
-        self.ahead.read((remote.identity.inode, offset + done as u64), &mut buffer[done..], &source)
+        let done = (head.len() as u64).saturating_sub(offset).min(buffer.len() as u64) as usize;
+        if done > 0 {
+            buffer[..done].copy_from_slice(&head[offset as usize..offset as usize + done]);
+        }
+        self.ahead.read((self.identity().inode, offset + done as u64), &mut buffer[done..], &self.source)
     }
 
     fn prefetch(&self, offset: u64, length: u64) {
-        let remote = &self.remote;
-        let first = offset.max(remote.head.len() as u64);
-        let end = offset.saturating_add(length).min(remote.identity.bytes);
+        let first = offset.max(self.far.head().len() as u64);
+        let end = offset.saturating_add(length).min(self.identity().bytes);
         if first < end {
-            let source: Arc<dyn Source> = Arc::clone(remote) as _;
-            self.ahead.announce((remote.identity.inode, first), end - first, &source);
+            self.ahead.announce((self.identity().inode, first), end - first, &self.source);
         }
     }
 
     fn held_bytes(&self) -> u64 {
-        self.remote.head.len() as u64
+        self.far.head().len() as u64
     }
 }

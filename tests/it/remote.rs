@@ -63,9 +63,13 @@ impl Remote {
 
     /// A merge of models called `name` and their number into `out`.
     fn merge(&self, verb: &str, name: &dyn Fn(&str) -> String, flags: &[&str]) -> Outcome {
+        self.merge_as_text(verb, name, &[&["--json"], flags].concat())
+    }
+
+    fn merge_as_text(&self, verb: &str, name: &dyn Fn(&str) -> String, flags: &[&str]) -> Outcome {
         let sources = ["model1", "model2", "model3"].map(name);
         let base = name("base");
-        let mut args = vec![verb, "--progress=none", "--json", "--base", &base];
+        let mut args = vec![verb, "--progress=none", "--base", &base];
         sources.iter().for_each(|source| args.extend(["--model", source]));
         args.extend(flags);
         self.run(&args)
@@ -116,6 +120,26 @@ fn remote_inputs_give_the_bytes_of_local_ones() {
             let manifest: Value =
                 serde_json::from_slice(&std::fs::read(merged.join("tiesmith.json")).unwrap()).unwrap();
             assert_eq!(manifest["inputs"].to_string().contains(COMMIT), kind != "address", "{kind}");
+        }
+    }
+}
+
+/// The tests of determinism, with inputs from the network.
+#[test]
+fn how_a_run_is_done_changes_no_byte_of_remote_inputs_either() {
+    let remote = Remote::new();
+    let runs: [&[&str]; 4] =
+        [&["--threads=1"], &["--threads=2", "--memory=56MB"], &["--threads=7", "--memory=2GiB"], &["--io=read"]];
+    for (recipe, flags) in crate::determinism::recipes() {
+        let flags: Vec<String> = recipe.args().into_iter().chain(flags.iter().map(|&flag| flag.to_owned())).collect();
+        let local = lasting(&remote.saved.merge(&recipe, &flags.iter().map(|f| &**f).collect::<Vec<_>>()).path);
+        for run in runs {
+            let out = tempfile::tempdir().unwrap();
+            let merged = text(&out.path().join("merged"));
+            let all: Vec<&str> =
+                flags.iter().map(|f| &**f).chain(run.iter().copied()).chain(["--out", &merged]).collect();
+            let outcome = remote.merge("merge", &hf, &all).succeeded();
+            assert_eq!(lasting(Path::new(&merged)), local, "{}", outcome.command);
         }
     }
 }
@@ -199,6 +223,64 @@ fn ranges_are_large_and_several_at_a_time_over_few_connections() {
         println!("{flags:?}: {took:?}, {} ranges, {connections} connections, {at_once} at a time", ranges.len());
         assert!(took < one_by_one, "{flags:?}: {took:?}, one by one {one_by_one:?}");
     }
+}
+
+#[test]
+fn what_is_kept_is_not_downloaded_again() {
+    let spec = Spec {
+        seed: 6,
+        shapes: vec![("a", vec![1500, 1000]), ("b", vec![900_001]), ("c", vec![3]), ("d", vec![700, 1000])],
+        base: Dtype::BF16,
+        models: vec![Dtype::BF16, Dtype::BF16, Dtype::BF16],
+        deltas: Deltas::HeavyTailed,
+    };
+    let remote = Remote::of(&spec);
+    let flags = ["--scope=model", "--memory=52MB", "--threads=2"];
+    let local = remote.local(&flags);
+    let plan = remote.merge("plan", &hf, &flags).succeeded().json();
+    let bytes = |name: &str| {
+        let passes = plan["passes"].as_array().unwrap().iter();
+        passes.filter(|pass| pass["name"] == name).map(|pass| pass["bytes_read"].as_u64().unwrap()).sum::<u64>()
+    };
+    let (probe, sketch, merge) = (bytes("probe"), bytes("sketch"), bytes("merge"));
+    assert!(probe > 0 && sketch > 20_000_000 && merge == sketch, "{plan}");
+    let cache = tempfile::tempdir().unwrap();
+    let cache_dir = text(cache.path());
+    for (size, most) in [
+        (None, probe + sketch + merge),
+        (Some("1GB"), probe + sketch),
+        (Some("10MB"), probe + sketch + merge - 8_000_000),
+    ] {
+        let out = tempfile::tempdir().unwrap();
+        let merged = text(&out.path().join("merged"));
+        let mut args = [&flags[..], &["--out", &merged]].concat();
+        if let Some(size) = size {
+            args.extend(["--cache", &cache_dir, "--cache-size", size]);
+        }
+        remote.hub.log();
+        let report = remote.merge("merge", &hf, &args).succeeded().json();
+        let read = content_bytes(&remote.hub.log());
+        if let Some(peak) = report["peak_memory_bytes"].as_u64() {
+            assert!(peak <= 52_000_000, "{peak} bytes resident, 52,000,000 allowed");
+        }
+        assert_eq!(lasting(Path::new(&merged)), local, "{size:?}");
+        // First bytes of files are read once more, and hold what need not be asked for again.
+        let slack = 16 * HEAD_BYTES;
+        assert!(read <= most + slack && read + slack + 3_000_000 >= most, "{size:?}: {read} bytes, {most} expected");
+        assert_eq!(std::fs::read_dir(cache.path()).unwrap().count(), 0, "nothing is left");
+    }
+    let says = |args: &[&str], words: &[&str]| {
+        let plan = remote.merge_as_text("plan", &hf, &[&flags[..], args].concat()).succeeded().stdout;
+        words.iter().for_each(|word| assert!(plan.contains(word), "{word}: {plan}"));
+    };
+    says(&[], &["Network", "again; with --cache DIR --cache-size 1GB nothing is"]);
+    says(&["--cache", &cache_dir, "--cache-size", "1GB"], &["nothing of them twice"]);
+    says(&["--scope=tensor", "--memory=512MB"], &["nothing of them twice"]);
+    let refused =
+        |args: &[&str]| remote.merge("merge", &hf, &[args, &["--out", "nowhere"]].concat()).refusal().to_owned();
+    assert!(refused(&["--cache", "missing", "--cache-size", "1GB"]).contains("no such directory for --cache"));
+    assert!(refused(&["--cache", &cache_dir, "--cache-size", "1000TB"]).contains("smaller --cache-size"));
+    assert!(refused(&["--cache", &cache_dir]).contains("--cache-size"));
 }
 
 #[test]

@@ -6,9 +6,10 @@ use clap::Args;
 use tiesmith::{IoMode, Stage};
 
 use super::words::io_modes;
-use super::{MergeArgs, ReportArgs, choice};
+use super::{MergeArgs, choice};
 use crate::cli::estimate;
 use crate::cli::parse;
+use crate::cli::progress::Mode;
 use crate::cli::ranks::PartSpec;
 
 /// Examples of `run`.
@@ -27,6 +28,36 @@ pub const SLURM_EXAMPLES: &str = "\
 Examples:
   tiesmith slurm job.plan --parts 16 > submit.sh && bash submit.sh
   tiesmith slurm job.plan --parts 16 --threads 8 --memory 16GiB -- --partition=cpu --time=02:00:00";
+
+/// How progress and the result are shown.
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// Progress on stderr
+    #[arg(long, value_name = "FORM", default_value = "auto", value_parser = choice(&[
+        ("auto", "a bar on a terminal, plain lines elsewhere", Mode::Auto),
+        ("bar", "a bar with rate and time left", Mode::Bar),
+        ("plain", "a line per stage, then one every 10 seconds", Mode::Plain),
+        ("json", "one JSON object per line", Mode::Json),
+        ("none", "nothing but warnings and errors", Mode::None),
+    ]))]
+    pub progress: Mode,
+
+    /// Print the result as one JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What is kept of inputs on the network.
+#[derive(Debug, Clone, Args)]
+pub struct CacheArgs {
+    /// Keep what is downloaded here for the next pass over it; gone when the run ends
+    #[arg(long = "cache", id = "cache_dir", value_name = "DIR", requires = "cache_size")]
+    pub dir: Option<PathBuf>,
+
+    /// Most bytes to keep in --cache, such as 200GB
+    #[arg(long = "cache-size", id = "cache_size", value_name = "SIZE", requires = "cache_dir", value_parser = parse::size)]
+    pub size: Option<u64>,
+}
 
 /// What `--on-shard` does.
 pub const ON_SHARD: &str = "\

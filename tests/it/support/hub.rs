@@ -219,6 +219,7 @@ fn answer(stream: &TcpStream, state: &Mutex<State>, request: &Request, content: 
     let (id, revision, file) = match parts[..] {
         ["api", "models", org, name] => (format!("{org}/{name}"), "main", None),
         ["api", "models", org, name, "revision", revision] => (format!("{org}/{name}"), revision, None),
+        ["api", "models", org, name, "tree", revision] => (format!("{org}/{name}"), revision, Some(String::new())),
         [org, name, "resolve", revision, ref file @ ..] => (format!("{org}/{name}"), revision, Some(file.join("/"))),
         _ => return refuse("404 Not Found", "NotFound"),
     };
@@ -244,6 +245,11 @@ fn answer(stream: &TcpStream, state: &Mutex<State>, request: &Request, content: 
         let info = json!({"id": id, "sha": commit, "siblings": siblings, "private": false, "gated": false}).to_string();
         return send(stream, "200 OK", &[("Content-Type", "application/json".into())], info.as_bytes(), no_body);
     };
+    if file.is_empty() {
+        let file = |(name, bytes): (&String, &Vec<u8>)| json!({"type": "file", "path": name, "size": bytes.len(), "oid": blake3_of(bytes)});
+        let tree = serde_json::Value::Array(repository.files.iter().map(file).collect()).to_string();
+        return send(stream, "200 OK", &[("Content-Type", "application/json".into())], tree.as_bytes(), no_body);
+    }
     let Some(bytes) = repository.files.get(&file) else { return refuse("404 Not Found", "EntryNotFound") };
     let tag = format!("\"{}\"", blake3_of(bytes));
     let length = bytes.len();

@@ -1,0 +1,319 @@
+//! Objects in S3, Google Cloud Storage and Azure, read by byte range through the `object_store` crate.
+//!
+//! - A prefix looks like a directory of the objects right under it.
+//! - The first look tells an object's length and version (ETag); every range demands that version.
+//! - Keys, regions and endpoints are told by the variables that `object_store` reads: `AWS_ACCESS_KEY_ID`, `GOOGLE_...`,
+//!   `AZURE_STORAGE_...`.
+//!
+//! The crate takes as long to build as all the rest, so it is behind the feature `cloud`; without it there is nothing here but
+//! the refusal.
+
+use std::path::Path;
+
+/// Beginnings of the addresses of objects.
+const SCHEMES: [&str; 8] = ["s3://", "s3a://", "gs://", "az://", "azure://", "adl://", "abfs://", "abfss://"];
+
+/// Whether `path` is in an object store.
+pub(super) fn is_object(path: &Path) -> bool {
+    let text = path.as_os_str().as_encoded_bytes();
+    SCHEMES.iter().any(|scheme| text.starts_with(scheme.as_bytes()))
+}
+
+#[cfg(feature = "cloud")]
+pub(super) use stores::Clouds;
+
+#[cfg(not(feature = "cloud"))]
+pub(super) use absent::Clouds;
+
+#[cfg(not(feature = "cloud"))]
+mod absent {
+    use std::ffi::OsString;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use crate::error::{Error, Result};
+    use crate::storage::remote::Far;
+
+    /// No object store.
+    #[derive(Default)]
+    pub(in crate::storage) struct Clouds;
+
+    impl Clouds {
+        pub(in crate::storage) fn list(&self, path: &Path) -> Result<Vec<OsString>> {
+            Err(Error::input("this program was built without object stores")
+                .at(path)
+                .help("use a released one, or build it with --features cloud"))
+        }
+
+        pub(in crate::storage) fn open(&self, path: &Path) -> Result<Option<Arc<dyn Far>>> {
+            self.list(path).map(|_| None)
+        }
+    }
+}
+
+#[cfg(feature = "cloud")]
+mod stores {
+    use std::collections::HashMap;
+    use std::ffi::OsString;
+    use std::future::{Future, poll_fn};
+    use std::path::{Path, PathBuf};
+    use std::sync::{Arc, Mutex, OnceLock};
+    use std::time::Duration;
+
+    use object_store::aws::AmazonS3Builder;
+    use object_store::azure::MicrosoftAzureBuilder;
+    use object_store::gcp::GoogleCloudStorageBuilder;
+    use object_store::path::Path as Key;
+    use object_store::{
+        ClientOptions, GetOptions, GetRange, ObjectStore, ObjectStoreExt, ObjectStoreScheme, RetryConfig,
+    };
+    use tokio::runtime::Runtime;
+    use url::Url;
+
+    use crate::error::{Error, Result, printable};
+    use crate::storage::Identity;
+    use crate::storage::ahead::Source;
+    use crate::storage::online::lock;
+    use crate::storage::remote::{DEVICE, Far, HEAD_BYTES, hash, ignores_ranges};
+
+    /// Attempts at one request, and how long they may take together.
+    const RETRIES: usize = 5;
+    const RETRY_TIME: Duration = Duration::from_secs(90);
+    /// A request of the longest range has so long.
+    const REQUEST_TIME: Duration = Duration::from_secs(600);
+
+    /// The object stores that were asked.
+    #[derive(Default)]
+    pub(in crate::storage) struct Clouds {
+        runtime: OnceLock<Arc<Runtime>>,
+        /// By scheme and bucket.
+        stores: Mutex<HashMap<String, Arc<dyn ObjectStore>>>,
+        /// Names right under a prefix.
+        lists: Mutex<HashMap<PathBuf, Result<Vec<OsString>>>>,
+    }
+
+    /// One object.
+    struct Object {
+        runtime: Arc<Runtime>,
+        store: Arc<dyn ObjectStore>,
+        key: Key,
+        path: PathBuf,
+        identity: Identity,
+        tag: Option<String>,
+        head: Vec<u8>,
+    }
+
+    impl Clouds {
+        fn runtime(&self) -> Arc<Runtime> {
+            Arc::clone(self.runtime.get_or_init(|| {
+                // Fails if there is one already, which is as good.
+                let _ = rustls::crypto::ring::default_provider().install_default();
+                let mut builder = tokio::runtime::Builder::new_multi_thread();
+                Arc::new(builder.worker_threads(1).enable_all().build().expect("one thread can be started"))
+            }))
+        }
+
+        /// The store that `path` is in, and its key there.
+        fn find(&self, path: &Path) -> Result<(Arc<dyn ObjectStore>, Key)> {
+            let not_one = |why: String| {
+                Error::input(format!("not an address in an object store: {}", printable(&why)))
+                    .at(path)
+                    .help("write s3://bucket/prefix")
+            };
+            let url = Url::parse(&path.to_string_lossy()).map_err(|e| not_one(e.to_string()))?;
+            let (scheme, key) = ObjectStoreScheme::parse(&url).map_err(|e| not_one(e.to_string()))?;
+            let place = format!("{}://{}", url.scheme(), url.authority());
+            self.runtime();
+            let mut stores = lock(&self.stores);
+            let store = match stores.get(&place) {
+                Some(store) => Arc::clone(store),
+                None => {
+                    let store = build(&scheme, &url).map_err(|e| not_one(e.to_string()))?;
+                    stores.insert(place, Arc::clone(&store));
+                    store
+                }
+            };
+            Ok((store, key))
+        }
+
+        /// Names of the objects right under a prefix; none if there are none.
+        pub(in crate::storage) fn list(&self, path: &Path) -> Result<Vec<OsString>> {
+            if let Some(known) = lock(&self.lists).get(path) {
+                return known.clone();
+            }
+            let found = self.list_anew(path);
+            lock(&self.lists).insert(path.to_path_buf(), found.clone());
+            found
+        }
+
+        fn list_anew(&self, path: &Path) -> Result<Vec<OsString>> {
+            let (store, key) = self.find(path)?;
+            let found = self.runtime().block_on(store.list_with_delimiter(Some(&key)));
+            let found = found.map_err(|e| explained(&e, path))?;
+            let names = found.objects.iter().filter_map(|object| object.location.filename().map(OsString::from));
+            let mut names: Vec<OsString> = names.collect();
+            names.sort_unstable();
+            Ok(names)
+        }
+
+        /// The object at `path`, if there is one.
+        pub(in crate::storage) fn open(&self, path: &Path) -> Result<Option<Arc<dyn Far>>> {
+            let (store, key) = self.find(path)?;
+            let runtime = self.runtime();
+            let meta = match runtime.block_on(store.head(&key)) {
+                Ok(meta) => meta,
+                Err(object_store::Error::NotFound { .. }) => return Ok(None),
+                Err(error) => return Err(explained(&error, path)),
+            };
+            let mut object = Object {
+                identity: identity(path, meta.size, meta.e_tag.as_deref()),
+                path: path.to_path_buf(),
+                tag: meta.e_tag,
+                head: Vec::new(),
+                runtime,
+                store,
+                key,
+            };
+            let mut head = vec![0; meta.size.min(HEAD_BYTES) as usize];
+            if !head.is_empty() {
+                object.fetch(&mut head, 0)?;
+            }
+            object.head = head;
+            Ok(Some(Arc::new(object)))
+        }
+    }
+
+    fn identity(path: &Path, bytes: u64, tag: Option<&str>) -> Identity {
+        let path = path.to_string_lossy();
+        Identity {
+            bytes,
+            mtime_ns: i128::from(hash(&[tag.unwrap_or_default(), &path]) >> 1),
+            ctime_ns: 0,
+            device: DEVICE,
+            inode: hash(&[&path]),
+        }
+    }
+
+    fn build(scheme: &ObjectStoreScheme, url: &Url) -> object_store::Result<Arc<dyn ObjectStore>> {
+        let retry = RetryConfig { max_retries: RETRIES, retry_timeout: RETRY_TIME, ..RetryConfig::default() };
+        let options = ClientOptions::new().with_timeout(REQUEST_TIME).with_connect_timeout(Duration::from_secs(10));
+        Ok(match scheme {
+            ObjectStoreScheme::GoogleCloudStorage => Arc::new(
+                GoogleCloudStorageBuilder::from_env()
+                    .with_client_options(options)
+                    .with_url(url.as_str())
+                    .with_retry(retry)
+                    .build()?,
+            ),
+            ObjectStoreScheme::MicrosoftAzure => Arc::new(
+                MicrosoftAzureBuilder::from_env()
+                    .with_client_options(options)
+                    .with_url(url.as_str())
+                    .with_retry(retry)
+                    .build()?,
+            ),
+            _ => {
+                // Unencrypted only where the user's own endpoint is.
+                let endpoint = ["AWS_ENDPOINT_URL", "AWS_ENDPOINT"].iter().find_map(|name| std::env::var(name).ok());
+                let plain = endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"));
+                Arc::new(
+                    AmazonS3Builder::from_env()
+                        .with_client_options(options.with_allow_http(plain))
+                        .with_url(url.as_str())
+                        .with_retry(retry)
+                        .build()?,
+                )
+            }
+        })
+    }
+
+    /// What went wrong with `path`, for people.
+    fn explained(error: &object_store::Error, path: &Path) -> Error {
+        use object_store::Error as E;
+        match error {
+            E::NotFound { .. } => Error::input("there is no such object").at(path).help("check the address"),
+            E::PermissionDenied { .. } | E::Unauthenticated { .. } => Error::input("access is denied")
+                .at(path)
+                .help("check the keys in the environment (AWS_ACCESS_KEY_ID, ...)"),
+            E::Precondition { .. } => changed(path),
+            E::NotSupported { .. } => ignores_ranges(path),
+            other => {
+                // What stands behind a ? in an address may be a signature.
+                let text = other.to_string();
+                let words = text.split_whitespace().map(|word| match word.contains("://") {
+                    true => word.split('?').next().unwrap_or_default(),
+                    false => word,
+                });
+                Error::failed(words.collect::<Vec<_>>().join(" ")).at(path).help(
+                    "check the network, the keys and the region in the environment, and run the same command again",
+                )
+            }
+        }
+    }
+
+    fn changed(path: &Path) -> Error {
+        Error::failed("the object changed while it was read")
+            .at(path)
+            .help("do not change inputs during a run; run it again with --restart")
+    }
+
+    impl Object {
+        /// Fills `buffer` from `offset`, in one request and what the client repeats of it.
+        async fn get(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+            let options = GetOptions {
+                range: Some(GetRange::Bounded(offset..offset + buffer.len() as u64)),
+                if_match: self.tag.clone(),
+                ..GetOptions::default()
+            };
+            let found = self.store.get_opts(&self.key, options).await.map_err(|e| explained(&e, &self.path))?;
+            if found.range != (offset..offset + buffer.len() as u64) || found.meta.size != self.identity.bytes {
+                return Err(changed(&self.path));
+            }
+            let (mut stream, mut done) = (found.into_stream(), 0);
+            while let Some(part) = poll_fn(|context| stream.as_mut().poll_next(context)).await {
+                let part = part.map_err(|e| explained(&e, &self.path))?;
+                let Some(place) = buffer.get_mut(done..done + part.len()) else {
+                    return Err(Error::failed("the server sent more than was asked for").at(&self.path));
+                };
+                place.copy_from_slice(&part);
+                done += part.len();
+            }
+            match done == buffer.len() {
+                true => Ok(()),
+                false => Err(Error::failed("the answer ended early").at(&self.path).help("run the same command again")),
+            }
+        }
+
+        fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+            self.runtime.block_on(work)
+        }
+    }
+
+    impl Source for Object {
+        fn fetch(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+            self.wait(self.get(buffer, offset))
+        }
+    }
+
+    impl Far for Object {
+        fn path(&self) -> &Path {
+            &self.path
+        }
+
+        fn identity(&self) -> &Identity {
+            &self.identity
+        }
+
+        fn identity_now(&self) -> Result<Identity> {
+            match self.wait(self.store.head(&self.key)) {
+                Ok(now) => Ok(identity(&self.path, now.size, now.e_tag.as_deref())),
+                Err(object_store::Error::NotFound { .. }) => Err(changed(&self.path)),
+                Err(error) => Err(explained(&error, &self.path)),
+            }
+        }
+
+        fn head(&self) -> &[u8] {
+            &self.head
+        }
+    }
+}

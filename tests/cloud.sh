@@ -1,0 +1,148 @@
+#!/bin/bash
+# Merges of inputs in an S3-compatible store on this host: the bytes of local inputs, or one clear error. Finished shards
+# are uploaded by a command, which is killed with the merge in between.
+#
+#   tests/cloud.sh [TIESMITH]
+#
+# Needs a build with --features cloud, and Python's moto, which is installed into a temporary directory if it can be; says so
+# and ends with 77 without them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+TIESMITH=$(realpath "${1:-target/release/tiesmith}")
+skip() { echo "skipped: $1"; exit 77; }
+fail() { echo "failed: $1"; exit 1; }
+command -v python3 > /dev/null || skip "no python3"
+[ -x "$TIESMITH" ] || skip "no $TIESMITH (cargo build --release --features cloud)"
+work=$(mktemp -d "${TMPDIR:-/tmp}/tiesmith-cloud.XXXXXX")
+server=
+stop() { [ -z "$server" ] || kill "$server" 2> /dev/null || true; rm -rf "$work"; }
+trap stop EXIT
+python=${MOTO_PYTHON:-python3}
+if ! "$python" -c 'import moto.server, boto3' 2> /dev/null; then
+  python3 -m venv "$work/venv" 2> /dev/null && "$work/venv/bin/pip" install --quiet 'moto[s3,server]>=5' boto3 2> /dev/null \
+    || skip "no moto, and it cannot be installed (pip install 'moto[s3,server]' boto3)"
+  python=$work/venv/bin/python
+fi
+
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+"$python" -c 'import sys; from moto.server import main; main(sys.argv[1:])' -H 127.0.0.1 -p "$port" > "$work/server.log" 2>&1 &
+server=$!
+export AWS_ENDPOINT_URL=http://127.0.0.1:$port AWS_ACCESS_KEY_ID=key AWS_SECRET_ACCESS_KEY=secret AWS_DEFAULT_REGION=us-east-1
+export AWS_REGION=us-east-1 HF_HUB_OFFLINE=1
+for _ in $(seq 100); do
+  (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null && break
+  sleep 0.2
+done
+
+# A family in two shards each, and a tool for the store.
+cat > "$work/s3.py" <<'PY'
+import os, sys, boto3
+s3 = boto3.client("s3")
+verb, *args = sys.argv[1:]
+if verb == "up":
+    bucket, root = args
+    s3.create_bucket(Bucket=bucket)
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(folder, name)
+            s3.upload_file(path, bucket, os.path.relpath(path, root))
+elif verb == "put":
+    bucket, key, path = args
+    s3.upload_file(path, bucket, key)
+elif verb == "down":
+    bucket, prefix, root = args
+    os.makedirs(root, exist_ok=True)
+    for entry in s3.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", []):
+        s3.download_file(bucket, entry["Key"], os.path.join(root, os.path.basename(entry["Key"])))
+PY
+python3 - "$work/in" <<'PY'
+import json, os, random, struct, sys
+random.seed(2)
+shapes = [("a", 900_000), ("b", 70_001), ("c", 500_000), ("d", 3)]
+base = [bytearray(random.randbytes(n * 2)) for _, n in shapes]
+for data in base:
+    data[1::2] = bytes(0x3C | (b & 0x80) for b in data[1::2])
+def write(name, tensors):
+    os.makedirs(f"{sys.argv[1]}/{name}")
+    where = {}
+    for part, indexes in (("1", (0, 1)), ("2", (2, 3))):
+        header, at = {}, 0
+        for i in indexes:
+            header[shapes[i][0]] = {"dtype": "BF16", "shape": [shapes[i][1]], "data_offsets": [at, at + len(tensors[i])]}
+            at += len(tensors[i])
+            where[shapes[i][0]] = f"model-0000{part}-of-00002.safetensors"
+        text = json.dumps(header).encode()
+        with open(f"{sys.argv[1]}/{name}/model-0000{part}-of-00002.safetensors", "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text + b"".join(bytes(tensors[i]) for i in indexes))
+    with open(f"{sys.argv[1]}/{name}/model.safetensors.index.json", "w") as file:
+        json.dump({"metadata": {}, "weight_map": where}, file)
+    with open(f"{sys.argv[1]}/{name}/config.json", "w") as file:
+        json.dump({"torch_dtype": "bfloat16"}, file)
+write("base", base)
+for name in ("x", "y"):
+    model = [bytearray(data) for data in base]
+    for data in model:
+        low = random.randbytes(len(data) // 2)
+        data[0::2] = bytes((a + (b % 9 if b % 3 == 0 else 0)) & 0xFF for a, b in zip(data[0::2], low))
+    write(name, model)
+PY
+"$python" "$work/s3.py" up models "$work/in"
+
+merge() { # OUT FROM FLAGS...
+  local out=$1 from=$2
+  shift 2
+  "$TIESMITH" merge --base "$from/base" --model "$from/x" --model "$from/y" --out "$out" --progress none --max-shard-size 1MB "$@"
+}
+same() { # DIR DIR
+  for file in "$1"/*.safetensors "$1"/*.index.json; do
+    cmp "$file" "$2/$(basename "$file")" || fail "$file differs"
+  done
+}
+count=0
+passed() { count=$((count + 1)); echo "ok: $1"; }
+for flags in "--scope=model --memory=44MB" "--scope=tensor" "--scope=model --threads=3"; do
+  rm -rf "$work/local" "$work/remote"
+  # shellcheck disable=SC2086
+  merge "$work/local" "$work/in" $flags > /dev/null
+  # shellcheck disable=SC2086
+  merge "$work/remote" s3://models $flags > /dev/null
+  same "$work/local" "$work/remote"
+  passed "s3 inputs give the bytes of local ones ($flags)"
+done
+"$TIESMITH" diff "$work/in/x" s3://models/x > /dev/null || fail "diff"
+"$TIESMITH" inspect s3://models/x/model-00001-of-00002.safetensors > /dev/null 2>&1 || fail "a file by its address"
+passed "diff and inspect"
+
+refused() { # CODE WORDS COMMAND...
+  local code=0 expected=$1 words=$2
+  shift 2
+  "$@" > /dev/null 2> "$work/error" || code=$?
+  [ "$code" = "$expected" ] || fail "exit $code, not $expected: $* $(cat "$work/error")"
+  grep -v '^warning: ' "$work/error" > "$work/line" || true
+  [ "$(wc -l < "$work/line")" = 1 ] || fail "not one line: $(cat "$work/error")"
+  grep -q "$words" "$work/line" || fail "no '$words' in: $(cat "$work/line")"
+  passed "$(cat "$work/line")"
+}
+refused 2 "no such file" "$TIESMITH" inspect s3://models/nothing
+refused 2 "no such object\|no such file" "$TIESMITH" inspect s3://models/x/model-00009-of-00002.safetensors
+refused 1 "run the same command again\|access is denied\|no such" env AWS_ENDPOINT_URL=http://127.0.0.1:9 "$TIESMITH" inspect s3://models/x
+merge "$work/changed" s3://models --scope=model > /dev/null
+"$TIESMITH" plan --base s3://models/base --model s3://models/x --model s3://models/y --out "$work/parts" --save "$work/job" > /dev/null
+"$python" "$work/s3.py" put models x/model-00001-of-00002.safetensors "$work/in/y/model-00001-of-00002.safetensors"
+refused 2 "is another" "$TIESMITH" run "$work/job" --part 1/1 --progress none
+"$python" "$work/s3.py" put models x/model-00001-of-00002.safetensors "$work/in/x/model-00001-of-00002.safetensors"
+
+# Every shard is uploaded and removed; the second time it is tried, the merge is killed with the third shard uploaded.
+rm -rf "$work/local"
+merge "$work/local" "$work/in" > /dev/null
+upload="$python $work/s3.py put models merged/\$TIESMITH_SHARD_NAME {} && rm {}"
+kill_once="if [ \$TIESMITH_SHARD_NUMBER = 2 ] && [ ! -e $work/killed ]; then touch $work/killed; kill -9 \$PPID; fi"
+merge "$work/out" s3://models --on-shard "$upload && $kill_once" > /dev/null 2>&1 && fail "it was not killed"
+sleep 1
+merge "$work/out" s3://models --on-shard "$upload && $kill_once" > /dev/null
+ls "$work"/out/*.safetensors > /dev/null 2>&1 && fail "shards stayed"
+"$python" "$work/s3.py" put models merged/model.safetensors.index.json "$work/out/model.safetensors.index.json"
+"$python" "$work/s3.py" down models merged/ "$work/back"
+same "$work/local" "$work/back"
+passed "shards uploaded one by one, with a kill in between"
+echo "$count passed, 0 failed"
