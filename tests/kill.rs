@@ -19,7 +19,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use support::family::{Family, Saved, Spec, text};
-use support::files::{lasting, read_checkpoint};
+use support::files::{lasting, read_checkpoint, read_tree};
 use support::oracle::Recipe;
 use support::random::Random;
 use support::run::{command, run};

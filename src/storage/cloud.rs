@@ -36,7 +36,7 @@ mod absent {
 
     /// No object store.
     #[derive(Default)]
-    pub(in crate::storage) struct Clouds;
+    pub(in crate::storage) struct Clouds {}
 
     impl Clouds {
         pub(in crate::storage) fn list(&self, path: &Path) -> Result<Vec<OsString>> {

@@ -436,12 +436,14 @@ fn a_model_in_the_cache_is_not_asked_for() {
     assert!(remote.hub.log().is_empty());
 }
 
-/// For other clients: serves a family until it is stopped, and says where.
+/// For other clients (`tests/hub.sh`): serves a family, and a gated model, until it is stopped, and writes down where.
 #[test]
 #[ignore = "runs until it is stopped"]
 fn serve() {
     let remote = Remote::new();
-    std::fs::write(std::env::temp_dir().join("tiesmith-hub"), &remote.hub.endpoint).unwrap();
-    println!("HF_ENDPOINT={} repositories org/base, org/model1 to org/model3", remote.hub.endpoint);
+    remote.hub.add("org/gated", &remote.saved.base);
+    remote.hub.protect("org/gated", "hf_secret", true);
+    let place = std::env::var_os("TIESMITH_HUB").expect("TIESMITH_HUB names a file for the address");
+    std::fs::write(place, &remote.hub.endpoint).unwrap();
     std::thread::sleep(std::time::Duration::from_secs(600));
 }
