@@ -3,23 +3,119 @@
 //! - Base, models and output have the same 16- or 32-bit type. No value leaves the registers between loading and storing.
 //! - Operations and their order are those of the tile kernels in `body.rs`, so the bytes are the same. What needs a
 //!   decision (a value that is not finite, a result that the type cannot hold) is left to them: the answer is `None`.
-//! - The number of models is a constant of each loop: the loop over models is unrolled, that over elements vectorised.
-//!   All flags are counted, because the compiler does not vectorise a loop that collects them in any other way.
+//!   It is looked for where it ends up: a sum that has met an infinity or NaN is one itself.
+//! - Elements come in words of 32 bits, so that two bfloat16 are widened by one instruction each and packed again by one.
+//! - The number of models is a constant of each loop, and whether all weights are 1: the loop over models is unrolled, that
+//!   over words vectorised. Flags are counted, because the compiler does not vectorise a loop that collects them.
 //!
 //! The same rules as in `body.rs`: always inlined, selects by mask, only integers are summed over elements.
 
-use super::body::sign;
 use super::convert::{BFloat16, Binary16, Binary32, Codec, INFINITY, keep, key, mask, select};
 use super::isa::prefetch;
 use super::{Counted, Fused, Stored};
 use crate::dtype::Float;
 
-/// Elements of a block: so many that adding up its counts at the end does not matter.
-const BLOCK: usize = 256;
+/// Words of a block: so many that adding up its counts at the end does not matter.
+const BLOCK: usize = 128;
 
-/// How far ahead inputs are asked for, in elements: inputs from several files are more streams, in shorter pages, than
-/// the hardware's own prefetching follows.
+/// How far ahead inputs are asked for, in words: inputs from several files are more streams, in shorter pages, than the
+/// hardware's own prefetching follows.
 const AHEAD: usize = 4 * BLOCK;
+
+/// The sign of an f32.
+const SIGN: u32 = 1 << 31;
+
+/// Elements of a stored type in words of `W` bytes.
+trait Packed<const W: usize> {
+    /// Keys of results from here on cannot be stored, or may not.
+    const BEYOND: u32;
+    /// The smallest difference of two stored values that is not zero.
+    const STEP: f64;
+
+    /// Merges a word of `N` models.
+    fn merge<R: Rule, const N: usize>(
+        base: [u8; W],
+        models: [[u8; W]; N],
+        settings: &Settings<N>,
+        counts: &mut Counts<u32, N>,
+    ) -> [u8; W];
+}
+
+impl Packed<4> for BFloat16 {
+    // Half a unit in the last place beyond the largest value.
+    const BEYOND: u32 = 0x7f7f_8000;
+    const STEP: f64 = f64::from_bits((1023 - 133) << 52);
+
+    #[inline(always)]
+    fn merge<R: Rule, const N: usize>(
+        base: [u8; 4],
+        models: [[u8; 4]; N],
+        settings: &Settings<N>,
+        counts: &mut Counts<u32, N>,
+    ) -> [u8; 4] {
+        let base = u32::from_le_bytes(base);
+        let (mut low, mut high) = ([0.0; N], [0.0; N]);
+        for model in 0..N {
+            let word = u32::from_le_bytes(models[model]);
+            low[model] = f32::from_bits(word << 16);
+            high[model] = f32::from_bits(word & 0xffff_0000);
+        }
+        let low = R::merge(f32::from_bits(base << 16), low, settings, counts);
+        let high = R::merge(f32::from_bits(base & 0xffff_0000), high, settings, counts);
+        counts.greatest = counts.greatest.max(key(low)).max(key(high));
+        (round(low) >> 16 | round(high) & 0xffff_0000).to_le_bytes()
+    }
+}
+
+/// The bits of a finite value, the upper half rounded to nearest even.
+#[inline(always)]
+fn round(value: f32) -> u32 {
+    // A half rounds up where the bit above it is set.
+    value.to_bits().wrapping_add(0x7fff + (value.to_bits() >> 16 & 1))
+}
+
+impl Packed<2> for Binary16 {
+    // 65520.
+    const BEYOND: u32 = 0x477f_f000;
+    const STEP: f64 = f64::from_bits((1023 - 24) << 52);
+
+    #[inline(always)]
+    fn merge<R: Rule, const N: usize>(
+        base: [u8; 2],
+        models: [[u8; 2]; N],
+        settings: &Settings<N>,
+        counts: &mut Counts<u32, N>,
+    ) -> [u8; 2] {
+        let mut thetas = [0.0; N];
+        for model in 0..N {
+            thetas[model] = Self::widen(models[model]);
+        }
+        let merged = R::merge(Self::widen(base), thetas, settings, counts);
+        counts.greatest = counts.greatest.max(key(merged));
+        Self::narrow(merged, false).0
+    }
+}
+
+impl Packed<4> for Binary32 {
+    const BEYOND: u32 = INFINITY;
+    const STEP: f64 = f64::from_bits((1023 - 149) << 52);
+
+    #[inline(always)]
+    fn merge<R: Rule, const N: usize>(
+        base: [u8; 4],
+        models: [[u8; 4]; N],
+        settings: &Settings<N>,
+        counts: &mut Counts<u32, N>,
+    ) -> [u8; 4] {
+        let mut thetas = [0.0; N];
+        for model in 0..N {
+            thetas[model] = f32::from_le_bytes(models[model]);
+        }
+        let merged = R::merge(f32::from_le_bytes(base), thetas, settings, counts);
+        counts.greatest = counts.greatest.max(key(merged));
+        merged.to_le_bytes()
+    }
+}
 
 /// What stands beside the elements of a block.
 struct Settings<const N: usize> {
@@ -30,206 +126,249 @@ struct Settings<const N: usize> {
     lambda: f32,
     /// What a weighted sum is divided by.
     divisor: f32,
-    /// The sign where an election cancels.
-    zero_sign: f32,
+    /// What is elected where the sum cancels.
+    cancelled: Side,
+}
+
+impl<const N: usize> Settings<N> {
+    /// w τ; the compiler does not know that 1 changes nothing.
+    #[inline(always)]
+    fn weigh<const UNIT: bool>(&self, model: usize, value: f32) -> f32 {
+        if UNIT { value } else { self.weights[model] * value }
+    }
 }
 
 /// What is counted.
-struct Counts<const N: usize> {
-    /// Elements that the tile kernels must look at.
-    special: u64,
-    conflicts: u64,
-    kept: [u64; N],
-    agreeing: [u64; N],
+#[derive(Clone, Copy)]
+struct Counts<C, const N: usize> {
+    /// The greatest key of a sum that is not finite if something in it is not.
+    greatest_sum: u32,
+    /// The greatest key of a result.
+    greatest: u32,
+    conflicts: C,
+    kept: [C; N],
+    agreeing: [C; N],
 }
 
-/// How a block is merged.
+/// How an element is merged.
 trait Rule {
-    /// Merges `L` elements of `N` models; `base` has `L` elements too, or, for a rule without base, any.
-    fn block<C: Codec<W>, const W: usize, const N: usize, const L: usize>(
-        base: &[[u8; W]; L],
-        models: [&[[u8; W]; L]; N],
-        settings: &Settings<N>,
-        counts: &mut Counts<N>,
-    ) -> [[u8; W]; L];
+    /// Whether there is a base.
+    const BASE: bool;
+
+    /// The merged element of `N` models, in f32.
+    fn merge<const N: usize>(base: f32, thetas: [f32; N], settings: &Settings<N>, counts: &mut Counts<u32, N>) -> f32;
 }
 
 /// Σ w θ / divisor.
 struct Average;
 
 impl Rule for Average {
+    const BASE: bool = false;
+
     #[inline(always)]
-    fn block<C: Codec<W>, const W: usize, const N: usize, const L: usize>(
-        _base: &[[u8; W]; L],
-        models: [&[[u8; W]; L]; N],
+    fn merge<const N: usize>(
+        _base: f32,
+        thetas: [f32; N],
         settings: &Settings<N>,
-        counts: &mut Counts<N>,
-    ) -> [[u8; W]; L] {
-        let (weights, divisor) = (settings.weights, settings.divisor);
-        let mut out = [[0; W]; L];
-        let mut special = 0;
-        for lane in 0..L {
-            let mut sum = 0.0f32;
-            for model in 0..N {
-                let theta = C::widen(models[model][lane]);
-                special += mask(key(theta) >= INFINITY) & 1;
-                sum += weights[model] * theta;
-            }
-            let (bytes, beyond) = C::narrow_finite(sum / divisor);
-            special += beyond & 1;
-            out[lane] = bytes;
+        _counts: &mut Counts<u32, N>,
+    ) -> f32 {
+        let mut sum = 0.0f32;
+        for model in 0..N {
+            sum += settings.weigh::<false>(model, thetas[model]);
         }
-        counts.special += u64::from(special);
-        out
+        sum / settings.divisor
     }
 }
 
 /// θ0 + λ Σ w τ.
-struct Sum;
+struct Sum<const UNIT: bool>;
 
-impl Rule for Sum {
+impl<const UNIT: bool> Rule for Sum<UNIT> {
+    const BASE: bool = true;
+
     #[inline(always)]
-    fn block<C: Codec<W>, const W: usize, const N: usize, const L: usize>(
-        base: &[[u8; W]; L],
-        models: [&[[u8; W]; L]; N],
-        settings: &Settings<N>,
-        counts: &mut Counts<N>,
-    ) -> [[u8; W]; L] {
-        let (weights, lambda) = (settings.weights, settings.lambda);
-        let mut out = [[0; W]; L];
-        let (mut special, mut conflicts, mut agreeing) = (0, 0, [0; N]);
-        for lane in 0..L {
-            let base = C::widen(base[lane]);
-            let mut taus = [0.0f32; N];
-            let (mut sum, mut least, mut greatest) = (0.0f32, 0.0f32, 0.0f32);
-            for model in 0..N {
-                let tau = C::widen(models[model][lane]) - base;
-                special += mask(key(tau) >= INFINITY) & 1;
-                sum += weights[model] * tau;
-                least = if tau < least { tau } else { least };
-                greatest = if tau > greatest { tau } else { greatest };
-                taus[model] = tau;
-            }
-            conflicts += mask(least < 0.0) & mask(greatest > 0.0) & 1;
-            let merged = sum * lambda;
-            for model in 0..N {
-                agreeing[model] += agrees(taus[model], merged);
-            }
-            let (bytes, beyond) = C::narrow_finite(merged + base);
-            special += beyond & 1;
-            out[lane] = bytes;
+    fn merge<const N: usize>(base: f32, thetas: [f32; N], settings: &Settings<N>, counts: &mut Counts<u32, N>) -> f32 {
+        let mut taus = [0.0f32; N];
+        let mut sum = 0.0f32;
+        // As integers, positive values are above 0, and negative ones above that which is all sign.
+        let (mut positive, mut negative) = (0i32, SIGN);
+        for model in 0..N {
+            taus[model] = thetas[model] - base;
+            sum += settings.weigh::<UNIT>(model, taus[model]);
+            positive = positive.max(taus[model].to_bits().cast_signed());
+            negative = negative.max(taus[model].to_bits());
         }
-        counts.special += u64::from(special);
-        counts.conflicts += u64::from(conflicts);
-        add(&mut counts.agreeing, agreeing);
-        out
+        counts.conflicts += mask(positive > 0) & mask(negative > SIGN) & 1;
+        let merged = sum * settings.lambda;
+        let side = Side::of(merged, Side::NONE);
+        for model in 0..N {
+            counts.agreeing[model] += side.holds(taus[model], 1) & 1;
+        }
+        merged + base
     }
 }
 
 /// θ0 + λ Σ_A w τ̂ / Σ_A w over the models A whose trimmed entry has the sign of Σ w τ̂.
-struct Elected;
+///
+/// Only for weights and λ above zero that no survivor vanishes under: then the merged task vector has the elected sign
+/// wherever A is not empty, and survivors have either sign exactly where one of them is not in A.
+struct Elected<const UNIT: bool>;
 
-impl Rule for Elected {
+impl<const UNIT: bool> Rule for Elected<UNIT> {
+    const BASE: bool = true;
+
     #[inline(always)]
-    fn block<C: Codec<W>, const W: usize, const N: usize, const L: usize>(
-        base: &[[u8; W]; L],
-        models: [&[[u8; W]; L]; N],
-        settings: &Settings<N>,
-        counts: &mut Counts<N>,
-    ) -> [[u8; W]; L] {
-        let &Settings { weights, min_keys, lambda, zero_sign, .. } = settings;
-        let mut out = [[0; W]; L];
-        let (mut special, mut conflicts, mut survivors, mut agreeing) = (0, 0, [0; N], [0; N]);
-        for lane in 0..L {
-            let base = C::widen(base[lane]);
-            let mut taus = [0.0f32; N];
-            let (mut mass, mut least, mut greatest) = (0.0f32, 0.0f32, 0.0f32);
-            for model in 0..N {
-                let tau = C::widen(models[model][lane]) - base;
-                special += mask(key(tau) >= INFINITY) & 1;
-                let kept = mask(key(tau) >= min_keys[model]);
-                let tau = keep(kept, tau);
-                survivors[model] += kept & 1;
-                mass += weights[model] * tau;
-                least = if tau < least { tau } else { least };
-                greatest = if tau > greatest { tau } else { greatest };
-                taus[model] = tau;
-            }
-            conflicts += mask(least < 0.0) & mask(greatest > 0.0) & 1;
-            let gamma = sign(mass);
-            let gamma = f32::from_bits(select(mask(key(gamma) == 0), zero_sign.to_bits(), gamma.to_bits()));
-            let (mut sum, mut divisor) = (0.0f32, 0.0f32);
-            for model in 0..N {
-                let member = mask(taus[model] * gamma > 0.0);
-                sum += keep(member, weights[model] * taus[model]);
-                divisor += keep(member, weights[model]);
-            }
-            let mean = keep(mask(divisor != 0.0), sum / divisor);
-            let merged = mean * lambda;
-            for model in 0..N {
-                agreeing[model] += agrees(taus[model], merged);
-            }
-            let (bytes, beyond) = C::narrow_finite(merged + base);
-            special += beyond & 1;
-            out[lane] = bytes;
+    fn merge<const N: usize>(base: f32, thetas: [f32; N], settings: &Settings<N>, counts: &mut Counts<u32, N>) -> f32 {
+        let mut taus = [0.0f32; N];
+        let mut kept = [0; N];
+        let mut mass = 0.0f32;
+        for model in 0..N {
+            taus[model] = thetas[model] - base;
+            kept[model] = mask(key(taus[model]) >= settings.min_keys[model]);
+            // Adding zero would change nothing: no sum of survivors is -0.0.
+            let weighed = settings.weigh::<UNIT>(model, taus[model]);
+            mass = if model == 0 { keep(kept[model], weighed) } else { choose(kept[model], mass + weighed, mass) };
         }
-        counts.special += u64::from(special);
-        counts.conflicts += u64::from(conflicts);
-        add(&mut counts.kept, survivors);
-        add(&mut counts.agreeing, agreeing);
-        out
+        // Whatever is not finite survives, so that it is in the sum.
+        counts.greatest_sum = counts.greatest_sum.max(key(mass));
+        let side = Side::of(mass, settings.cancelled);
+        let (mut sum, mut divisor, mut clash) = (0.0f32, 0.0f32, 0);
+        for model in 0..N {
+            let member = side.holds(taus[model], settings.min_keys[model]);
+            let (weighed, weight) = (settings.weigh::<UNIT>(model, taus[model]), settings.weigh::<UNIT>(model, 1.0));
+            sum = if model == 0 { keep(member, weighed) } else { choose(member, sum + weighed, sum) };
+            divisor = if model == 0 { keep(member, weight) } else { choose(member, divisor + weight, divisor) };
+            counts.kept[model] += kept[model] & 1;
+            counts.agreeing[model] += member & 1;
+            clash |= kept[model] ^ member;
+        }
+        counts.conflicts += clash & 1;
+        let mean = choose(mask(divisor != 0.0), sum / divisor, 0.0);
+        mean * settings.lambda + base
     }
 }
 
-/// 1 if both are above zero or both below.
+/// `a` where `mask` is all ones, `b` where it is zero.
 #[inline(always)]
-fn agrees(tau: f32, merged: f32) -> u32 {
-    (mask(tau > 0.0) & mask(merged > 0.0) | mask(tau < 0.0) & mask(merged < 0.0)) & 1
+fn choose(mask: u32, a: f32, b: f32) -> f32 {
+    f32::from_bits(select(mask, a.to_bits(), b.to_bits()))
 }
 
-#[inline(always)]
-fn add<const N: usize>(sums: &mut [u64; N], counts: [u32; N]) {
-    for (sum, count) in sums.iter_mut().zip(counts) {
-        *sum += u64::from(count);
+/// One of the two signs, or none.
+#[derive(Clone, Copy)]
+struct Side {
+    /// The sign.
+    sign: u32,
+    /// All sign if there is none.
+    none: u32,
+}
+
+impl Side {
+    const NONE: Self = Self { sign: 0, none: SIGN };
+
+    /// The sign of `value`, or what is there instead if it is zero.
+    #[inline(always)]
+    fn of(value: f32, instead: Self) -> Self {
+        let zero = mask(value == 0.0);
+        Self { sign: select(zero, instead.sign, value.to_bits() & SIGN), none: zero & instead.none }
+    }
+
+    /// All ones if `tau` has this sign and a key of at least `min_key`, which is above 0. Not for NaN.
+    #[inline(always)]
+    fn holds(self, tau: f32, min_key: u32) -> u32 {
+        // The key if the sign is the same, else negative.
+        mask(((tau.to_bits() ^ self.sign) | self.none).cast_signed() >= min_key.cast_signed())
     }
 }
 
-/// `L` elements from `start` on.
+/// Merges `B` words.
 #[inline(always)]
-fn part<const W: usize, const L: usize>(elements: &[[u8; W]], start: usize) -> &[[u8; W]; L] {
-    elements[start..].first_chunk().expect("slices have equal lengths")
+fn merge_block<R: Rule, C: Packed<W>, const W: usize, const N: usize, const B: usize>(
+    base: &[[u8; W]; B],
+    models: [&[[u8; W]; B]; N],
+    settings: &Settings<N>,
+    counts: &mut Counts<u32, N>,
+    out: &mut [[u8; W]; B],
+) {
+    for at in 0..B {
+        // Loops and no closures: what the compiler does not see through, it does not vectorise.
+        let mut words = [[0; W]; N];
+        for model in 0..N {
+            words[model] = models[model][at];
+        }
+        out[at] = C::merge::<R, N>(base[at], words, settings, counts);
+    }
 }
 
-/// Goes through all elements, the tail one by one.
+/// A merge's counts, of all its blocks.
+impl<const N: usize> Counts<u64, N> {
+    /// Adds what a block counted; false if something in it was not finite.
+    #[inline(always)]
+    fn add<C: Packed<W>, const W: usize>(&mut self, block: Counts<u32, N>) -> bool {
+        self.conflicts += u64::from(block.conflicts);
+        for model in 0..N {
+            self.kept[model] += u64::from(block.kept[model]);
+            self.agreeing[model] += u64::from(block.agreeing[model]);
+        }
+        block.greatest_sum < INFINITY && block.greatest < C::BEYOND
+    }
+}
+
+/// `B` words from word `start` on.
 #[inline(always)]
-fn merge<R: Rule, C: Codec<W>, const W: usize, const N: usize>(
+fn part<const W: usize, const B: usize>(words: &[[u8; W]], start: usize) -> &[[u8; W]; B] {
+    words[start..].first_chunk().expect("slices have equal lengths")
+}
+
+/// The first bytes of a word, the others being zero.
+#[inline(always)]
+fn partial<const W: usize>(bytes: &[u8]) -> [[u8; W]; 1] {
+    let mut word = [0; W];
+    word[..bytes.len()].copy_from_slice(bytes);
+    [word]
+}
+
+/// Goes through all elements.
+#[inline(always)]
+fn merge<R: Rule, C: Packed<W>, const W: usize, const N: usize>(
     stored: &Stored<'_>,
     settings: &Settings<N>,
     out: &mut [u8],
     counted: Counted<'_>,
 ) -> Option<u64> {
-    let models: [&[[u8; W]]; N] = std::array::from_fn(|model| stored.models[model].as_chunks::<W>().0);
     // A rule without base is given something of the right length.
-    let base = stored.base.map_or(models[0], |base| base.as_chunks::<W>().0);
-    let mut counts = Counts { special: 0, conflicts: 0, kept: [0; N], agreeing: [0; N] };
-    let (blocks, rest) = out.as_chunks_mut::<W>().0.as_chunks_mut::<BLOCK>();
+    let base = stored.base.unwrap_or(stored.models[0]).as_chunks::<W>();
+    let models: [(&[[u8; W]], &[u8]); N] = std::array::from_fn(|model| stored.models[model].as_chunks::<W>());
+    let none = Counts { greatest_sum: 0, greatest: 0, conflicts: 0, kept: [0; N], agreeing: [0; N] };
+    let mut counts = Counts { greatest_sum: 0, greatest: 0, conflicts: 0, kept: [0; N], agreeing: [0; N] };
+    let (words, last) = out.as_chunks_mut::<W>();
+    let (blocks, rest) = words.as_chunks_mut::<BLOCK>();
     let tail = blocks.len() * BLOCK;
     for (index, block) in blocks.iter_mut().enumerate() {
         let start = index * BLOCK;
-        for input in models.iter().chain(&[base]) {
+        for (input, _) in models.iter().chain(R::BASE.then_some(&base)) {
             prefetch(input.get(start + AHEAD..start + AHEAD + BLOCK).unwrap_or_default().as_flattened());
         }
-        let models = std::array::from_fn(|model| part(models[model], start));
-        *block = R::block::<C, W, N, BLOCK>(part(base, start), models, settings, &mut counts);
-        if counts.special != 0 {
+        let models = std::array::from_fn(|model| part(models[model].0, start));
+        let mut found = none;
+        merge_block::<R, C, W, N, BLOCK>(part(base.0, start), models, settings, &mut found, block);
+        if !counts.add::<C, W>(found) {
             return None;
         }
     }
-    for (start, element) in (tail..).zip(rest) {
-        let models = std::array::from_fn(|model| part(models[model], start));
-        [*element] = R::block::<C, W, N, 1>(part(base, start), models, settings, &mut counts);
+    let mut found = none;
+    for (start, word) in (tail..).zip(rest) {
+        let models = std::array::from_fn(|model| part(models[model].0, start));
+        merge_block::<R, C, W, N, 1>(part(base.0, start), models, settings, &mut found, std::array::from_mut(word));
     }
-    if counts.special != 0 {
+    if !last.is_empty() {
+        // Zeros beside the last element are merged too: they make zeros, and count for nothing.
+        let words: [[[u8; W]; 1]; N] = std::array::from_fn(|model| partial(models[model].1));
+        let mut word = [[0; W]];
+        merge_block::<R, C, W, N, 1>(&partial(base.1), words.each_ref(), settings, &mut found, &mut word);
+        last.copy_from_slice(&word[0][..last.len()]);
+    }
+    if !counts.add::<C, W>(found) {
         return None;
     }
     counted.kept.iter_mut().zip(counts.kept).for_each(|(sum, count)| *sum += count);
@@ -238,7 +377,7 @@ fn merge<R: Rule, C: Codec<W>, const W: usize, const N: usize>(
 }
 
 #[inline(always)]
-fn merge_models<C: Codec<W>, const W: usize, const N: usize>(
+fn merge_models<C: Packed<W>, const W: usize, const N: usize>(
     fused: Fused,
     stored: &Stored<'_>,
     out: &mut [u8],
@@ -249,8 +388,9 @@ fn merge_models<C: Codec<W>, const W: usize, const N: usize>(
         min_keys: [0; N],
         lambda: 1.0,
         divisor: 1.0,
-        zero_sign: 0.0,
+        cancelled: Side::NONE,
     };
+    let unit = settings.weights.iter().all(|&weight| weight == 1.0);
     match fused {
         Fused::Average { divisor } => {
             settings.divisor = divisor;
@@ -258,14 +398,40 @@ fn merge_models<C: Codec<W>, const W: usize, const N: usize>(
         }
         Fused::Sum { lambda } => {
             settings.lambda = lambda;
-            merge::<Sum, C, W, N>(stored, &settings, out, counted)
+            match unit {
+                true => merge::<Sum<true>, C, W, N>(stored, &settings, out, counted),
+                false => merge::<Sum<false>, C, W, N>(stored, &settings, out, counted),
+            }
         }
         Fused::Elected { zero_sign, lambda } => {
-            (settings.lambda, settings.zero_sign) = (lambda, zero_sign);
+            settings.lambda = lambda;
+            if zero_sign != 0.0 {
+                settings.cancelled = Side { sign: zero_sign.to_bits() & SIGN, none: 0 };
+            }
             settings.min_keys = std::array::from_fn(|model| stored.min_keys[model]);
-            merge::<Elected, C, W, N>(stored, &settings, out, counted)
+            match unit {
+                _ if !nothing_vanishes(&settings, C::STEP) => None,
+                true => merge::<Elected<true>, C, W, N>(stored, &settings, out, counted),
+                false => merge::<Elected<false>, C, W, N>(stored, &settings, out, counted),
+            }
         }
     }
+}
+
+/// Whether weights and λ are above zero, no product of a survivor with them becomes zero, and what is not finite
+/// survives. `step` is the smallest difference of two stored values.
+#[inline(always)]
+fn nothing_vanishes<const N: usize>(settings: &Settings<N>, step: f64) -> bool {
+    // Sixteen times the smallest f32, for what rounding may take.
+    const LEAST: f64 = f64::from_bits((1023 - 145) << 52);
+    let Settings { weights, min_keys, lambda, .. } = settings;
+    let survivors = min_keys.map(|key| f64::from(f32::from_bits(key)).max(step));
+    let products = weights.iter().zip(survivors).all(|(&weight, survivor)| f64::from(weight) * survivor >= LEAST);
+    // A mean is no smaller than the smallest survivor.
+    let means = survivors.iter().all(|survivor| f64::from(*lambda) * survivor >= LEAST);
+    // Sums and means of the smallest numbers are at least as large.
+    let whole = weights.iter().all(|&weight| weight == 1.0) && *lambda >= 1.0;
+    min_keys.iter().all(|&key| key <= INFINITY) && (whole || products && means)
 }
 
 /// The choice of a loop for the number of models: one for each up to four, and up to eight for bfloat16.
@@ -280,7 +446,7 @@ pub(super) fn merge_stored(fused: Fused, stored: &Stored<'_>, out: &mut [u8], co
         };
     }
     match stored.float {
-        Float::BF16 => models!(BFloat16, 2: 1 2 3 4 5 6 7 8),
+        Float::BF16 => models!(BFloat16, 4: 1 2 3 4 5 6 7 8),
         Float::F16 => models!(Binary16, 2: 1 2 3 4),
         Float::F32 => models!(Binary32, 4: 1 2 3 4),
         Float::F64 | Float::E4M3 | Float::E5M2 => None,

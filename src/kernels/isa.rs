@@ -8,6 +8,8 @@
 //! The only unsafe code of the kernels is the call into a variant. It does not know what the kernels compute.
 #![allow(unsafe_code)]
 
+use std::sync::OnceLock;
+
 use super::{Counted, Fused, Near, Stored, Ties, body};
 use crate::dtype::Float;
 
@@ -27,12 +29,15 @@ enum Level {
 
 impl Isa {
     /// The widest instruction set of this CPU; or the one that the environment variable `TIESMITH_ISA` names, if this
-    /// CPU has it. Results are the same: that is what the variable is there to show.
+    /// CPU has it. Results are the same: that is what the variable is there to show. Asked once.
     pub fn detect() -> Self {
-        let named = std::env::var("TIESMITH_ISA").unwrap_or_default();
-        let sets = Self::available();
-        let widest = sets.last().copied().unwrap_or(Self::baseline());
-        sets.into_iter().find(|isa| isa.name() == named).unwrap_or(widest)
+        static DETECTED: OnceLock<Isa> = OnceLock::new();
+        *DETECTED.get_or_init(|| {
+            let named = std::env::var("TIESMITH_ISA").unwrap_or_default();
+            let sets = Self::available();
+            let widest = sets.last().copied().unwrap_or(Self::baseline());
+            sets.into_iter().find(|isa| isa.name() == named).unwrap_or(widest)
+        })
     }
 
     /// What every CPU of the architecture has: SSE2 on x86-64, NEON on aarch64.

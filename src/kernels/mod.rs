@@ -416,8 +416,8 @@ pub struct Counted<'a> {
 /// A whole merge in one loop: what the other kernels give one after the other, bit for bit.
 ///
 /// Returns the number of positions at which survivors have either sign (not for [`Fused::Average`]). `None`, and no meaning
-/// in `out`, if some input, task vector or result is not finite, or if there is no such loop for the type and the number of
-/// models.
+/// in `out`, if some input, task vector, sum of task vectors or result is not finite, or if there is no such loop: for other
+/// types, more models, or an election with weights or λ that are not above zero or that survivors vanish under.
 pub fn merge_stored(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], counted: Counted<'_>) -> Option<u64> {
     let count = stored.models.len();
     assert!(stored.models.iter().chain(&stored.base).all(|input| input.len() == out.len()), "equal lengths");

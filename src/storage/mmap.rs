@@ -1,8 +1,8 @@
 //! A window on a file: a fixed buffer that is read into, or a mapping of the range.
 //!
 //! - The buffer is allocated at the first read and reused: a window that is only mapped has none.
-//! - A mapping covers exactly the range, is populated before it is shown, so that a range that cannot be read is an
-//!   error and not a signal, and is dropped before the next load: mapped pages count as memory like any others.
+//! - A mapping covers exactly the range, is touched before it is shown, so that a range that cannot be read is seldom
+//!   found out later, and is dropped before the next load: mapped pages count as memory like any others.
 //! - A range that becomes unreadable while it is shown shows zeros from there on, and [`Faults`] knows of it. The system
 //!   raises a signal for such a page; the handler here puts zeros in its place (`faults`).
 //!
@@ -136,15 +136,18 @@ impl Window {
         // borrowed; every bit pattern is a valid u8. Two things cannot be ruled out from here, because another process
         // may write to the file: (1) bytes may change under the reference, which the language calls undefined and in
         // practice gives mixed bytes; no decision on memory is ever made from data bytes, and the engine compares the
-        // file's identity before it publishes what used it. (2) A file that is cut after its pages were populated
+        // file's identity before it publishes what used it. (2) A file that is cut after its pages were mapped
         // loses them, and using them raises SIGBUS: it is watched for that.
         let mapping = unsafe { MmapOptions::new().offset(offset).len(length).map(file) };
         let Ok(mapping) = mapping else { return false };
-        if !populate(&mapping) {
+        let Some(watch) = faults::watch(&mapping, path, faults) else { return false };
+        let guarded = Guarded { mapping, watch };
+        touch(&guarded.mapping);
+        // A range that cannot be read is an error, which reading it will tell.
+        if guarded.watch.take_fault() {
             return false;
         }
-        let Some(watch) = faults::watch(&mapping, path, faults) else { return false };
-        self.mapping = Some(Guarded { mapping, watch });
+        self.mapping = Some(guarded);
         true
     }
 }
@@ -222,6 +225,11 @@ mod faults {
     }
 
     impl Watch {
+        /// Whether there was a fault, which is forgotten.
+        pub(super) fn take_fault(&self) -> bool {
+            TABLE[self.0].faulted.swap(false, Ordering::SeqCst)
+        }
+
         /// Ends watching: the mapping is about to go.
         pub(super) fn end(&self) {
             let region = &TABLE[self.0];
@@ -328,6 +336,10 @@ mod faults {
     pub(super) struct Watch;
 
     impl Watch {
+        pub(super) fn take_fault(&self) -> bool {
+            false
+        }
+
         pub(super) fn end(&self) {}
     }
 
@@ -361,19 +373,20 @@ fn allocate(bytes: usize) -> Result<Buffer> {
 #[cfg(target_os = "linux")]
 const HUGE_PAGE_BYTES: usize = 4 << 20;
 
-/// Reads the mapped pages now; false if that fails, as it does where the file has ended or the disk has a fault.
-#[cfg(target_os = "linux")]
-fn populate(mapping: &Mmap) -> bool {
-    // Only a hint, but population is slow on mappings that are advised as random.
-    let _ = mapping.advise(memmap2::Advice::Sequential);
-    // A kernel before 5.14 does not know the advice: reading is then the safe way.
-    mapping.advise(memmap2::Advice::PopulateRead).is_ok()
-}
+/// Bytes of page table that a system fills in at one fault, where the pages are in memory (Linux: `fault_around_bytes`).
+const FAULT_AROUND: usize = 64 << 10;
 
-/// Not known to other systems: pages are read when they are used.
-#[cfg(not(target_os = "linux"))]
-fn populate(_mapping: &Mmap) -> bool {
-    true
+/// Uses a byte of each range whose pages the system maps at once: a third cheaper than asking it to populate the mapping,
+/// which goes page by page.
+fn touch(mapping: &Mmap) {
+    // Only a hint.
+    #[cfg(unix)]
+    let _ = mapping.advise(memmap2::Advice::Sequential);
+    // The ranges are aligned in memory, not in the file.
+    let first = mapping.as_ptr().addr().wrapping_neg() % FAULT_AROUND;
+    for at in std::iter::once(0).chain((first..mapping.len()).step_by(FAULT_AROUND)).chain([mapping.len() - 1]) {
+        std::hint::black_box(mapping.get(at));
+    }
 }
 
 #[cfg(test)]

@@ -42,6 +42,9 @@ fn in_steps(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], counted
             conflicts(isa, &inputs)
         }
         Fused::Elected { zero_sign, lambda } => {
+            // A sum that overflows is left to the other kernels too.
+            combine_sum(isa, &inputs, stored.weights, None, &mut merged);
+            finite &= all_finite(isa, &merged);
             elect_mass(isa, &inputs, stored.weights, &mut gamma);
             if zero_sign != 0.0 {
                 fill_zero_sign(isa, &mut gamma, zero_sign);
@@ -54,6 +57,20 @@ fn in_steps(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], counted
         }
     };
     (store(isa, float, &merged, out, false) && finite).then_some(opposed)
+}
+
+/// Of each model in turn; smaller ones might vanish under factors below 1.
+fn min_keys(float: Float, count: usize) -> Vec<u32> {
+    let any = if float == Float::F32 { 1e-36f32.to_bits() } else { 1 };
+    (0..count).map(|model| [0.004f32.to_bits(), any, 0.01f32.to_bits()][model % 3]).collect()
+}
+
+/// Whether there is a loop for these factors.
+fn is_open(fused: Fused, weights: &[f32]) -> bool {
+    match fused {
+        Fused::Elected { lambda, .. } => lambda > 0.0 && weights.iter().all(|&weight| weight > 0.0),
+        _ => true,
+    }
 }
 
 /// All merges with some settings each.
@@ -84,8 +101,10 @@ fn checkpoints(float: Float, len: usize, count: usize, value: impl Fn(u64) -> Ve
 
 /// Both ways, over all of the data and tile by tile, on every instruction set.
 fn assert_alike(float: Float, len: usize, checkpoints: &[Vec<u8>], fused: Fused, weights: &[f32]) -> Option<u64> {
-    let min_keys: Vec<u32> =
-        (0..weights.len()).map(|model| [0.004f32.to_bits(), 1, 0.01f32.to_bits()][model % 3]).collect();
+    if len == 0 && !is_open(fused, weights) {
+        return None;
+    }
+    let min_keys = min_keys(float, weights.len());
     type Merge = fn(Isa, Fused, &Stored<'_>, &mut [u8], Counted<'_>) -> Option<u64>;
     let run = |merge: Merge, isa: Isa, tiles: &[Range<usize>]| {
         let mut out = vec![0; len * float.width()];
@@ -105,6 +124,7 @@ fn assert_alike(float: Float, len: usize, checkpoints: &[Vec<u8>], fused: Fused,
     };
     let expected = everywhere(len, |isa, tiles| run(in_steps, isa, tiles));
     let found = everywhere(len, |isa, tiles| run(merge_stored, isa, tiles));
+    let expected = expected.filter(|_| is_open(fused, weights));
     assert_eq!(found, expected, "{float:?}, {} models, {fused:?}", weights.len());
     found.map(|(_, _, _, opposed)| opposed)
 }
@@ -118,9 +138,11 @@ fn one_loop_does_what_the_kernels_do_in_turn() {
             for len in [len, 300] {
                 let checkpoints = checkpoints(float, len, count, |seed| coarse(len, seed));
                 for (index, fused) in merges().into_iter().enumerate() {
-                    let weights: Vec<f32> =
-                        (0..count).map(|t| [[1.0, 1.0, 1.0], [0.5, 0.3, -0.2]][index % 2][t % 3]).collect();
-                    assert!(assert_alike(float, len, &checkpoints, fused, &weights).is_some(), "finite");
+                    let weights: Vec<f32> = (0..count)
+                        .map(|t| [[1.0, 1.0, 1.0], [0.5, 0.3, -0.2], [0.5, 0.3, 2.0]][index % 3][t % 3])
+                        .collect();
+                    let found = assert_alike(float, len, &checkpoints, fused, &weights);
+                    assert_eq!(found.is_some(), is_open(fused, &weights), "finite");
                 }
             }
         }
@@ -134,7 +156,9 @@ fn whatever_is_not_finite_is_left_to_the_other_kernels() {
         for finite in [true, false] {
             let checkpoints = checkpoints(float, len, 3, |seed| wild(len, seed, finite));
             for fused in merges() {
-                assert_alike(float, len, &checkpoints, fused, &[1.0, 0.5, -3.0]);
+                for weights in [[1.0, 0.5, -3.0], [1.0, 0.5, 3.0], [1.0; 3]] {
+                    assert_alike(float, len, &checkpoints, fused, &weights);
+                }
             }
         }
         // A single one, anywhere: in base, in a model, in the result.
@@ -145,7 +169,8 @@ fn whatever_is_not_finite_is_left_to_the_other_kernels() {
             store(Isa::baseline(), float, &[f32::NEG_INFINITY], &mut checkpoints[party][bytes], false);
             for fused in merges() {
                 let unread = party == 0 && matches!(fused, Fused::Average { .. });
-                assert_eq!(assert_alike(float, len, &checkpoints, fused, &[1.0, 1.0]).is_some(), unread);
+                let open = unread && is_open(fused, &[1.0; 2]);
+                assert_eq!(assert_alike(float, len, &checkpoints, fused, &[1.0, 1.0]).is_some(), open);
             }
         }
         let huge = 3e38;
@@ -154,6 +179,32 @@ fn whatever_is_not_finite_is_left_to_the_other_kernels() {
         assert_eq!(assert_alike(float, len, &calm, fused, &[huge, huge]).is_none(), narrow);
         let fused = Fused::Average { divisor: f32::MIN_POSITIVE };
         assert_eq!(assert_alike(float, len, &calm, fused, &[huge, huge]), None);
+    }
+}
+
+#[test]
+fn elections_under_which_survivors_may_vanish_have_no_loop() {
+    let open = |float: Float, min_key: f32, weight: f32, lambda: f32| {
+        let bytes = vec![0; float.width()];
+        let min_keys = [min_key.to_bits().max(1)];
+        let stored = Stored { float, base: Some(&bytes), models: &[&bytes], weights: &[weight], min_keys: &min_keys };
+        let counted = Counted { kept: &mut [0], agreeing: &mut [0] };
+        let fused = Fused::Elected { zero_sign: 0.0, lambda };
+        merge_stored(Isa::detect(), fused, &stored, &mut bytes.clone(), counted).is_some()
+    };
+    for float in FLOATS {
+        // Factors of 1 or above, over the smallest survivor there can be.
+        assert!(open(float, 0.0, 1.0, 1.0) && open(float, 0.0, 1.0, 3.0));
+        // Below, where survivors are not that small.
+        assert!(open(float, 1e-9, 0.1, 0.1));
+        assert_eq!(open(float, 0.0, 1.0, 0.1), float != Float::F32);
+        assert_eq!(open(float, 0.0, 0.1, 1.0), float != Float::F32);
+        assert!(!open(float, 0.0, 1e-35, 1.0) || float == Float::F16);
+        for factor in [0.0, -1.0, f32::NAN, 1e-45] {
+            assert!(!open(float, 1e-9, factor, 1.0) && !open(float, 1e-9, 1.0, factor));
+        }
+        // What is not finite has to survive, or nobody would see it.
+        assert!(open(float, f32::INFINITY, 1.0, 1.0) && !open(float, f32::from_bits(0x7f80_0001), 1.0, 1.0));
     }
 }
 
