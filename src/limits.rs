@@ -57,9 +57,9 @@ pub const MAX_MODELS: usize = 128;
 
 /// Elements of a tile: the unit of computation. With a handful of models its slices stay in the first-level cache.
 pub const TILE_ELEMENTS: usize = 2048;
-/// Elements of a chunk where memory allows: with a few models its windows stay in a core's second-level cache. Disks are
-/// kept busy by what is announced ahead.
-pub const CHUNK_ELEMENTS: u64 = 1 << 17;
+/// Elements of a chunk where memory allows: so many that its windows are worth mapping. Disks are kept busy by what is
+/// announced ahead.
+pub const CHUNK_ELEMENTS: u64 = 1 << 19;
 /// Shortest chunk that is worth reading: below, system calls cost more than arithmetic.
 pub const MIN_CHUNK_ELEMENTS: u64 = 1 << 14;
 /// Elements computed before they are written.

@@ -21,9 +21,9 @@ use crate::error::{Error, Result, printable};
 /// How often a lock that vanishes while it is taken is taken anew.
 const LOCK_ATTEMPTS: usize = 100;
 
-/// A range of so many bytes is not read but mapped, where the mode leaves it open: a copy of it would not stay in a core's
-/// cache, so that it would be written to memory only to be read from there again.
-const LONG_BYTES: usize = 2 << 20;
+/// A range of so many bytes is not read but mapped, where the mode leaves it open: a copy of several of them would not stay
+/// in a core's cache, so that they would be written to memory only to be read from there again.
+const LONG_BYTES: usize = 1 << 20;
 
 /// The file system of the operating system.
 #[derive(Debug)]
