@@ -385,7 +385,7 @@ fn touch(mapping: &Mmap) {
     // The ranges are aligned in memory, not in the file.
     let first = mapping.as_ptr().addr().wrapping_neg() % FAULT_AROUND;
     for at in std::iter::once(0).chain((first..mapping.len()).step_by(FAULT_AROUND)).chain([mapping.len() - 1]) {
-        std::hint::black_box(mapping.get(at));
+        std::hint::black_box(mapping.get(at).copied());
     }
 }
 
