@@ -9,6 +9,7 @@
 //!   over words vectorised. Flags are counted, because the compiler does not vectorise a loop that collects them.
 //!
 //! The same rules as in `body.rs`: always inlined, selects by mask, only integers are summed over elements.
+#![allow(clippy::needless_range_loop, reason = "the compiler sees through indices where it does not through iterators")]
 
 use super::convert::{BFloat16, Binary16, Binary32, Codec, INFINITY, keep, key, mask, select};
 use super::isa::prefetch;
