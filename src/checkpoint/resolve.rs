@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use super::index::{is_plain_component, shard_number};
 use super::{HubRef, directory_of, torch};
 use crate::error::{Error, Result, printable};
-use crate::storage::{Pinned, Storage, hub_cache};
+use crate::storage::{Pinned, Storage, hub_cache, is_remote};
 
 /// The usual names: of the index, and of a model in one file.
 const INDEX: &str = "model.safetensors.index.json";
@@ -65,7 +65,7 @@ pub(super) fn resolve(spec: &str, storage: &dyn Storage, env: Env<'_>) -> Result
         return in_directory(path, storage);
     }
     // Not `is_file`: that a pipe or a device is no input is better said when it is opened.
-    if storage.identity(path).map_err(Error::as_input)?.is_some() {
+    if storage.identity(path).map_err(|e| unreadable(e, path))?.is_some() {
         return named_file(path);
     }
     match HubId::parse(spec) {
@@ -76,6 +76,11 @@ pub(super) fn resolve(spec: &str, storage: &dyn Storage, env: Env<'_>) -> Result
         None if spec.contains("://") => Err(Error::input("there is no such file").at(path).help("check the address")),
         None => Err(Error::input("no such file or directory").at(path).help("check the path")),
     }
+}
+
+/// What cannot be looked at is no input; but a network that fails may work the next time.
+fn unreadable(error: Error, path: &Path) -> Error {
+    if is_remote(path) { error } else { error.as_input() }
 }
 
 /// A repository of the Hub: from the local cache if it is there, else by byte range.
@@ -147,7 +152,7 @@ fn in_directory(dir: &Path, storage: &dyn Storage) -> Result<Found> {
     // Hidden files are left by editors, file managers and interrupted downloads.
     let names: Vec<String> = storage
         .list(dir)
-        .map_err(Error::as_input)?
+        .map_err(|e| unreadable(e, dir))?
         .into_iter()
         .filter_map(|name| name.into_string().ok())
         .filter(|name| !name.starts_with('.'))

@@ -124,26 +124,6 @@ fn remote_inputs_give_the_bytes_of_local_ones() {
     }
 }
 
-/// The tests of determinism, with inputs from the network.
-#[test]
-fn how_a_run_is_done_changes_no_byte_of_remote_inputs_either() {
-    let remote = Remote::new();
-    let runs: [&[&str]; 4] =
-        [&["--threads=1"], &["--threads=2", "--memory=56MB"], &["--threads=7", "--memory=2GiB"], &["--io=read"]];
-    for (recipe, flags) in crate::determinism::recipes() {
-        let flags: Vec<String> = recipe.args().into_iter().chain(flags.iter().map(|&flag| flag.to_owned())).collect();
-        let local = lasting(&remote.saved.merge(&recipe, &flags.iter().map(|f| &**f).collect::<Vec<_>>()).path);
-        for run in runs {
-            let out = tempfile::tempdir().unwrap();
-            let merged = text(&out.path().join("merged"));
-            let all: Vec<&str> =
-                flags.iter().map(|f| &**f).chain(run.iter().copied()).chain(["--out", &merged]).collect();
-            let outcome = remote.merge("merge", &hf, &all).succeeded();
-            assert_eq!(lasting(Path::new(&merged)), local, "{}", outcome.command);
-        }
-    }
-}
-
 #[test]
 fn what_is_read_is_what_the_plan_says() {
     let remote = Remote::new();
@@ -417,6 +397,8 @@ fn what_is_not_there_is_explained() {
     let outcome = run(nobody);
     let line = outcome.error_line(1);
     assert!(line.contains("gave up after 3 attempts") && line.contains("run the same command again"), "{line}");
+    let line = remote.run(&["inspect", "http://127.0.0.1:1/model.safetensors"]).error_line(1).to_owned();
+    assert!(line.contains("gave up after 3 attempts"), "{line}");
     let mut nobody = remote.command();
     nobody.env("HF_ENDPOINT", "http://127.0.0.1:1").args(["inspect", "org/base"]);
     assert!(run(nobody).error_line(1).contains("nor can it be read from the Hub"));
