@@ -595,7 +595,7 @@ mod tests {
         let command = Cli::command();
         let merge = command.find_subcommand("merge").unwrap();
         let ties = METHODS.iter().find(|method| method.name() == "ties").unwrap();
-        for spec in ties.params().iter().filter(|spec| spec.name != "weight") {
+        for spec in ties.params().iter().filter(|spec| !["weight", "rescale"].contains(&spec.name)) {
             let argument = merge.get_arguments().find(|a| a.get_id() == spec.name).expect(spec.name);
             let help = argument.get_help().unwrap().to_string();
             let default = match spec.kind {
