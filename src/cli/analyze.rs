@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use tiesmith::{
-    Analysis, AnalysisReport, Error, Line, Observer, OutputOptions, Plan, Recipe, Result, Run, Scope, Study,
+    Analysis, AnalysisReport, Error, Line, Observer, OutputOptions, Plan, Recipe, Result, Run, Scope, Storage, Study,
     ThresholdKind, Value, printable,
 };
 
@@ -13,7 +13,7 @@ use super::args::{InputArgs, RunArgs, scopes, thresholds};
 use super::bars::bar;
 use super::progress::Progress;
 use super::table::Table;
-use super::{human, parse, print, print_json, signals};
+use super::{human, jobs, parse, print, print_json, signals};
 
 /// Characters of a bar.
 const BAR: usize = 16;
@@ -30,10 +30,18 @@ Examples:
   Will these two get along, and at which density?
     tiesmith analyze --base llama --model chat --model code --out report
   One threshold per tensor, three densities
-    tiesmith analyze --base llama --model chat --model code --scope tensor --densities 10%,20%,40% --out report";
+    tiesmith analyze --base llama --model chat --model code --scope tensor --densities 10%,20%,40% --out report
+  The models of a recipe, at its densities
+    tiesmith analyze recipe.yml --out report";
 
 #[derive(Debug, Args)]
 pub struct AnalyzeArgs {
+    /// A recipe file in mergekit's language, instead of --base and --model
+    ///
+    /// Base, models, densities, scope, threshold and seed are taken from it, whatever its method; options override them.
+    #[arg(value_name = "RECIPE.yml", conflicts_with_all = ["base", "models"])]
+    pub recipe: Option<String>,
+
     #[command(flatten)]
     pub inputs: InputArgs,
     #[command(flatten)]
@@ -65,17 +73,17 @@ pub struct LookArgs {
     )]
     pub densities: Vec<f64>,
 
-    /// Where one threshold applies
-    #[arg(long, value_name = "SCOPE", default_value = "model", value_parser = scopes())]
-    pub scope: Scope,
+    /// Where one threshold applies [default: model]
+    #[arg(long, value_name = "SCOPE", value_parser = scopes())]
+    pub scope: Option<Scope>,
 
-    /// How thresholds are found
-    #[arg(long, value_name = "KIND", default_value = "exact", value_parser = thresholds())]
-    pub threshold: ThresholdKind,
+    /// How thresholds are found [default: exact]
+    #[arg(long, value_name = "KIND", value_parser = thresholds())]
+    pub threshold: Option<ThresholdKind>,
 
-    /// Seed of the draw of subsets of models, where there are more than ten of a size
-    #[arg(long, value_name = "N", default_value = "0", value_parser = parse::whole)]
-    pub seed: u64,
+    /// Seed of the draw of subsets of models, where there are more than ten of a size [default: 0]
+    #[arg(long, value_name = "N", value_parser = parse::whole)]
+    pub seed: Option<u64>,
 
     /// Replace a finished report
     #[arg(long)]
@@ -89,11 +97,11 @@ pub struct LookArgs {
 /// Runs the command.
 pub fn run(args: &AnalyzeArgs) -> Result<u8> {
     signals::install();
-    let recipe = recipe(args)?;
     let dir = args.look.out.clone().ok_or_else(|| {
         Error::usage("no output directory is given").help("add '--out DIR': the report is written there")
     })?;
     let storage = super::inputs(&args.run)?;
+    let recipe = recipe(args, &*storage)?;
     let progress = Progress::new(args.run.report.progress);
     let plan = Plan::new(&recipe, &storage)?;
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
@@ -111,26 +119,31 @@ pub fn run(args: &AnalyzeArgs) -> Result<u8> {
     print(&render(&report))
 }
 
-fn recipe(args: &AnalyzeArgs) -> Result<Recipe> {
-    let inputs = &args.inputs;
-    if inputs.models.is_empty() {
-        return Err(Error::usage("nothing to analyze: no --model is given")
-            .help("name the base and the fine-tuned models, as in 'tiesmith analyze --base BASE --model A --model B --out DIR'"));
-    }
-    let mut recipe = Recipe {
-        base: inputs.base.clone(),
-        models: inputs.models.clone(),
-        scope: args.look.scope,
-        threshold: args.look.threshold,
-        seed: args.look.seed,
-        include: inputs.include.clone(),
-        exclude: inputs.exclude.clone(),
-        missing: inputs.missing,
-        non_finite: inputs.non_finite,
-        ..Recipe::default()
+/// What is looked at, as a merge with `ties`.
+fn recipe(args: &AnalyzeArgs, storage: &dyn Storage) -> Result<Recipe> {
+    let (inputs, look) = (&args.inputs, &args.look);
+    let mut recipe = match &args.recipe {
+        Some(file) => jobs::family(file, storage)?,
+        None => Recipe { base: inputs.base.clone(), models: inputs.models.clone(), ..Recipe::default() },
     };
-    if let Some(density) = args.look.density {
-        recipe.params.insert("density".into(), Value::Number(density).into());
+    if recipe.models.is_empty() {
+        return Err(Error::usage("nothing to analyze: no --model is given").help(
+            "name the base and the fine-tuned models, as in 'tiesmith analyze --base BASE --model A --model B --out DIR', \
+             or a recipe file",
+        ));
+    }
+    recipe.scope = look.scope.unwrap_or(recipe.scope);
+    recipe.threshold = look.threshold.unwrap_or(recipe.threshold);
+    recipe.seed = look.seed.unwrap_or(recipe.seed);
+    recipe.include = inputs.include.clone();
+    recipe.exclude = inputs.exclude.clone();
+    recipe.missing = inputs.missing;
+    recipe.non_finite = inputs.non_finite;
+    match look.density.map(Value::Number) {
+        // Beside a model that has its own, as in a merge.
+        Some(density) if args.recipe.is_none() => drop(recipe.params.insert("density".into(), density.into())),
+        Some(density) => recipe.set_everywhere("density", density),
+        None => {}
     }
     Ok(recipe)
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tiesmith::mergekit::{self, Document};
-use tiesmith::{Checkpoint, Error, Manifest, Plan, Recipe, Result, Storage};
+use tiesmith::{Checkpoint, Error, Manifest, ModelInput, Params, Plan, Recipe, Result, Storage};
 
 use super::args::MergeArgs;
 use super::lower;
@@ -89,6 +89,42 @@ pub fn read(args: &MergeArgs, verb: &str, storage: &dyn Storage) -> Result<Vec<J
         Ok(Job { name, recipe, out, part: !last, warnings, places, again: None })
     });
     jobs.collect()
+}
+
+/// The base and the models of the recipe `file`, with their densities, where its thresholds apply and how they are found.
+pub fn family(file: &str, storage: &dyn Storage) -> Result<Recipe> {
+    let text = text(file, storage)?;
+    let recipe = match Manifest::is_one(&text) {
+        true => Manifest::read(Path::new(file), storage)?.recipe(storage),
+        false => {
+            let mut documents = mergekit::parse(&text, file)?;
+            match (documents.pop(), documents.is_empty()) {
+                (Some(Document { recipe, .. }), true) => recipe,
+                _ => {
+                    return Err(Error::usage("several merges in one file: which of them is to be looked at?")
+                        .at(Path::new(file))
+                        .help("name base and models with --base and --model, or give a file with one of them"));
+                }
+            }
+        }
+    };
+    if !recipe.slices.is_empty() || !recipe.modules.is_empty() {
+        return Err(Error::usage("layers are put together here: there are no whole models to be compared")
+            .at(Path::new(file))
+            .help("name base and models with --base and --model"));
+    }
+    let densities = |mut params: Params| {
+        params.retain(|name, _| name == "density");
+        params
+    };
+    let Recipe { base, models, params, scope, threshold, seed, crop_vocabulary, .. } = recipe;
+    let models = models.into_iter().map(|model| ModelInput {
+        params: densities(model.params),
+        source: model.source,
+        ..ModelInput::default()
+    });
+    let models = models.collect();
+    Ok(Recipe { base, models, params: densities(params), scope, threshold, seed, crop_vocabulary, ..Recipe::default() })
 }
 
 /// Opens every checkpoint that the jobs merge and that none of them makes: what is missing or broken is said before the

@@ -214,6 +214,54 @@ fn a_single_model_has_no_figures_that_compare() {
 }
 
 #[test]
+fn a_recipe_names_the_family_and_its_densities() {
+    let saved = families().swap_remove(0).save();
+    let [a, b] = [0, 1].map(|model| text(&saved.models[model]));
+    let base = text(&saved.base);
+    let recipe = |name: &str, content: &str| {
+        let file = saved.path(name);
+        fs::write(&file, content).unwrap();
+        text(&file)
+    };
+    let run = |args: &[&str], name: &str| {
+        let out = saved.path(name);
+        tiesmith(["analyze"].iter().chain(args).copied().chain(["--out", &text(&out)])).succeeded();
+        let mut report = read_json(&out.join("report.json"));
+        for changing in ["fingerprint", "run", "out", "wall_seconds", "peak_memory_bytes"] {
+            report.as_object_mut().unwrap().remove(changing);
+        }
+        report
+    };
+    // Whatever the method, with what belongs to a merge alone left aside.
+    let ties = recipe(
+        "ties.yml",
+        &format!(
+            "merge_method: ties\nbase_model: {base}\nmodels:\n- model: {a}\n  parameters: {{density: 0.3, weight: 0.5}}\n\
+             - model: {b}\n  parameters: {{weight: 2}}\nparameters: {{density: 0.2, lambda: 0.7}}\nscope: tensor\ndtype: float16\n"
+        ),
+    );
+    let (a3, b2) = (format!("{a},density=0.3"), format!("{b},density=0.2"));
+    let expected = run(&["--base", &base, "--model", &a3, "--model", &b2, "--scope=tensor"], "flags");
+    assert_eq!(run(&[&ties], "recipe"), expected);
+    let expected = run(&["--base", &base, "--model", &a, "--model", &b, "--density=0.1"], "flags2");
+    assert_eq!(run(&[&ties, "--density=0.1", "--scope=model"], "recipe2"), expected);
+
+    let refused = |args: &[&str], said: &str| {
+        let outcome = tiesmith(["analyze"].iter().chain(args).copied().chain(["--out", &text(&saved.path("no"))]));
+        assert!(outcome.refusal().contains(said), "{}", outcome.stderr);
+    };
+    refused(&[&ties, "--base", &base], "--base");
+    refused(&[&text(&saved.path("none.yml"))], "none.yml");
+    let layers = format!("merge_method: passthrough\nslices:\n- sources:\n  - model: {a}\n    layer_range: [0, 1]\n");
+    refused(&[&recipe("slices.yml", &layers)], "layers are put together here");
+    let one = |name: &str| {
+        format!("name: {name}\nmerge_method: linear\nmodels:\n- model: {a}\n  parameters: {{weight: 1}}\n")
+    };
+    refused(&[&recipe("two.yml", &format!("{}---\n{}", one("x"), one("y")))], "several merges in one file");
+    refused(&[&recipe("linear.yml", &one("x"))], "base");
+}
+
+#[test]
 fn what_cannot_be_analyzed_is_refused_in_one_sentence() {
     let family = &families()[0];
     let saved = family.save();
