@@ -41,7 +41,7 @@ pub struct Cli {
 
 const EXAMPLES: &str = "\
 A checkpoint (CKPT) is a directory of .safetensors files with or without an index, one .safetensors file, an \
-.index.json file, the same of PyTorch (.bin, .pt, .pth), or a Hub id (org/name[@revision]) that is in the local Hugging Face cache. MODEL+ADAPTER is a \
+.index.json file, the same of PyTorch (.bin, .pt, .pth), a packed task vector (.tvz), an https:// address, or a Hub id (org/name[@revision]): from the local Hugging Face cache, or read over the network. MODEL+ADAPTER is a \
 checkpoint with a PEFT adapter (LoRA or (IA)3) on it; an adapter alone as a --model is one on --base.
 
 Examples:
@@ -76,15 +76,6 @@ Examples:
     tiesmith sweep --base llama --model chat --model code --density 0.1,0.2,0.3 --lambda 0.8:3.0:0.1 --out grid
   Every pair of models, by two methods
     tiesmith sweep --base llama --model a --model b --model c --subset pairs --method ties,task_arithmetic --out grid";
-
-const PACK_EXAMPLES: &str = "\
-Examples:
-  The 20 % of the task vector with the largest magnitudes: about six times smaller
-    tiesmith pack chat --base llama --density 0.2 --out chat.tvz
-  All that differs, whatever it is
-    tiesmith pack chat --base llama --density 1 --out chat.tvz
-  A packed task vector is trimmed already
-    tiesmith merge --base llama --model chat.tvz --model code.tvz --density 1 --out merged";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -148,7 +139,7 @@ pub enum Command {
     /// Pack a checkpoint into a file of what differs from its base, trimmed and compressed
     ///
     /// The file stands for the (trimmed) checkpoint wherever one is asked for, as long as the base is there.
-    #[command(after_help = PACK_EXAMPLES)]
+    #[command(after_help = super::pack::EXAMPLES)]
     Pack(PackArgs),
     /// Write what is packed in a file as a checkpoint, bit for bit
     ///
@@ -205,6 +196,8 @@ pub struct MergeArgs {
     #[command(flatten)]
     pub inputs: InputArgs,
     #[command(flatten)]
+    pub statistics: StatisticsArgs,
+    #[command(flatten)]
     pub method: MethodArgs,
     #[command(flatten)]
     pub trim: TrimArgs,
@@ -230,9 +223,6 @@ pub struct InputArgs {
     /// that 'tiesmith methods' marks, as in 'chat,weight=0.5,density=30%'. Only ',name=value' at the end is split off: paths may contain commas.
     #[arg(long = "model", value_name = "CKPT[,weight=W][,density=D]", value_parser = parse::model)]
     pub models: Vec<ModelInput>,
-
-    #[command(flatten)]
-    pub statistics: StatisticsArgs,
 
     /// Merge only tensors whose name matches; repeatable [default: all]
     ///

@@ -17,5 +17,5 @@ pub fn run(args: &FinishArgs) -> Result<u8> {
         progress.warn(warning);
     }
     drop(progress);
-    merge::show(&plan, &report, false, args.report.json)
+    merge::show(&plan, &report, merge::Made::InParts, args.report.json)
 }

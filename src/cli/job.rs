@@ -36,9 +36,16 @@ pub struct Planned {
     pub storage: Arc<dyn Storage>,
 }
 
-/// Writes down the merge that `args` describe.
-pub fn save(file: &Path, args: &MergeArgs, plan: &Plan, schedule: &Schedule, storage: &dyn Storage) -> Result<()> {
-    let mut output = lower::output(args)?;
+/// Writes down the merge that `args` describe. Returns how a part of it is run: with sketches as in all parts.
+pub fn save(
+    file: &Path,
+    args: &MergeArgs,
+    plan: &Plan,
+    schedule: &Schedule,
+    storage: &dyn Storage,
+) -> Result<Schedule> {
+    let mut output = lower::output(args)
+        .map_err(|e| e.replace_help("add '--out DIR': all parts write there, and the plan file says where"))?;
     output.dir = std::path::absolute(&output.dir)
         .map_err(|e| Error::usage(format!("{}: {e}", output.dir.display())).help("choose another --out"))?;
     let arguments = std::env::args_os().skip(2).map(|argument| argument.into_string());
@@ -47,12 +54,14 @@ pub fn save(file: &Path, args: &MergeArgs, plan: &Plan, schedule: &Schedule, sto
     })?;
     let directory = std::env::current_dir()
         .map_err(|e| Error::failed(format!("cannot tell the current directory: {e}")).help("change to another one"))?;
-    let file_content =
-        PlanFile { tiesmith_plan: VERSION, directory, arguments, job: Job::new(plan, schedule, &output)? };
+    let job = Job::new(plan, schedule, &output)?;
+    let in_parts = job.schedule(plan, lower::run(args))?;
+    let file_content = PlanFile { tiesmith_plan: VERSION, directory, arguments, job };
     let json = serde_json::to_string_pretty(&file_content)
         .map_err(|e| Error::failed(format!("cannot write the plan as JSON: {e}")))?;
     let scratch = file.parent().filter(|dir| *dir != Path::new("")).unwrap_or(Path::new("."));
-    storage.write_small(file, (json + "\n").as_bytes(), scratch)
+    storage.write_small(file, (json + "\n").as_bytes(), scratch).map_err(Error::as_input)?;
+    Ok(in_parts)
 }
 
 fn read(file: &Path) -> Result<PlanFile> {
@@ -67,11 +76,6 @@ fn read(file: &Path) -> Result<PlanFile> {
             .help("plan again with this version of tiesmith")),
         Err(_) => Err(Error::input("not a plan file").at(file).help("give a file that 'tiesmith plan --save' wrote")),
     }
-}
-
-/// The job of a plan file, without a look at its inputs.
-pub fn job(file: &Path) -> Result<Job> {
-    read(file).map(|plan| plan.job)
 }
 
 /// Plans again what `file` describes, reading inputs as `io` says.
@@ -108,12 +112,23 @@ pub fn run(args: &MergeArgs, resources: &ResourceArgs) -> Run {
     }
 }
 
-/// The memory and threads that a plan file's command line says, for scripts.
-pub fn resources(file: &Path) -> Result<(u64, Option<usize>)> {
+/// What a plan file says, without a look at its inputs.
+pub struct Saved {
+    pub job: Job,
+    /// What its command line says, for scripts.
+    pub memory: u64,
+    pub threads: Option<usize>,
+}
+
+/// Reads `file`.
+pub fn saved(file: &Path) -> Result<Saved> {
     let plan = read(file)?;
     let argv = ["tiesmith".to_owned(), "plan".to_owned()].into_iter().chain(plan.arguments);
     match Cli::try_parse_from(argv).map(|cli| cli.command) {
-        Ok(Command::Plan(args)) => Ok((args.merge.run.memory, args.merge.run.threads)),
+        Ok(Command::Plan(args)) => {
+            let run = &args.merge.run;
+            Ok(Saved { job: plan.job, memory: run.memory, threads: run.threads })
+        }
         _ => Err(Error::input("its arguments are not understood by this version").at(file).help("plan again with it")),
     }
 }

@@ -39,15 +39,15 @@ impl Job {
     }
 
     /// `error`, with the place in the recipe file if it is one of opening a checkpoint.
-    fn placed(&mut self, error: Error, storage: &Arc<dyn Storage>) -> Error {
+    fn placed(&self, error: Error, storage: &Arc<dyn Storage>) -> Error {
         let text = error.to_string();
         let (places, base, mut found) = (&self.places, self.recipe.base.clone(), None);
-        mergekit::sources(&mut self.recipe, |source| {
-            let Some(place) = places.get(source).filter(|_| found.is_none()) else { return };
+        for source in self.recipe.sources() {
+            let Some(place) = places.get(source).filter(|_| found.is_none()) else { continue };
             if Checkpoint::open_on(source, base.as_deref(), storage).is_err_and(|e| e.to_string() == text) {
                 found = Some(place);
             }
-        });
+        }
         match found {
             Some(place) => error.named_in(place),
             None => error,
@@ -63,8 +63,8 @@ pub fn read(args: &MergeArgs, verb: &str, storage: &dyn Storage) -> Result<Vec<J
     let out = args.output.out.clone();
     let Some(file) = &args.recipe else {
         let recipe = lower::recipe(args, verb)?;
-        let places = HashMap::new();
-        return Ok(vec![Job { name: None, recipe, out, part: false, warnings: Vec::new(), places, again: None }]);
+        let (places, warnings) = (HashMap::new(), Vec::new());
+        return Ok(vec![Job { name: None, recipe, out, part: false, warnings, places, again: None }]);
     };
     let text = text(file, storage)?;
     if Manifest::is_one(&text) {
@@ -77,7 +77,7 @@ pub fn read(args: &MergeArgs, verb: &str, storage: &dyn Storage) -> Result<Vec<J
     let jobs = documents.into_iter().enumerate().map(|(index, mut document)| {
         let last = index + 1 == count;
         if count > 1 {
-            mergekit::sources(&mut document.recipe, |source| {
+            document.recipe.rename_sources(|source| {
                 if names.contains(source) {
                     *source = parts.join(&*source).to_string_lossy().into_owned();
                 }
@@ -129,15 +129,15 @@ pub fn family(file: &str, storage: &dyn Storage) -> Result<Recipe> {
 
 /// Opens every checkpoint that the jobs merge and that none of them makes: what is missing or broken is said before the
 /// first of them has worked for hours.
-pub fn check(jobs: &mut [Job], storage: &Arc<dyn Storage>) -> Result<()> {
+pub fn check(jobs: &[Job], storage: &Arc<dyn Storage>) -> Result<()> {
     let made: HashSet<PathBuf> = jobs.iter().filter_map(|job| job.out.clone()).collect();
     let mut known = HashSet::new();
-    for job in jobs.iter_mut() {
+    for job in jobs.iter() {
         let recipe = &job.recipe;
         let base = recipe.base.as_deref();
         // What is made of a base that is not there yet cannot be opened.
         let waits = base.is_some_and(|base| made.contains(Path::new(base)));
-        let mut sources = base.into_iter().chain(recipe.models.iter().map(|model| &*model.source));
+        let mut sources = recipe.sources();
         let open = |source: &str| match waits || made.contains(Path::new(source)) || !known.insert(source.to_owned()) {
             true => Ok(()),
             false => Checkpoint::open_on(source, base, storage).map(drop),

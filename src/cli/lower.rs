@@ -36,8 +36,8 @@ pub fn recipe(args: &MergeArgs, verb: &str) -> Result<Recipe> {
         max_shard_bytes: args.output.max_shard_size,
         ..Recipe::default()
     };
-    statistics(&mut recipe, Statistics::Fisher, &args.inputs.statistics.fisher)?;
-    statistics(&mut recipe, Statistics::Gram, &args.inputs.statistics.gram)?;
+    statistics(&mut recipe, Statistics::Fisher, &args.statistics.fisher)?;
+    statistics(&mut recipe, Statistics::Gram, &args.statistics.gram)?;
     for (name, value) in method_params(args) {
         if recipe.params.insert(name.to_string(), value.into()).is_some() {
             return Err(Error::usage(format!("{name} is given twice")).help("use --param once for each parameter"));
@@ -106,8 +106,8 @@ pub fn override_recipe(recipe: &mut Recipe, args: &MergeArgs) -> Result<()> {
     recipe.non_finite = inputs.non_finite;
     recipe.overflow = output.overflow;
     recipe.max_shard_bytes = output.max_shard_size;
-    statistics(recipe, Statistics::Fisher, &inputs.statistics.fisher)?;
-    statistics(recipe, Statistics::Gram, &inputs.statistics.gram)?;
+    statistics(recipe, Statistics::Fisher, &args.statistics.fisher)?;
+    statistics(recipe, Statistics::Gram, &args.statistics.gram)?;
     for (name, value) in method_params(args) {
         if !recipe.method()?.params().iter().any(|spec| spec.name == name) {
             return Err(Error::usage(format!("the recipe's method {} has no parameter {name}", recipe.method)));
@@ -123,8 +123,8 @@ fn method_params(args: &MergeArgs) -> impl Iterator<Item = (&str, Value)> {
     let given = [
         ("lambda", args.method.lambda.map(Value::Number)),
         ("density", args.trim.density.map(Value::Number)),
-        ("fisher_floor", args.inputs.statistics.fisher_floor.map(Value::Number)),
-        ("alpha", args.inputs.statistics.alpha.map(Value::Number)),
+        ("fisher_floor", args.statistics.fisher_floor.map(Value::Number)),
+        ("alpha", args.statistics.alpha.map(Value::Number)),
         ("elect", word(&args.method.elect)),
         ("combine", word(&args.method.combine)),
         ("zero_sum", word(&args.method.zero_sum)),

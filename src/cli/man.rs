@@ -12,9 +12,9 @@ pub fn run(args: &ManArgs) -> Result<u8> {
     let mut pages = pages()?;
     if let Some(dir) = &args.out {
         let storage = disk(IoMode::Auto);
-        storage.create_dir_all(dir)?;
+        storage.create_dir_all(dir).map_err(Error::as_input)?;
         for (name, page) in &pages {
-            storage.write_small(&dir.join(format!("{name}.1")), page.as_bytes(), dir)?;
+            storage.write_small(&dir.join(format!("{name}.1")), page.as_bytes(), dir).map_err(Error::as_input)?;
         }
         return Ok(0);
     }

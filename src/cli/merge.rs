@@ -18,7 +18,7 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
     let mut jobs = jobs::read(args, "merge", &*storage)?;
     let output = lower::output(args)?;
     if jobs.len() > 1 {
-        jobs::check(&mut jobs, &storage)?;
+        jobs::check(&jobs, &storage)?;
     }
     let mut last = jobs.pop().expect("a recipe has a document");
     for job in jobs {
@@ -42,16 +42,32 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
     if let Some(manifest) = &last.again {
         compare(manifest, &output.dir, &*storage)?;
     }
-    show(&plan, &report, last.again.is_some(), args.run.report.json)
+    let made = if last.again.is_some() { Made::Again } else { Made::Merged };
+    show(&plan, &report, made, args.run.report.json)
 }
 
-/// Prints what was done; `reproduced` says that it is what a manifest lists.
-pub fn show(plan: &Plan, report: &Report, reproduced: bool, json: bool) -> Result<u8> {
+/// How an output came about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Made {
+    /// From its inputs.
+    Merged,
+    /// From a manifest, and it is what that lists.
+    Again,
+    /// In parts, so that the time is not that of reading and writing it.
+    InParts,
+}
+
+/// Prints what was done.
+pub fn show(plan: &Plan, report: &Report, made: Made, json: bool) -> Result<u8> {
+    let reproduced = made == Made::Again;
     if json {
         return print_json(&Printed { report, reproduced });
     }
     let models: Vec<&str> = plan.recipe.models.iter().map(|model| model.source.as_str()).collect();
-    let mut text = summary(report);
+    let mut text = match made {
+        Made::InParts => described(report, "merged into", ""),
+        Made::Merged | Made::Again => summary(report, "merged into"),
+    };
     if plan.merging().trim.is_some() {
         text.push_str(&kept(report, &models));
     }
@@ -114,10 +130,15 @@ fn line(text: &mut String, label: &str, value: &str) {
 }
 
 /// What was done, for people.
-pub fn summary(report: &Report) -> String {
+pub fn summary(report: &Report, done: &str) -> String {
+    let rate = human::rate(report.bytes_read + report.bytes_written, report.wall_seconds);
+    described(report, done, &format!(", {rate} read and written"))
+}
+
+fn described(report: &Report, done: &str, rate: &str) -> String {
     let mut text = String::new();
     let mut line = |label, value: String| line(&mut text, label, &value);
-    line("merged into", printable(&report.out));
+    line(done, printable(&report.out));
     let tensors = human::plural(report.tensors, "tensor");
     line("contents", format!("{tensors}, {} parameters", human::count(report.elements)));
     let shards = human::plural(report.shards, "shard");
@@ -129,8 +150,7 @@ pub fn summary(report: &Report) -> String {
     if report.resumed {
         line("resumed", format!("{} taken over", human::plural(report.chunks_reused, "chunk")));
     }
-    let rate = human::rate(report.bytes_read + report.bytes_written, report.wall_seconds);
-    line("time", format!("{}, {rate} read and written", human::duration(report.wall_seconds)));
+    line("time", format!("{}{rate}", human::duration(report.wall_seconds)));
     if let Some(bytes) = report.peak_memory_bytes {
         line("peak memory", human::bytes(bytes));
     }
@@ -204,7 +224,7 @@ kept            20 % of chat
                 20 % of code
 ";
         let report = report();
-        assert_eq!(summary(&report) + &kept(&report, &["chat", "code"]), expected);
+        assert_eq!(summary(&report, "merged into") + &kept(&report, &["chat", "code"]), expected);
         let expected = "survives        90 % of what is kept of chat\n                87.5 % of what is kept of code\n";
         assert_eq!(surviving(&report, &["chat", "code"]), expected);
         assert_eq!(surviving(&report, &["chat"]), "");

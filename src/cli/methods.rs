@@ -113,6 +113,7 @@ fn values(kind: ParamKind) -> (String, String) {
         ParamKind::Number { default, min, max } => {
             let range = match (min > f64::from(f32::MIN), max < f64::from(f32::MAX)) {
                 (true, true) => format!("{min} to {max}"),
+                (true, false) if min == f64::from(f32::MIN_POSITIVE) => "above 0".to_string(),
                 (true, false) => format!("at least {min}"),
                 (false, true) => format!("at most {max}"),
                 (false, false) => "any number".to_string(),

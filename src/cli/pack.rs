@@ -8,6 +8,16 @@ use super::args::{PackArgs, RunArgs, UnpackArgs};
 use super::progress::Progress;
 use super::{human, print, print_json, signals};
 
+/// What the help of `pack` shows.
+pub const EXAMPLES: &str = "\
+Examples:
+  The 20 % of the task vector with the largest magnitudes: about six times smaller
+    tiesmith pack chat --base llama --density 0.2 --out chat.tvz
+  All that differs, whatever it is
+    tiesmith pack chat --base llama --density 1 --out chat.tvz
+  A packed task vector is trimmed already
+    tiesmith merge --base llama --model chat.tvz --model code.tvz --density 1 --out merged";
+
 /// Packs.
 pub fn pack(args: &PackArgs) -> Result<u8> {
     let storage = super::inputs(&args.run)?;

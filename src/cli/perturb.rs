@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use clap::ValueEnum;
-use tiesmith::{Error, ModelInput, Observer, OutputOptions, Plan, Recipe, Result, Run, Schedule, Value};
+use tiesmith::{ModelInput, Observer, OutputOptions, Plan, Recipe, Result, Run, Schedule, Value};
 
 use super::args::RunArgs;
 use super::progress::Progress;
@@ -71,16 +71,12 @@ pub struct PerturbArgs {
 /// Runs the command.
 pub fn run(args: &PerturbArgs) -> Result<u8> {
     signals::install();
-    for (name, value) in [("--density", args.density), ("--probability", args.probability)] {
-        if !(0.0..=1.0).contains(&value) {
-            return Err(Error::usage(format!("{name} {value} is not between 0 and 1")));
-        }
-    }
     let storage = super::inputs(&args.run)?;
     let progress = Progress::new(args.run.report.progress);
     let (side, largest) = match args.flip_sign {
         Side::Top => ("top", args.density),
-        Side::Bottom => ("bottom", 1.0 - args.density),
+        // What 1 − K loses in binary must not cost an entry.
+        Side::Bottom => ("bottom", ((1.0 - args.density) * 1e12).round() / 1e12),
     };
     let mut recipe = Recipe {
         method: "perturb".into(),
@@ -108,5 +104,5 @@ pub fn run(args: &PerturbArgs) -> Result<u8> {
         return print_json(&report);
     }
     let flipped = human::percent(report.kept_fraction.first().copied().unwrap_or(0.0));
-    print(&format!("{}{:<15} {flipped} of the task vector\n", merge::summary(&report), "flipped"))
+    print(&format!("{}{:<15} {flipped} of the task vector\n", merge::summary(&report, "perturbed into"), "flipped"))
 }

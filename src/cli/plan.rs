@@ -18,33 +18,32 @@ pub fn run(args: &PlanArgs) -> Result<u8> {
     let rates = Rates { disk: args.disk, network: args.network, cache_bytes: args.merge.run.cache.size.unwrap_or(0) };
     let (args, save) = (&args.merge, args.save.as_deref());
     let storage = disk(args.run.io);
-    let mut jobs = jobs::read(args, "plan", &*storage)?;
+    let jobs = jobs::read(args, "plan", &*storage)?;
     let alone = jobs.len() == 1;
     if save.is_some() && !alone {
         return Err(Error::usage("--save takes one merge, and the recipe file holds several")
             .help("merge the documents that others use first, each from a file of its own"));
     }
     if !alone {
-        jobs::check(&mut jobs, &storage)?;
+        jobs::check(&jobs, &storage)?;
     }
     let (mut text, mut pending) = (String::new(), Vec::new());
     for mut job in jobs {
         let name = job.name.clone().unwrap_or_else(|| "the last document".into());
         // What is made of parts that are not there yet has no headers to plan by.
-        let waits = |source: &String| pending.iter().any(|dir: &PathBuf| dir.as_path() == Path::new(source));
-        let mut sources = job.recipe.base.iter().chain(job.recipe.models.iter().map(|model| &model.source));
-        if let Some(part) = sources.find(|source| waits(source)) {
+        let waits = |source: &str| pending.iter().any(|dir: &PathBuf| dir.as_path() == Path::new(source));
+        if let Some(part) = job.recipe.sources().find(|source| waits(source)) {
             let part = printable(part);
             text.push_str(&format!("{}: planned once {part} is made\n", printable(&name)));
             pending.extend(job.out);
             continue;
         }
         let plan = job.plan(&storage)?;
-        let schedule = Schedule::new(&plan, lower::run(args))?;
-        let summary = PlanSummary::new(&plan, &schedule);
+        let mut schedule = Schedule::new(&plan, lower::run(args))?;
         if let Some(file) = save {
-            job::save(file, args, &plan, &schedule, &*storage)?;
+            schedule = job::save(file, args, &plan, &schedule, &*storage)?;
         }
+        let summary = PlanSummary::new(&plan, &schedule);
         if let (true, Some(dir)) = (job.part, &job.out)
             && !tiesmith::is_finished(&plan, dir, &*storage)?
         {
@@ -59,6 +58,11 @@ pub fn run(args: &PlanArgs) -> Result<u8> {
         }
         text.push_str(&render(&summary));
         text.push_str(&rates.render(&plan, &summary));
+        if let Some(file) = save {
+            let file = printable(&file.to_string_lossy());
+            let _ =
+                writeln!(text, "\nSaved to {file}; memory is that of each part. Next: tiesmith run {file} --part 1/N");
+        }
         if !alone {
             text.push('\n');
         }

@@ -115,9 +115,13 @@ impl Observer for Progress {
     fn stage(&self, name: &str, bytes: u64) {
         let shared = &self.shared;
         let mut stage = lock(&shared.stage);
-        shared.close(stage.take());
+        let last = stage.take();
+        // The groups of a probe and the like follow each other: one line says it.
+        let again = last.as_ref().is_some_and(|last| last.name == name);
+        shared.close(last);
         shared.done.store(0, Ordering::Relaxed);
         match shared.mode {
+            Mode::Plain if again => {}
             Mode::Plain if bytes == 0 => (shared.sink)(name),
             Mode::Plain => (shared.sink)(&format!("{name}: {}", human::bytes(bytes))),
             Mode::Json => shared.json(&json!({"event": "stage", "stage": name, "bytes": bytes})),

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use tiesmith::{Error, Result};
+use tiesmith::{Error, Result, printable};
 
 use super::args::SlurmArgs;
 use super::{job, print};
@@ -12,8 +12,7 @@ const SPARE_MEBIBYTES: u64 = 256;
 
 /// Runs the command.
 pub fn run(args: &SlurmArgs) -> Result<u8> {
-    let planned = job::job(&args.job)?;
-    let (memory, threads) = job::resources(&args.job)?;
+    let job::Saved { job: planned, memory, threads } = job::saved(&args.job)?;
     let memory = args.resources.memory.unwrap_or(memory);
     let threads = args.resources.threads.or(threads).unwrap_or(4);
     let file = std::path::absolute(&args.job)
@@ -34,7 +33,8 @@ struct Script<'a> {
 impl Script<'_> {
     fn text(&self) -> String {
         let Self { parts, memory, threads, .. } = self;
-        let (file, out) = (quoted(&self.file.to_string_lossy()), quoted(&self.out.to_string_lossy()));
+        // A line of a comment, so that nothing in the name can be anything else.
+        let (file, shown) = (quoted(&self.file.to_string_lossy()), printable(&self.out.to_string_lossy()));
         let mebibytes = memory.div_ceil(1 << 20) + SPARE_MEBIBYTES;
         let options: String = self.sbatch.iter().map(|option| format!(" {}", quoted(option))).collect();
         format!(
@@ -42,16 +42,19 @@ impl Script<'_> {
 # Submits a merge in {parts} parts: sketch, then merge, then finish. Each waits until the one before it has succeeded.
 # Preempted and requeued tasks go on where they were. To do failed tasks again, run this script again: what is done is
 # not done twice.
-# Output: {out}
+# Output: {shown}
 set -euo pipefail
 export TIESMITH="${{TIESMITH:-tiesmith}}" JOB={file}
 submit() {{ sbatch --parsable --requeue --open-mode=append --kill-on-invalid-dep=yes{options} "$@"; }}
 task=(--array=1-{parts} --cpus-per-task={threads} --mem={mebibytes}M)
 part="--part \$SLURM_ARRAY_TASK_ID/{parts} --threads {threads} --memory {memory}B"
 
-sketch=$(submit --job-name=tiesmith-sketch "${{task[@]}}"   --wrap "exec "\$TIESMITH" run "\$JOB" --stage sketch $part")
-merge=$(submit --job-name=tiesmith-merge --dependency=afterok:"$sketch" "${{task[@]}}"   --wrap "exec "\$TIESMITH" run "\$JOB" --stage merge $part")
-finish=$(submit --job-name=tiesmith-finish --dependency=afterok:"$merge" --cpus-per-task=1 --mem={mebibytes}M   --wrap "exec "\$TIESMITH" finish "\$JOB"")
+sketch=$(submit --job-name=tiesmith-sketch "${{task[@]}}" \
+  --wrap "exec \"\$TIESMITH\" run \"\$JOB\" --stage sketch $part")
+merge=$(submit --job-name=tiesmith-merge --dependency=afterok:"$sketch" "${{task[@]}}" \
+  --wrap "exec \"\$TIESMITH\" run \"\$JOB\" --stage merge $part")
+finish=$(submit --job-name=tiesmith-finish --dependency=afterok:"$merge" --cpus-per-task=1 --mem={mebibytes}M \
+  --wrap "exec \"\$TIESMITH\" finish \"\$JOB\"")
 echo "sketch $sketch, merge $merge, finish $finish"
 "#
         )
@@ -88,6 +91,7 @@ mod tests {
             "--part \\$SLURM_ARRAY_TASK_ID/6 --threads 3 --memory 1073741824B",
             "--dependency=afterok:\"$sketch\"",
             "--dependency=afterok:\"$merge\"",
+            r#"--wrap "exec \"\$TIESMITH\" run \"\$JOB\" --stage sketch $part")"#,
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }

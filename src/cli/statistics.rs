@@ -24,7 +24,8 @@ pub struct StatisticsArgs {
     #[arg(long, value_name = "NUMBER", value_parser = parse::number)]
     pub fisher_floor: Option<f64>,
 
-    /// Factor of Gram matrices off their diagonal, for method 'regmean' [default: 0.9]
+    /// Factor of Gram matrices off their diagonal, for method 'regmean' [default: 0.9]; largest ratio that counts, for
+    /// 'ramplus_tl' [default: 0.2]
     #[arg(long, value_name = "NUMBER", value_parser = parse::number)]
     pub alpha: Option<f64>,
 }

@@ -66,12 +66,13 @@ pub fn run(args: SweepArgs) -> Result<u8> {
 
 /// The same request as one of `merge`, without what the grid says.
 fn merge_args(args: SweepArgs) -> MergeArgs {
-    let SweepArgs { recipe, given, inputs, elect, combine, zero_sum, params, sign_from, seed, .. } = args;
+    let SweepArgs { recipe, given, inputs, statistics, elect, combine, zero_sum, params, sign_from, seed, .. } = args;
     let method = args.method.into_iter().next().unwrap_or_else(|| Recipe::default().method);
     MergeArgs {
         recipe,
         given,
         inputs,
+        statistics,
         method: MethodArgs { method, lambda: None, elect, combine, zero_sum, params, sign_from, seed },
         trim: TrimArgs { density: None, scope: args.scope, threshold: args.threshold, trim_ties: args.trim_ties },
         output: args.output,

@@ -96,7 +96,8 @@ fn render(report: &VerifyReport) -> String {
     }
     text.push_str(&table.render());
     if !report.intact {
-        text.push_str("'tiesmith verify DIR --repair' makes damaged files again from the inputs\n");
+        let dir = printable(&report.dir.to_string());
+        text.push_str(&format!("'tiesmith verify {dir} --repair' makes damaged files again from the inputs\n"));
     }
     text
 }
@@ -139,7 +140,7 @@ damaged: 3 of 7 files, 13.5 GB
   model-00001-of-00003.safetensors  has other bytes than were written, in a, b, c\\u{a} and 1 more
   config.json                       has 9 bytes, 10 were written
   a\\u{a}b                           is missing
-'tiesmith verify DIR --repair' makes damaged files again from the inputs
+'tiesmith verify out --repair' makes damaged files again from the inputs
 ";
         assert_eq!(render(&report), expected);
         (report.intact, report.repaired) = (true, vec!["config.json".into()]);

@@ -5,7 +5,7 @@ use super::statistics;
 use crate::error::{Error, Result};
 use crate::limits::MAX_MODELS;
 use crate::method::Method;
-use crate::recipe::{ModelInput, ModuleModel, NonFinite, Recipe};
+use crate::recipe::{ModelInput, ModuleModel, NonFinite, Recipe, Slice};
 
 /// The recipe with base as the first of two models, where the method means that: as one of them, or beside a single one.
 pub(super) fn base_as_model(recipe: &Recipe, method: &dyn Method) -> Recipe {
@@ -65,18 +65,25 @@ pub(super) fn check_request(recipe: &Recipe, adapters: bool) -> Result<()> {
     let (fewest, most) = method.models();
     if let Some(given) = counts.into_iter().find(|count| !(fewest..=most).contains(count)) {
         let wanted = match (fewest, most) {
-            (fewest, usize::MAX) => format!("at least {fewest}"),
-            (fewest, most) if fewest == most => fewest.to_string(),
-            (fewest, most) => format!("{fewest} to {most}"),
+            (fewest, usize::MAX) => format!("at least {fewest} models"),
+            (1, 1) => "one model".to_owned(),
+            (fewest, most) if fewest == most => format!("{fewest} models"),
+            (fewest, most) => format!("{fewest} to {most} models"),
         };
-        return Err(Error::usage(format!("{} merges {wanted} models, but {given} are given", method.name()))
-            .help("'tiesmith methods' says what each method takes"));
+        return Err(Error::usage(format!(
+            "{} merges {wanted}, but {given} {} given",
+            method.name(),
+            if given == 1 { "is" } else { "are" }
+        ))
+        .help("'tiesmith methods' says what each method takes"));
     }
     if recipe.rank.is_some() && !adapters {
         return Err(Error::usage("--rank is for LoRA adapters that are merged with each other")
             .help("leave it out, or give adapters as every --model, and no --base"));
     }
-    if method.needs_base() && recipe.base.is_none() && !adapters {
+    let based = |slice: &Slice| slice.base.as_ref().is_some_and(|base| base.model.is_some());
+    let by_slices = recipe.assembles_layers() && recipe.all_slices().all(based);
+    if method.needs_base() && recipe.base.is_none() && !adapters && !by_slices {
         return Err(Error::usage(format!("{} works on task vectors and needs a base checkpoint", method.name()))
             .help("give --base CKPT, the checkpoint that the models were fine-tuned from"));
     }

@@ -342,6 +342,31 @@ impl Recipe {
         method::find(&self.method)
     }
 
+    /// Every checkpoint that is named: base, models, the oracle, what models have besides, and those of the tokenizer.
+    pub fn sources(&self) -> impl Iterator<Item = &str> {
+        let besides = self.models.iter().flat_map(|model| [&model.fisher, &model.gram]).flatten();
+        let tokens = self.token_rules.iter().filter_map(|rule| rule.source.as_ref()?.model());
+        let vocabulary = self.vocabulary.as_ref().and_then(|vocabulary| match vocabulary {
+            Vocabulary::Model(model) => Some(model),
+            Vocabulary::Base | Vocabulary::Union => None,
+        });
+        let models = self.models.iter().map(|model| &model.source);
+        let all = self.base.iter().chain(models).chain(&self.sign_from).chain(besides).chain(vocabulary).chain(tokens);
+        all.map(String::as_str)
+    }
+
+    /// The same, to be renamed.
+    pub fn rename_sources(&mut self, mut name: impl FnMut(&mut String)) {
+        self.base.iter_mut().for_each(&mut name);
+        self.models.iter_mut().for_each(|model| name(&mut model.source));
+        self.sign_from.iter_mut().for_each(&mut name);
+        self.models.iter_mut().flat_map(|model| [&mut model.fisher, &mut model.gram]).flatten().for_each(&mut name);
+        if let Some(Vocabulary::Model(model)) = &mut self.vocabulary {
+            name(model);
+        }
+        self.token_rules.iter_mut().filter_map(|rule| rule.source.as_mut()?.model_mut()).for_each(name);
+    }
+
     /// The trim of one checkpoint against its base, for [`crate::pack`]; density 1 packs all that differs.
     pub fn packing(checkpoint: &str, base: &str, density: f64) -> Self {
         let whole = density >= 1.0;

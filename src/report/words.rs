@@ -177,13 +177,11 @@ fn layers(analysis: &Analysis) -> Option<String> {
             .map(|(group, value)| format!("{} ({})", printable(&group.name), percent(*value)));
         named.collect::<Vec<_>>().join(", ")
     };
-    let norms = ranked(|line| line.norm_share);
+    let norms = Some(ranked(|line| line.norm_share)).filter(|names| !names.is_empty())?;
     let mut text = format!("The task vectors are longest in {norms}; the percentages are of their squared length.");
-    if analysis.models.len() > 1 {
-        text.push_str(&format!(
-            " The largest share of conflicting parameters is in {}.",
-            ranked(|line| line.conflicts)
-        ));
+    let conflicts = ranked(|line| line.conflicts);
+    if analysis.models.len() > 1 && !conflicts.is_empty() {
+        text.push_str(&format!(" The largest share of conflicting parameters is in {conflicts}."));
     }
     Some(text)
 }

@@ -371,3 +371,11 @@ fn parameters_that_a_method_does_not_have_are_warned_of() {
     let output = saved.merge(&Recipe { method: Method::Linear, ..Recipe::default() }, &["--density=0.5"]);
     assert!(output.warnings().contains("density"), "{}", output.warnings());
 }
+
+#[test]
+fn a_look_at_a_family_takes_no_statistics() {
+    let saved = Spec::default().family().save();
+    let [base, a] = [text(&saved.base), text(&saved.models[0])];
+    let args = ["analyze", "--base", &base, "--model", &a, "--out", "r", "--fisher", &a];
+    assert!(tiesmith(args).refusal().contains("--fisher"));
+}

@@ -9,6 +9,7 @@
 //! | `mergekit` | its outputs on a family with massive ties |
 //! | `determinism` | bytes do not depend on threads, memory, input mode or layout |
 //! | `factors` | merged changes of adapters against the best approximation of their rank |
+//! | `forms` | every form of the recipe language, right and wrong |
 //! | `fisher` | Fisher-weighted averages |
 //! | `formats` | stored types and every way to name a checkpoint |
 //! | `handing` | shards that a command takes away while the merge goes on |
@@ -48,6 +49,7 @@ mod draws;
 mod factors;
 mod fisher;
 mod formats;
+mod forms;
 mod golden;
 mod handing;
 mod limits;

@@ -158,7 +158,7 @@ fn modules_that_do_not_separate_are_refused() {
         assert!(refusal.contains(message), "{recipe}\n{refusal}");
     }
     let one = recipe("vision_tower", "default").replace("linear", "slerp").replace("{weight: 1}", "{t: 0.5}");
-    assert!(place.refusal(&one, &[]).contains("slerp merges 2 models, but 1 are given"));
+    assert!(place.refusal(&one, &[]).contains("slerp merges 2 models, but 1 is given"));
 }
 
 #[test]

@@ -373,6 +373,35 @@ fn schedulers_name_the_part() {
 }
 
 #[test]
+#[cfg(unix)]
+fn the_script_for_slurm_runs_in_folders_of_any_name() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let saved = family(Deltas::Stepped).save();
+    let dir = tempfile::tempdir().unwrap();
+    let odd = dir.path().join("it's \"a\" $HOME folder");
+    fs::create_dir(&odd).unwrap();
+    let (out, file) = (odd.join("merged"), odd.join("the job.plan"));
+    let page =
+        saved.run("plan", &Recipe::default(), &["--out", &text(&out), "--save", &text(&file)]).succeeded().stdout;
+    assert!(page.contains("Saved to "), "{page}");
+    // A scheduler that does each task of an array at once.
+    let sbatch = "#!/bin/bash\nset -e\ntasks=1\nfor word; do case $word in --array=1-*) tasks=${word#--array=1-};; esac; done\n\
+                  for i in $(seq $tasks); do SLURM_ARRAY_TASK_ID=$i bash -c \"${@: -1}\" >&2; done\necho 7\n";
+    let program = dir.path().join("sbatch");
+    fs::write(&program, sbatch).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let script = tiesmith(["slurm", &text(&file), "--parts=2", "--threads=1"]).succeeded().stdout;
+    assert!(!script.contains("   --wrap"), "{script}");
+    let link = odd.join("tie smith");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_tiesmith"), &link).unwrap();
+    let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap());
+    let mut bash = std::process::Command::new("bash");
+    let done = bash.args(["-c", &script]).env("PATH", path).env("TIESMITH", &link).output().unwrap();
+    assert!(done.status.success(), "{script}\n{}", String::from_utf8_lossy(&done.stderr));
+    assert!(out.join("model.safetensors").exists() && !out.join(".tiesmith").exists());
+}
+
+#[test]
 fn plan_files_are_checked() {
     let saved = family(Deltas::Stepped).save();
     let job = Job::plan(&saved, &Recipe::default(), &[]);
@@ -396,7 +425,9 @@ fn plan_files_are_checked() {
         says(job.run("1/1", &[]).refusal(), words);
     }
     let outcome = saved.run("plan", &Recipe::default(), &["--save", &text(&job.file)]);
-    says(outcome.refusal(), &["no output directory is given"]);
+    says(outcome.refusal(), &["no output directory is given", "all parts write there"]);
+    let nowhere = text(&saved.path("no/such/folder/job.plan"));
+    saved.run("plan", &Recipe::default(), &["--out=x", "--save", &nowhere]).refusal();
 }
 
 #[test]

@@ -322,7 +322,7 @@ fn what_cannot_be_planned_is_refused_with_its_place() {
         (ties("").replace("{weight: 1}", "{}"), "ties needs the parameter weight"),
         (
             "merge_method: passthrough\nmodels: [{model: a}, {model: base}]\n".into(),
-            "passthrough merges 1 models, but 2 are given",
+            "passthrough merges one model, but 2 are given",
         ),
     ] {
         let refusal = place.refusal(&recipe, &[]);

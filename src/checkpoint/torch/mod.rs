@@ -68,13 +68,15 @@ fn catalogue(file: &dyn InputFile, index: u32) -> Result<(Header, Option<String>
     let (others, first) = contents.others;
     if tensors.is_empty() && others > 0 {
         let first = printable(&first);
-        return Err(
-            Error::input(format!("none of its {others} entries is a tensor: the first is \"{first}\"")).help(SAVE)
-        );
+        return Err(Error::input(format!("no entry is a tensor: the first of {others} is \"{first}\"")).help(SAVE));
     }
     let warning = (others > 0).then(|| {
         let path = printable(&file.path().to_string_lossy());
-        format!("{path}: left out {others} entries that are no tensors: the first is \"{}\"", printable(&first))
+        let first = printable(&first);
+        match others {
+            1 => format!("{path}: left out an entry that is no tensor: \"{first}\""),
+            _ => format!("{path}: left out {others} entries that are no tensors: the first is \"{first}\""),
+        }
     });
     let hash = *blake3::Hasher::new().update(&archive.raw).update(&text).finalize().as_bytes();
     Ok((Header { bytes: (archive.raw.len() + text.len()) as u64, hash, tensors }, warning))

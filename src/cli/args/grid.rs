@@ -4,6 +4,7 @@ use clap::Args;
 use tiesmith::{Scope, ThresholdKind, TrimTies, Value};
 
 use super::{InputArgs, OutputArgs, RunArgs, methods, scopes, thresholds, tie_rules, words};
+use crate::cli::statistics::StatisticsArgs;
 use crate::cli::{parse, sweep};
 
 #[derive(Debug, Args)]
@@ -18,6 +19,8 @@ pub struct SweepArgs {
 
     #[command(flatten)]
     pub inputs: InputArgs,
+    #[command(flatten)]
+    pub statistics: StatisticsArgs,
 
     /// Scales of the merged task vector: a list, ranges first:last:step, or both
     #[arg(long, value_name = "LIST", help_heading = "Grid", allow_hyphen_values = true, value_parser = sweep::numbers)]

@@ -121,6 +121,11 @@ impl Job {
         })
     }
 
+    /// How a part is run.
+    pub fn schedule(&self, plan: &Plan, run: Run) -> Result<Schedule> {
+        Schedule::with_bins(plan, run, self.sketch_bins)
+    }
+
     /// Refuses inputs that are not what they were when the job was planned. Copies with equal times are the same.
     fn admit(&self, plan: &Plan) -> Result<()> {
         self.inputs.admit_copies(plan).map_err(|e| e.replace_help("use the inputs of the plan, or plan again"))

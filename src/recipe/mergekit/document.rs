@@ -135,7 +135,10 @@ fn note_places(reader: Reader<'_>, node: &Node, places: &mut HashMap<String, Str
             for (key, value) in entries {
                 match value.text() {
                     Some(text)
-                        if matches!(&*key.text, "model" | "base_model" | "path" | "tokenizer_source" | "source") =>
+                        if matches!(
+                            &*key.text,
+                            "model" | "base_model" | "path" | "tokenizer_source" | "source" | "fisher" | "gram"
+                        ) =>
                     {
                         places.entry(text.to_owned()).or_insert_with(|| reader.spot(value.place));
                     }

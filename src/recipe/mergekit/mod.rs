@@ -21,7 +21,7 @@ mod tokenizer;
 
 use std::collections::HashMap;
 
-use super::{Recipe, Vocabulary};
+use super::Recipe;
 use crate::error::{Result, printable};
 use crate::limits::MAX_RECIPE_DOCUMENTS;
 use reader::Reader;
@@ -79,17 +79,6 @@ pub fn parse(text: &str, file: &str) -> Result<Vec<Document>> {
     Ok(order.into_iter().filter_map(|index| documents[index].take()).collect())
 }
 
-/// Calls `f` with every checkpoint that `recipe` names.
-pub fn sources(recipe: &mut Recipe, mut f: impl FnMut(&mut String)) {
-    recipe.base.iter_mut().for_each(&mut f);
-    recipe.sign_from.iter_mut().for_each(&mut f);
-    recipe.models.iter_mut().for_each(|model| f(&mut model.source));
-    if let Some(Vocabulary::Model(model)) = &mut recipe.vocabulary {
-        f(model);
-    }
-    recipe.token_rules.iter_mut().filter_map(|rule| rule.source.as_mut()?.model_mut()).for_each(f);
-}
-
 /// The indexes of `documents`, each after those whose outputs it uses.
 fn in_order(
     reader: Reader<'_>,
@@ -99,15 +88,7 @@ fn in_order(
 ) -> Result<Vec<usize>> {
     let uses: Vec<Vec<usize>> = documents
         .iter()
-        .map(|document| {
-            let recipe = &document.recipe;
-            let tokenizer = match &recipe.vocabulary {
-                Some(Vocabulary::Model(model)) => Some(model),
-                _ => None,
-            };
-            let sources = recipe.base.iter().chain(recipe.models.iter().map(|model| &model.source)).chain(tokenizer);
-            sources.filter_map(|source| names.get(source).copied()).collect()
-        })
+        .map(|document| document.recipe.sources().filter_map(|source| names.get(source).copied()).collect())
         .collect();
     let mut done = vec![false; documents.len()];
     let mut order = Vec::with_capacity(documents.len());
