@@ -151,6 +151,64 @@ fn killed_at_random_moments_the_output_is_the_same() {
 }
 
 #[test]
+fn killed_inside_one_of_several_documents_the_recipe_goes_on_where_it_was() {
+    let saved = family(60_000).save();
+    let place = saved.path(".");
+    let names: Vec<String> = [&saved.base, &saved.models[0], &saved.models[1]].map(|path| text(path)).into();
+    let [base, a, b] = &names[..] else { unreachable!() };
+    let ties = |name: &str, models: [&str; 2]| {
+        let list =
+            models.map(|model| format!("- {{model: {model}, parameters: {{weight: 1, density: 0.3}}}}\n")).concat();
+        format!("---\n{name}merge_method: ties\nbase_model: {base}\nmodels:\n{list}")
+    };
+    let recipe = ties("name: one\n", [a, b]) + &ties("name: two\n", ["one", b]) + &ties("", ["one", "two"]);
+    fs::write(place.join("recipe.yml"), recipe).unwrap();
+    let merge = |out: &str| {
+        let mut merge = command();
+        merge.current_dir(&place).args([
+            "merge",
+            "recipe.yml",
+            "--progress=none",
+            "--threads=1",
+            "--memory=40MB",
+            "--out",
+            out,
+        ]);
+        merge.args(["--max-shard-size=500KB"]).stdout(Stdio::null()).stderr(Stdio::null());
+        merge
+    };
+    let begin = Instant::now();
+    assert!(merge("clean").status().unwrap().success());
+    let whole = begin.elapsed();
+    let mut random = Random::new(3);
+    let mut inside = [0; 3];
+    for round in 0..12 {
+        let out = format!("out{round}");
+        for _ in 0..3 {
+            let mut child = merge(&out).spawn().unwrap();
+            std::thread::sleep(whole.mul_f64(f64::from(random.below(1000) as u32) / 1000.0));
+            signal(&child, "-KILL");
+            child.wait().unwrap();
+            // Which document was being made.
+            let parts = place.join(format!("{out}.parts"));
+            let making = [parts.join("one"), parts.join("two"), place.join(&out)];
+            inside.iter_mut().zip(&making).for_each(|(count, dir)| *count += u32::from(dir.join(".tiesmith").exists()));
+        }
+        // The last kill may have come too late.
+        let finished = place.join(&out).join("tiesmith.json").exists();
+        assert!(merge(&out).status().unwrap().success() || finished);
+        for (made, clean) in
+            [("out{}.parts/one", "clean.parts/one"), ("out{}.parts/two", "clean.parts/two"), ("out{}", "clean")]
+        {
+            let made = made.replace("{}", &round.to_string());
+            assert!(read_checkpoint(&place.join(&made)) == read_checkpoint(&place.join(clean)), "{made}");
+            assert!(!place.join(&made).join(".tiesmith").exists(), "{made}");
+        }
+    }
+    assert!(inside.iter().all(|&count| count > 0), "kills inside each document: {inside:?}");
+}
+
+#[test]
 fn signals_stop_a_run_soon_and_the_same_command_goes_on() {
     let saved = family(400_000).save();
     let clean = saved.path("clean");
