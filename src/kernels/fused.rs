@@ -5,8 +5,8 @@
 //!   decision (a value that is not finite, a result that the type cannot hold) is left to them: the answer is `None`.
 //!   It is looked for where it ends up: a sum that has met an infinity or NaN is one itself.
 //! - Elements come in words of 32 bits, so that two bfloat16 are widened by one instruction each and packed again by one.
-//! - The number of models is a constant of each loop, and whether all weights are 1: the loop over models is unrolled, that
-//!   over words vectorised. Flags are counted, because the compiler does not vectorise a loop that collects them.
+//! - The number of models is a constant of each loop: the loop over models is unrolled, that over words vectorised. Flags
+//!   are counted, because the compiler does not vectorise a loop that collects them.
 //!
 //! The same rules as in `body.rs`: always inlined, selects by mask, only integers are summed over elements.
 #![allow(clippy::needless_range_loop, reason = "the compiler sees through indices where it does not through iterators")]
@@ -131,14 +131,6 @@ struct Settings<const N: usize> {
     cancelled: Side,
 }
 
-impl<const N: usize> Settings<N> {
-    /// w τ; the compiler does not know that 1 changes nothing.
-    #[inline(always)]
-    fn weigh<const UNIT: bool>(&self, model: usize, value: f32) -> f32 {
-        if UNIT { value } else { self.weights[model] * value }
-    }
-}
-
 /// What is counted.
 #[derive(Clone, Copy)]
 struct Counts<C, const N: usize> {
@@ -175,16 +167,16 @@ impl Rule for Average {
     ) -> f32 {
         let mut sum = 0.0f32;
         for model in 0..N {
-            sum += settings.weigh::<false>(model, thetas[model]);
+            sum += settings.weights[model] * thetas[model];
         }
         sum / settings.divisor
     }
 }
 
 /// θ0 + λ Σ w τ.
-struct Sum<const UNIT: bool>;
+struct Sum;
 
-impl<const UNIT: bool> Rule for Sum<UNIT> {
+impl Rule for Sum {
     const BASE: bool = true;
 
     #[inline(always)]
@@ -195,7 +187,7 @@ impl<const UNIT: bool> Rule for Sum<UNIT> {
         let (mut positive, mut negative) = (0i32, SIGN);
         for model in 0..N {
             taus[model] = thetas[model] - base;
-            sum += settings.weigh::<UNIT>(model, taus[model]);
+            sum += settings.weights[model] * taus[model];
             positive = positive.max(taus[model].to_bits().cast_signed());
             negative = negative.max(taus[model].to_bits());
         }
@@ -213,9 +205,9 @@ impl<const UNIT: bool> Rule for Sum<UNIT> {
 ///
 /// Only for weights and λ above zero that no survivor vanishes under: then the merged task vector has the elected sign
 /// wherever A is not empty, and survivors have either sign exactly where one of them is not in A.
-struct Elected<const UNIT: bool>;
+struct Elected;
 
-impl<const UNIT: bool> Rule for Elected<UNIT> {
+impl Rule for Elected {
     const BASE: bool = true;
 
     #[inline(always)]
@@ -227,7 +219,7 @@ impl<const UNIT: bool> Rule for Elected<UNIT> {
             taus[model] = thetas[model] - base;
             kept[model] = mask(key(taus[model]) >= settings.min_keys[model]);
             // Adding zero would change nothing: no sum of survivors is -0.0.
-            let weighed = settings.weigh::<UNIT>(model, taus[model]);
+            let weighed = settings.weights[model] * taus[model];
             mass = if model == 0 { keep(kept[model], weighed) } else { choose(kept[model], mass + weighed, mass) };
         }
         // Whatever is not finite survives, so that it is in the sum.
@@ -236,7 +228,7 @@ impl<const UNIT: bool> Rule for Elected<UNIT> {
         let (mut sum, mut divisor, mut clash) = (0.0f32, 0.0f32, 0);
         for model in 0..N {
             let member = side.holds(taus[model], settings.min_keys[model]);
-            let (weighed, weight) = (settings.weigh::<UNIT>(model, taus[model]), settings.weigh::<UNIT>(model, 1.0));
+            let (weighed, weight) = (settings.weights[model] * taus[model], settings.weights[model]);
             sum = if model == 0 { keep(member, weighed) } else { choose(member, sum + weighed, sum) };
             divisor = if model == 0 { keep(member, weight) } else { choose(member, divisor + weight, divisor) };
             counts.kept[model] += kept[model] & 1;
@@ -391,7 +383,6 @@ fn merge_models<C: Packed<W>, const W: usize, const N: usize>(
         divisor: 1.0,
         cancelled: Side::NONE,
     };
-    let unit = settings.weights.iter().all(|&weight| weight == 1.0);
     match fused {
         Fused::Average { divisor } => {
             settings.divisor = divisor;
@@ -399,10 +390,7 @@ fn merge_models<C: Packed<W>, const W: usize, const N: usize>(
         }
         Fused::Sum { lambda } => {
             settings.lambda = lambda;
-            match unit {
-                true => merge::<Sum<true>, C, W, N>(stored, &settings, out, counted),
-                false => merge::<Sum<false>, C, W, N>(stored, &settings, out, counted),
-            }
+            merge::<Sum, C, W, N>(stored, &settings, out, counted)
         }
         Fused::Elected { zero_sign, lambda } => {
             settings.lambda = lambda;
@@ -410,10 +398,10 @@ fn merge_models<C: Packed<W>, const W: usize, const N: usize>(
                 settings.cancelled = Side { sign: zero_sign.to_bits() & SIGN, none: 0 };
             }
             settings.min_keys = std::array::from_fn(|model| stored.min_keys[model]);
-            match unit {
-                _ if !nothing_vanishes(&settings, C::STEP) => None,
-                true => merge::<Elected<true>, C, W, N>(stored, &settings, out, counted),
-                false => merge::<Elected<false>, C, W, N>(stored, &settings, out, counted),
+            if nothing_vanishes(&settings, C::STEP) {
+                merge::<Elected, C, W, N>(stored, &settings, out, counted)
+            } else {
+                None
             }
         }
     }
