@@ -436,7 +436,7 @@ fn short_and_interrupted_transfers_change_nothing() {
         }
     }
     say(&format!("{cases} short or interrupted transfers made good"));
-    assert!(cases > 2000 / STEP, "{cases}");
+    assert!(cases > 1500 / STEP, "{cases}");
 }
 
 #[test]
