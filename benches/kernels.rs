@@ -187,9 +187,9 @@ const MOST_INSTRUCTIONS: [(&str, f64); 6] = [
     ("task_vector bf16", 1.95),
     ("histogram, narrow", 4.2),
     ("keys near a threshold", 4.4),
-    ("whole merge: linear, 3 models", 6.95),
-    ("whole merge: task_arithmetic, base and 3 models", 9.25),
-    ("whole merge: ties, base and 3 models", 17.9),
+    ("whole merge: linear, 3 models", 4.2),
+    ("whole merge: task_arithmetic, base and 3 models", 10.5),
+    ("whole merge: ties, base and 3 models", 17.6),
 ];
 
 /// Instructions per element of each kernel with a limit.
