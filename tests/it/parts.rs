@@ -176,6 +176,33 @@ fn parts_at_the_same_time_share_the_looks() {
 }
 
 #[test]
+fn a_part_waits_for_its_own_sketch_if_another_part_is_at_work_on_it() {
+    let saved = family(Deltas::Stepped).save();
+    let recipe = Recipe { trim_ties: TrimTies::Lowest, ..Recipe::default() };
+    let flags = ["--max-shard-size=100KB", "--memory=64MB", "--threads=1"];
+    let whole = saved.merge(&recipe, &flags);
+    let job = Job::plan(&saved, &recipe, &flags);
+    fs::create_dir_all(job.parts()).unwrap();
+    // What another part does that began earlier.
+    let lock = fs::File::create(job.parts().join("sketch-00002-of-00002.lock")).unwrap();
+    lock.lock().unwrap();
+    let mut command = command();
+    command.args(["run", &text(&job.file), "--progress=none", "--part=2/2"]);
+    let command = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let mut late = command.spawn().unwrap();
+    let begin = std::time::Instant::now();
+    while begin.elapsed().as_millis() < 1_000 && late.try_wait().unwrap().is_none() {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    drop(lock);
+    let output = late.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    job.run("1/2", &[]).succeeded();
+    job.finish().succeeded();
+    must_be_alike(&whole.path, &job.out, "one waited");
+}
+
+#[test]
 fn a_part_that_is_done_is_not_done_again() {
     let saved = family(Deltas::Stepped).save();
     let recipe = Recipe::default();

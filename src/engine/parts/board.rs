@@ -103,15 +103,6 @@ impl Board {
         self.path(&format!("{name}.lock"))
     }
 
-    /// Makes file `name` unless it is there.
-    pub(super) fn provide(&self, name: &str, make: impl FnOnce() -> Result<Vec<u8>>) -> Result<()> {
-        if self.has(name) {
-            return Ok(());
-        }
-        let _lock = self.lock(name)?;
-        if self.has(name) { Ok(()) } else { self.write(name, &make()?) }
-    }
-
     /// Waits until all files `names` are there, and makes those that nobody is at work on, from `first` on. `make` is
     /// given an index. Ends without waiting for anybody who does not run.
     pub(super) fn share(

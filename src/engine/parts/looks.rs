@@ -74,7 +74,8 @@ impl<'a> Looks<'a> {
         self.with_passes(|passes| {
             let selectors = self.first_selectors(passes, unit, goals)?;
             let brackets = brackets(&selectors);
-            board.provide(&name, || self.sketch(passes, part.index, &brackets))
+            // Parts that began earlier may be at work on it already.
+            board.share(&[name], 0, self.desk.observer, |_| self.sketch(passes, part.index, &brackets))
         })
     }
 
