@@ -23,7 +23,8 @@ binary=${HUB_TESTS:-$(cargo test --locked --test it --no-run --message-format=sh
 TIESMITH_HUB=$work/endpoint "$binary" --ignored --exact remote::serve > "$work/log" 2>&1 &
 server=$!
 for _ in $(seq 100); do [ -s "$work/endpoint" ] && break; sleep 0.1; done
-HF_ENDPOINT=$(cat "$work/endpoint") HF_HOME=$work/home HF_HUB_DISABLE_XET=1 HF_HUB_DISABLE_TELEMETRY=1 "$python" - <<'PY'
+HF_ENDPOINT=$(cat "$work/endpoint") HF_HOME=$work/home HF_HUB_DISABLE_XET=1 HF_HUB_DISABLE_TELEMETRY=1 \
+  HF_HUB_DISABLE_PROGRESS_BARS=1 "$python" - <<'PY'
 import os
 import huggingface_hub
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download

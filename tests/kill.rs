@@ -19,7 +19,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use support::family::{Family, Saved, Spec, text};
-use support::files::{lasting, read_checkpoint};
+use support::files::{lasting, read_checkpoint, read_tree};
 use support::oracle::Recipe;
 use support::random::Random;
 use support::run::{command, run};
@@ -148,6 +148,164 @@ fn killed_at_random_moments_the_output_is_the_same() {
     // Not lost where tests are run without `--nocapture`.
     let _ = writeln!(std::io::stderr(), "{told}");
     assert!(resumed > 0, "no run had anything to go on with");
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, PartialEq)]
+enum End {
+    Through,
+    Killed,
+    /// Another run does the same work, so that this one was refused.
+    Refused,
+}
+
+/// Starts `command` and kills it after up to `most`, unless it has ended. It may fail in no other way.
+fn run_or_kill(mut command: Command, random: &mut Random, most: Duration) -> End {
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let until = Instant::now() + most.mul_f64(f64::from(random.below(1000) as u32) / 1000.0);
+    while Instant::now() < until && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let _ = child.kill();
+    let status = child.wait().unwrap();
+    let mut said = String::new();
+    std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut said).unwrap();
+    match (status.code(), status.signal()) {
+        (Some(0), _) => End::Through,
+        (_, Some(9)) => End::Killed,
+        (Some(2), _) if said.contains("in use by ") => End::Refused,
+        _ => panic!("{status}: {said}"),
+    }
+}
+
+#[test]
+fn parts_that_are_run_twice_at_once_killed_and_requeued_give_the_same_output() {
+    let saved = family(60_000).save();
+    let mut random = Random::new(17);
+    let (mut kills, mut refusals) = (0, 0);
+    for flags in [
+        &["--max-shard-size=250KB", "--memory=40MB", "--trim-ties=lowest"][..],
+        &["--max-shard-size=250KB", "--scope=tensor", "--zero-sum=majority"],
+        &["--max-shard-size=500KB", "--memory=36MB"],
+    ] {
+        let round = kills;
+        let (out, job) = (saved.path(&format!("parts{round}")), text(&saved.path(&format!("job{round}"))));
+        let clean = saved.path(&format!("whole{round}"));
+        assert!(merge(&saved, &clean, flags).status().unwrap().success());
+        let inputs = saved.inputs(&Recipe::default());
+        let mut plan = command();
+        plan.arg("plan").args(inputs).args(["--out", &text(&out), "--save", &job]).args(flags);
+        assert_eq!(run(plan).code, Some(0));
+        let part = |number: usize| {
+            let mut part = command();
+            part.args(["run", &job, "--progress=none", "--threads=1", "--part", &format!("{number}/3")]);
+            part
+        };
+        let mut left = vec![1, 2, 3];
+        for attempt in 0.. {
+            assert!(attempt < 60, "parts {left:?} do not get through");
+            // Each part that is left runs twice at once, as where a scheduler takes a node for dead that is not: one of
+            // them does the work.
+            let most = Duration::from_millis(if attempt < 8 { 250 } else { 20_000 });
+            let seeds: Vec<(usize, u64)> =
+                left.iter().flat_map(|&part| [part, part]).map(|part| (part, random.below(1 << 30) as u64)).collect();
+            let ends: Vec<(usize, End)> = std::thread::scope(|scope| {
+                let run = |(number, seed): (usize, u64)| {
+                    let command = part(number);
+                    scope.spawn(move || (number, run_or_kill(command, &mut Random::new(seed), most)))
+                };
+                let running: Vec<_> = seeds.into_iter().map(run).collect();
+                running.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            let count = |end: End| ends.iter().filter(|(_, e)| *e == end).count();
+            (kills, refusals) = (kills + count(End::Killed), refusals + count(End::Refused));
+            left.retain(|part| !ends.contains(&(*part, End::Through)));
+            if left.is_empty() {
+                break;
+            }
+            let mut finish = command();
+            finish.args(["finish", &job, "--progress=none"]);
+            let refused = run(finish);
+            assert!(matches!(refused.code, Some(1 | 2)), "{}", refused.stderr);
+            assert!(!out.join("model.safetensors.index.json").exists() && !out.join("tiesmith.json").exists());
+        }
+        let mut finish = command();
+        finish.args(["finish", &job, "--progress=none"]);
+        assert_eq!(run(finish).code, Some(0));
+        assert_eq!(read_checkpoint(&out), read_checkpoint(&clean), "{flags:?}");
+        let names = |dir: &Path| read_tree(dir).into_keys().collect::<Vec<_>>();
+        assert_eq!(names(&out), names(&clean));
+    }
+    assert!(kills > 20 && refusals > 0, "only {kills} kills, {refusals} refusals");
+}
+
+#[test]
+fn remote_inputs_and_shards_that_are_taken_away_survive_kills() {
+    let saved = family(60_000).save();
+    let hub = support::hub::Hub::start();
+    hub.slow_down(Duration::from_millis(10));
+    hub.add("org/base", &saved.base);
+    (1..).zip(&saved.models).for_each(|(number, model)| hub.add(&format!("org/model{number}"), model));
+    let mut random = Random::new(23);
+    let mut kills = 0;
+    for (round, flags) in [
+        &["--max-shard-size=250KB", "--memory=56MB"][..],
+        &["--max-shard-size=250KB", "--scope=tensor", "--threads=2"],
+        &["--max-shard-size=500KB", "--threads=1", "--trim-ties=lowest"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (clean, out, away) = (
+            saved.path(&format!("local{round}")),
+            saved.path(&format!("far{round}")),
+            saved.path(&format!("away{round}")),
+        );
+        assert!(merge(&saved, &clean, flags).status().unwrap().success());
+        fs::create_dir(&away).unwrap();
+        // What is there under its name is whole: a kill may come in the middle of the copy.
+        let away_text = text(&away);
+        let take =
+            format!("cp {{}} {away_text}/part && mv {away_text}/part {away_text}/$TIESMITH_SHARD_NAME && rm -f {{}}");
+        let far = || {
+            let mut far = command();
+            far.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", &hub.endpoint).env("HF_HOME", saved.path("home"));
+            far.args([
+                "merge",
+                "--progress=none",
+                "--base",
+                "hf://org/base",
+                "--out",
+                &text(&out),
+                "--on-shard",
+                &take,
+            ]);
+            for number in 1..=saved.models.len() {
+                far.args(["--model", &format!("hf://org/model{number}")]);
+            }
+            far.args(flags);
+            far
+        };
+        for attempt in 0.. {
+            assert!(attempt < 60);
+            let most = Duration::from_millis(if attempt < 8 { 800 } else { 60_000 });
+            match run_or_kill(far(), &mut random, most) {
+                End::Through => break,
+                End::Killed => kills += 1,
+                End::Refused => panic!("nothing else runs"),
+            }
+            // The command outlives the kill, and must be through before it runs again.
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let shards = |dir: &Path| {
+            let mut files = read_tree(dir);
+            files.retain(|name, _| name.extension().is_some_and(|e| e == "safetensors"));
+            files
+        };
+        assert_eq!(shards(&away), shards(&clean), "{flags:?}");
+        assert!(shards(&out).is_empty() && out.join("model.safetensors.index.json").exists());
+    }
+    assert!(kills > 10, "only {kills} kills");
 }
 
 #[test]

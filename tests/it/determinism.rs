@@ -31,7 +31,7 @@ fn family() -> Family {
     spec.family()
 }
 
-fn recipes() -> Vec<(Recipe, &'static [&'static str])> {
+pub fn recipes() -> Vec<(Recipe, &'static [&'static str])> {
     let ties = Recipe::default();
     vec![
         (ties.clone(), &[]),

@@ -124,6 +124,30 @@ fn remote_inputs_give_the_bytes_of_local_ones() {
     }
 }
 
+/// The tests of determinism, with inputs from the network.
+#[test]
+fn how_a_run_is_done_changes_no_byte_of_remote_inputs_either() {
+    let remote = Remote::new();
+    let runs: [&[&str]; 4] =
+        [&["--threads=1"], &["--threads=2", "--memory=56MB"], &["--threads=7", "--memory=2GiB"], &["--io=read"]];
+    for (recipe, flags) in crate::determinism::recipes() {
+        let flags: Vec<String> = recipe.args().into_iter().chain(flags.iter().map(|&flag| flag.to_owned())).collect();
+        let local = lasting(&remote.saved.merge(&recipe, &flags.iter().map(|f| &**f).collect::<Vec<_>>()).path);
+        let name = |name: &str| match name.strip_prefix("model") {
+            Some(number) => hf(name) + &recipe.model_suffix(number.parse::<usize>().unwrap() - 1),
+            None => hf(name),
+        };
+        for run in runs {
+            let out = tempfile::tempdir().unwrap();
+            let merged = text(&out.path().join("merged"));
+            let all: Vec<&str> =
+                flags.iter().map(|f| &**f).chain(run.iter().copied()).chain(["--out", &merged]).collect();
+            let outcome = remote.merge("merge", &name, &all).succeeded();
+            assert_eq!(lasting(Path::new(&merged)), local, "{}", outcome.command);
+        }
+    }
+}
+
 #[test]
 fn what_is_read_is_what_the_plan_says() {
     let remote = Remote::new();
