@@ -236,7 +236,7 @@ fn parts_that_are_run_twice_at_once_killed_and_requeued_give_the_same_output() {
         let names = |dir: &Path| read_tree(dir).into_keys().collect::<Vec<_>>();
         assert_eq!(names(&out), names(&clean));
     }
-    assert!(kills > 20 && refusals > 0, "only {kills} kills, {refusals} refusals");
+    assert!(kills > 6 && refusals > 0, "only {kills} kills, {refusals} refusals");
 }
 
 #[test]
