@@ -136,6 +136,11 @@ impl OutputDir {
         Ok(output)
     }
 
+    /// Whether there is a journal of the whole output: it is the last trace of work that goes.
+    pub(in crate::engine) fn is_begun(dir: &Path, storage: &dyn Storage) -> Result<bool> {
+        Ok(storage.is_file(&work_dir(dir, storage)?.join(JOURNAL)))
+    }
+
     fn bare(dir: &Path, journal_path: PathBuf, lock: Lock, storage: &Arc<dyn Storage>) -> Self {
         Self { in_parts: true, ..Self::taken(dir, journal_path, lock, storage) }
     }

@@ -23,6 +23,10 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
     let begin = Instant::now();
     job.admit(plan)?;
     side_files::check(plan, &**storage)?;
+    if let Some(dir) = published_before(plan, job, storage)? {
+        dir.hand_over_rest(plan, observer)?;
+        return tidy_up(dir);
+    }
     let parts_dir = OutputDir::parts_dir(&job.out, &**storage)?;
     if !storage.is_dir(&parts_dir) {
         return finished_before(plan, job, storage);
@@ -56,6 +60,16 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
     report.wall_seconds = begin.elapsed().as_secs_f64();
     report.peak_memory_bytes = peak_memory_bytes();
     Ok(report)
+}
+
+/// The output, where a kill came between its publication and the removal of the last traces of work: what the parts left
+/// may be gone in part.
+fn published_before(plan: &Plan, job: &Job, storage: &Arc<dyn Storage>) -> Result<Option<OutputDir>> {
+    if !is_finished(plan, &job.out, &**storage)? || !OutputDir::is_begun(&job.out, &**storage)? {
+        return Ok(None);
+    }
+    let dir = OutputDir::of_parts(plan, &job.out, job.force, job.on_shard.clone(), storage)?;
+    Ok(dir.is_published().then_some(dir))
 }
 
 /// The report of what was finished before, if it was.
