@@ -59,7 +59,7 @@ fn a_file_size_limit_is_one_line_whatever_writes() {
             run(with(&args)).succeeded();
         }
         for left in [&out, &file] {
-            let _ = fs::remove_dir_all(left).and_then(|()| fs::remove_file(left));
+            let _ = fs::remove_dir_all(left).or_else(|_| fs::remove_file(left));
         }
     }
 }
