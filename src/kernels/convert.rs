@@ -247,12 +247,19 @@ impl Codec<2> for BFloat16 {
 
     #[inline(always)]
     fn narrow_finite(value: f32) -> ([u8; 2], u32) {
-        /// The smallest key that rounds beyond the largest finite value.
-        const LIMIT: u32 = 0x7f7f_8000;
-        let bits = value.to_bits();
-        // The carry of rounding to nearest even cannot reach the sign below the limit.
-        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
-        (((rounded >> 16) as u16).to_le_bytes(), mask(key(value) >= LIMIT))
+        (((Self::round(value) >> 16) as u16).to_le_bytes(), mask(key(value) >= Self::BEYOND))
+    }
+}
+
+impl BFloat16 {
+    /// The smallest key that rounds beyond the largest finite value.
+    pub(super) const BEYOND: u32 = 0x7f7f_8000;
+
+    /// The bits of a value whose key is below [`Self::BEYOND`], the upper half rounded to nearest even.
+    #[inline(always)]
+    pub(super) fn round(value: f32) -> u32 {
+        // A half rounds up where the bit above it is set. The carry cannot reach the sign below the limit.
+        value.to_bits().wrapping_add(0x7fff + ((value.to_bits() >> 16) & 1))
     }
 }
 

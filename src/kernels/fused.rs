@@ -43,8 +43,7 @@ trait Packed<const W: usize> {
 }
 
 impl Packed<4> for BFloat16 {
-    // Half a unit in the last place beyond the largest value.
-    const BEYOND: u32 = 0x7f7f_8000;
+    const BEYOND: u32 = BFloat16::BEYOND;
     const STEP: f64 = f64::from_bits((1023 - 133) << 52);
 
     #[inline(always)]
@@ -64,15 +63,25 @@ impl Packed<4> for BFloat16 {
         let low = R::merge(f32::from_bits(base << 16), low, settings, counts);
         let high = R::merge(f32::from_bits(base & 0xffff_0000), high, settings, counts);
         counts.greatest = counts.greatest.max(key(low)).max(key(high));
-        (round(low) >> 16 | round(high) & 0xffff_0000).to_le_bytes()
+        (Self::round(low) >> 16 | Self::round(high) & 0xffff_0000).to_le_bytes()
     }
 }
 
-/// The bits of a finite value, the upper half rounded to nearest even.
+/// Merges a word that holds one element, whose result is left in f32.
 #[inline(always)]
-fn round(value: f32) -> u32 {
-    // A half rounds up where the bit above it is set.
-    value.to_bits().wrapping_add(0x7fff + (value.to_bits() >> 16 & 1))
+fn merge_one<R: Rule, C: Codec<W>, const W: usize, const N: usize>(
+    base: [u8; W],
+    models: [[u8; W]; N],
+    settings: &Settings<N>,
+    counts: &mut Counts<u32, N>,
+) -> f32 {
+    let mut thetas = [0.0; N];
+    for model in 0..N {
+        thetas[model] = C::widen(models[model]);
+    }
+    let merged = R::merge(C::widen(base), thetas, settings, counts);
+    counts.greatest = counts.greatest.max(key(merged));
+    merged
 }
 
 impl Packed<2> for Binary16 {
@@ -87,13 +96,7 @@ impl Packed<2> for Binary16 {
         settings: &Settings<N>,
         counts: &mut Counts<u32, N>,
     ) -> [u8; 2] {
-        let mut thetas = [0.0; N];
-        for model in 0..N {
-            thetas[model] = Self::widen(models[model]);
-        }
-        let merged = R::merge(Self::widen(base), thetas, settings, counts);
-        counts.greatest = counts.greatest.max(key(merged));
-        Self::narrow(merged, false).0
+        Self::narrow(merge_one::<R, Self, 2, N>(base, models, settings, counts), false).0
     }
 }
 
@@ -108,13 +111,7 @@ impl Packed<4> for Binary32 {
         settings: &Settings<N>,
         counts: &mut Counts<u32, N>,
     ) -> [u8; 4] {
-        let mut thetas = [0.0; N];
-        for model in 0..N {
-            thetas[model] = f32::from_le_bytes(models[model]);
-        }
-        let merged = R::merge(f32::from_le_bytes(base), thetas, settings, counts);
-        counts.greatest = counts.greatest.max(key(merged));
-        merged.to_le_bytes()
+        merge_one::<R, Self, 4, N>(base, models, settings, counts).to_le_bytes()
     }
 }
 
