@@ -372,6 +372,7 @@ fn killed_inside_one_of_several_documents_the_recipe_goes_on_where_it_was() {
         {
             let made = made.replace("{}", &round.to_string());
             assert!(read_checkpoint(&place.join(&made)) == read_checkpoint(&place.join(clean)), "{made}");
+            assert!(!place.join(&made).join(".tiesmith").exists(), "{made}");
         }
     }
     assert!(inside.iter().all(|&count| count > 0), "kills inside each document: {inside:?}");

@@ -174,8 +174,7 @@ pub fn merge(
     side_files::check(plan, &**storage)?;
     let dir = OutputDir::open(plan, output, storage)?;
     if dir.is_published() {
-        dir.hand_over_rest(plan, observer)?;
-        return tidy_up(dir);
+        return tidy_up(plan, dir, observer);
     }
     schedule.allow_ahead(plan, &**storage);
     match run(plan, schedule, &dir, observer, begin) {
@@ -196,7 +195,8 @@ pub fn merge(
 }
 
 /// Ends what an earlier attempt had finished but for its traces; the report is the one it left.
-fn tidy_up(dir: OutputDir) -> Result<Report> {
+fn tidy_up(plan: &Plan, dir: OutputDir, observer: &dyn Observer) -> Result<Report> {
+    dir.hand_over_rest(plan, observer)?;
     let report = OutputDir::report_in(&dir.dir, &*dir.storage);
     dir.tidy_up();
     Ok(Report { resumed: true, ..report? })
@@ -208,8 +208,15 @@ struct Finished {
     written: Written,
     thresholds: Thresholds,
 }
-/// Whether `dir` holds the finished output of `plan`.
+
+/// Whether `dir` holds the finished output of `plan`, and nothing of the work is left beside it: that is removed by whoever
+/// takes it up again.
 pub fn is_finished(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<bool> {
+    Ok(holds_output(plan, dir, storage)? && !OutputDir::is_begun(dir, storage)?)
+}
+
+/// Whether what makes `dir` loadable is the output of `plan`.
+fn holds_output(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<bool> {
     let path = dir.join(output::MANIFEST);
     let loadable = output::LOADABLE.iter().any(|name| storage.is_file(&dir.join(name)));
     if !loadable || !storage.is_file(&path) {

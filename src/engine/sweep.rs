@@ -211,9 +211,7 @@ impl Sweep<'_> {
             return self.found_packed(variant);
         }
         let dir = self.dir(variant);
-        // What an earlier run left beside a finished output is removed by whoever takes that up again.
-        let unfinished = self.storage.identity(&dir.join(JOURNAL_PATH))?.is_some();
-        if self.output.force || unfinished || !is_finished(&variant.plan, &dir, &**self.storage)? {
+        if self.output.force || !is_finished(&variant.plan, &dir, &**self.storage)? {
             return Ok(None);
         }
         let manifest = self.storage.read_small(&dir.join(MANIFEST), MAX_MANIFEST_BYTES)?;

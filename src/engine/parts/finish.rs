@@ -7,7 +7,8 @@ use std::time::Instant;
 use super::super::select::Thresholds;
 use super::super::worker::Tally;
 use super::super::{
-    Finished, Observer, Report, differing_warning, is_finished, peak_memory_bytes, publish, report, side_files, tidy_up,
+    Finished, Observer, Report, differing_warning, holds_output, peak_memory_bytes, publish, report, side_files,
+    tidy_up,
 };
 use super::board::Board;
 use super::done::PartDone;
@@ -24,8 +25,7 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
     job.admit(plan)?;
     side_files::check(plan, &**storage)?;
     if let Some(dir) = published_before(plan, job, storage)? {
-        dir.hand_over_rest(plan, observer)?;
-        return tidy_up(dir);
+        return tidy_up(plan, dir, observer);
     }
     let parts_dir = OutputDir::parts_dir(&job.out, &**storage)?;
     if !storage.is_dir(&parts_dir) {
@@ -35,8 +35,7 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
     let count = parts_of(&board, &job.out)?;
     let dir = OutputDir::of_parts(plan, &job.out, job.force, job.on_shard.clone(), storage)?;
     if dir.is_published() {
-        dir.hand_over_rest(plan, observer)?;
-        return tidy_up(dir);
+        return tidy_up(plan, dir, observer);
     }
     let parts = all_parts(plan, job, count, &board, &dir)?;
     let schedule = Schedule::with_bins(plan, run, job.sketch_bins)?;
@@ -65,7 +64,7 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
 /// The output, where a kill came between its publication and the removal of the last traces of work: what the parts left
 /// may be gone in part.
 fn published_before(plan: &Plan, job: &Job, storage: &Arc<dyn Storage>) -> Result<Option<OutputDir>> {
-    if !is_finished(plan, &job.out, &**storage)? || !OutputDir::is_begun(&job.out, &**storage)? {
+    if !holds_output(plan, &job.out, &**storage)? || !OutputDir::is_begun(&job.out, &**storage)? {
         return Ok(None);
     }
     let dir = OutputDir::of_parts(plan, &job.out, job.force, job.on_shard.clone(), storage)?;
@@ -74,7 +73,7 @@ fn published_before(plan: &Plan, job: &Job, storage: &Arc<dyn Storage>) -> Resul
 
 /// The report of what was finished before, if it was.
 fn finished_before(plan: &Plan, job: &Job, storage: &Arc<dyn Storage>) -> Result<Report> {
-    if !is_finished(plan, &job.out, &**storage)? {
+    if !holds_output(plan, &job.out, &**storage)? {
         return Err(Error::input("no part of this merge was run yet")
             .at(&job.out)
             .help("run its parts first: tiesmith run JOB --part 1/N and so on"));

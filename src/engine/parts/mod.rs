@@ -26,7 +26,7 @@ use super::output::OutputDir;
 use super::passes::Passes;
 use super::shards::write_shards;
 use super::{
-    Observer, OutputOptions, check_inputs_unchanged, check_memory, is_finished, peak_memory_bytes, side_files,
+    Observer, OutputOptions, check_inputs_unchanged, check_memory, holds_output, peak_memory_bytes, side_files,
 };
 use crate::error::{Error, Result};
 use crate::limits::MAX_PARTS;
@@ -201,7 +201,7 @@ pub fn run_part(
         warnings: Vec::new(),
     };
     let parts_dir = OutputDir::parts_dir(&job.out, &**storage)?;
-    if !storage.is_dir(&parts_dir) && is_finished(plan, &job.out, &**storage)? {
+    if !storage.is_dir(&parts_dir) && holds_output(plan, &job.out, &**storage)? {
         return Ok(report);
     }
     let board = take_board(plan, job, part, parts_dir, storage)?;

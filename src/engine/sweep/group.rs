@@ -95,7 +95,7 @@ impl Sweep<'_> {
             side_files::check(&variant.plan, &**self.storage)?;
             let dir = OutputDir::open(&variant.plan, &self.options(variant), self.storage)?;
             match dir.is_published() {
-                true => reports[at] = Some(tidy_up(dir)?),
+                true => reports[at] = Some(tidy_up(&variant.plan, dir, self.observer)?),
                 false => dirs.push((at, dir)),
             }
             Ok(())
