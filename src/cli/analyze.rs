@@ -1,11 +1,10 @@
 //! `tiesmith analyze`: what a family's task vectors have in common and where they disagree.
 
-use std::fmt::Write;
 use std::path::PathBuf;
 
 use clap::Args;
 use tiesmith::{
-    Analysis, AnalysisReport, Error, Line, Observer, OutputOptions, Plan, Recipe, Result, Run, Scope, Storage, Study,
+    Analysis, AnalysisReport, Error, Line, Observer, OutputOptions, Plan, Recipe, Result, Scope, Storage, Study,
     ThresholdKind, Value, printable,
 };
 
@@ -13,7 +12,7 @@ use super::args::{InputArgs, RunArgs, scopes, thresholds};
 use super::bars::bar;
 use super::progress::Progress;
 use super::table::Table;
-use super::{human, jobs, parse, print, print_json, signals};
+use super::{human, jobs, lower, parse, print, print_json, signals};
 
 /// Characters of a bar.
 const BAR: usize = 16;
@@ -104,9 +103,7 @@ pub fn run(args: &AnalyzeArgs) -> Result<u8> {
     let recipe = recipe(args, &*storage)?;
     let progress = Progress::new(args.run.report.progress);
     let plan = Plan::new(&recipe, &storage)?;
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    let run = Run { memory_bytes: args.run.memory, threads: args.run.threads.unwrap_or_else(cores) };
-    let study = Study::new(plan, &args.look.densities, run)?;
+    let study = Study::new(plan, &args.look.densities, lower::run(&args.run))?;
     let output = OutputOptions { dir, force: args.look.force, restart: args.look.restart, on_shard: None };
     let report = tiesmith::analyze(&study, &output, &storage, &progress)?;
     for warning in &report.analysis.warnings {
@@ -148,11 +145,6 @@ fn recipe(args: &AnalyzeArgs, storage: &dyn Storage) -> Result<Recipe> {
     Ok(recipe)
 }
 
-fn line(text: &mut String, label: &str, value: &str) {
-    // Writing to a String cannot fail.
-    let _ = writeln!(text, "{label:<15} {value}");
-}
-
 /// What was found, for people.
 fn render(report: &AnalysisReport) -> String {
     let analysis = &report.analysis;
@@ -160,23 +152,23 @@ fn render(report: &AnalysisReport) -> String {
     let models = human::plural(analysis.models.len() as u64, "model");
     let tensors = human::plural(report.tensors, "tensor");
     let parameters = human::count(analysis.overall.elements);
-    line(&mut text, "analyzed", &format!("{models}, {tensors}, {parameters} parameters"));
+    human::line(&mut text, "analyzed", &format!("{models}, {tensors}, {parameters} parameters"));
     let out = printable(&report.out);
-    line(&mut text, "report", &format!("{out}/report.html, report.json and {} figures", report.files.len() - 2));
+    human::line(&mut text, "report", &format!("{out}/report.html, report.json and {} figures", report.files.len() - 2));
     if report.resumed {
-        line(&mut text, "resumed", &format!("{} taken over", human::plural(report.tensors_reused, "tensor")));
+        human::line(&mut text, "resumed", &format!("{} taken over", human::plural(report.tensors_reused, "tensor")));
     }
-    line(&mut text, "read", &human::bytes(report.bytes_read));
-    line(&mut text, "time", &human::duration(report.wall_seconds));
+    human::line(&mut text, "read", &human::bytes(report.bytes_read));
+    human::line(&mut text, "time", &human::duration(report.wall_seconds));
     if let Some(bytes) = report.peak_memory_bytes {
-        line(&mut text, "peak memory", &human::bytes(bytes));
+        human::line(&mut text, "peak memory", &human::bytes(bytes));
     }
     if analysis.models.len() > 1 {
         let chosen = analysis.chosen().conflict_fraction.unwrap_or(0.0);
         let chance = analysis.chance_of_conflict().unwrap_or(0.0);
         let conflicts =
             format!("{} of the parameters, {} if signs were drawn", human::percent(chosen), human::percent(chance));
-        line(&mut text, "sign conflicts", &conflicts);
+        human::line(&mut text, "sign conflicts", &conflicts);
     }
     text.push_str(&models_table(analysis));
     text.push_str(&densities_table(analysis));

@@ -12,7 +12,7 @@ pub fn run(args: &FinishArgs) -> Result<u8> {
     signals::install();
     let Planned { args: planned, plan, job, storage } = job::load(&args.job, None)?;
     let progress = Progress::new(args.report.progress);
-    let report = tiesmith::finish(&plan, &job, lower::run(&planned), &storage, &progress)?;
+    let report = tiesmith::finish(&plan, &job, lower::run(&planned.run), &storage, &progress)?;
     for warning in &report.warnings {
         progress.warn(warning);
     }

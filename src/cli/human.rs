@@ -1,5 +1,13 @@
 //! Numbers as people read them: decimal units, three significant digits, a space before the unit.
 
+use std::fmt::Write as _;
+
+/// A line of a summary: what it is about, and what there is to say.
+pub fn line(text: &mut String, label: &str, value: &str) {
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "{label:<15} {value}");
+}
+
 /// Bytes: `512 B`, `1.5 GB`, `137 GB`.
 pub fn bytes(bytes: u64) -> String {
     scaled(bytes, &["B", "kB", "MB", "GB", "TB", "PB", "EB"], "")

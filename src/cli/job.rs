@@ -55,7 +55,7 @@ pub fn save(
     let directory = std::env::current_dir()
         .map_err(|e| Error::failed(format!("cannot tell the current directory: {e}")).help("change to another one"))?;
     let job = Job::new(plan, schedule, &output)?;
-    let in_parts = job.schedule(plan, lower::run(args))?;
+    let in_parts = job.schedule(plan, lower::run(&args.run))?;
     let file_content = PlanFile { tiesmith_plan: VERSION, directory, arguments, job };
     let json = serde_json::to_string_pretty(&file_content)
         .map_err(|e| Error::failed(format!("cannot write the plan as JSON: {e}")))?;
@@ -105,7 +105,7 @@ pub fn load(file: &Path, io: Option<IoMode>) -> Result<Planned> {
 
 /// What a part may use: as planned, unless it is said anew.
 pub fn run(args: &MergeArgs, resources: &ResourceArgs) -> Run {
-    let planned = lower::run(args);
+    let planned = lower::run(&args.run);
     Run {
         memory_bytes: resources.memory.unwrap_or(planned.memory_bytes),
         threads: resources.threads.unwrap_or(planned.threads),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use tiesmith::{Error, OutputOptions, Recipe, Result, Run, Statistics, Value};
 
-use super::args::MergeArgs;
+use super::args::{MergeArgs, RunArgs};
 
 /// The recipe that `args` describe.
 pub fn recipe(args: &MergeArgs, verb: &str) -> Result<Recipe> {
@@ -63,9 +63,13 @@ fn statistics(recipe: &mut Recipe, kind: Statistics, given: &[String]) -> Result
 }
 
 /// How the work is to be done.
-pub fn run(args: &MergeArgs) -> Run {
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    Run { memory_bytes: args.run.memory, threads: args.run.threads.unwrap_or_else(cores) }
+pub fn run(args: &RunArgs) -> Run {
+    Run { memory_bytes: args.memory, threads: args.threads.unwrap_or_else(cores) }
+}
+
+/// The number of threads where none is given.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Where the result goes.
@@ -154,7 +158,7 @@ mod tests {
         let mut expected = Recipe { base: Some("b".into()), ..Recipe::default() };
         expected.models = vec![tiesmith::ModelInput { source: "m".into(), ..Default::default() }];
         assert_eq!(lowered, expected);
-        assert_eq!(run(&args("--model m")).memory_bytes, 2 << 30);
+        assert_eq!(run(&args("--model m").run).memory_bytes, 2 << 30);
     }
 
     #[test]
@@ -172,7 +176,7 @@ mod tests {
         assert_eq!((lowered.scope, lowered.missing), (Scope::Tensor, Missing::Skip));
         assert_eq!((lowered.dtype, lowered.max_shard_bytes), (Some(Float::BF16), 1_000_000_000));
         assert_eq!(lowered.models[0].params["weight"], Value::Number(2.0));
-        assert_eq!(run(&args).threads, 3);
+        assert_eq!(run(&args.run).threads, 3);
         let output = output(&args).unwrap();
         assert!(output.force && !output.restart);
     }

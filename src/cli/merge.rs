@@ -1,6 +1,5 @@
 //! `tiesmith merge`: plan, schedule, merge, and a summary of what was done.
 
-use std::fmt::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -33,7 +32,7 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
     for warning in plan.warnings.iter().filter(|_| progress.is_watched()) {
         progress.warn(warning);
     }
-    let schedule = Schedule::new(&plan, lower::run(args))?;
+    let schedule = Schedule::new(&plan, lower::run(&args.run))?;
     let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
     for warning in &report.warnings {
         progress.warn(warning);
@@ -74,16 +73,20 @@ pub fn show(plan: &Plan, report: &Report, made: Made, json: bool) -> Result<u8> 
     text.push_str(&surviving(report, &models));
     if plan.method.needs_base() {
         let share = human::percent(report.sign_conflict_fraction);
-        line(&mut text, "sign conflicts", &format!("{share} of the merged parameters"));
+        human::line(&mut text, "sign conflicts", &format!("{share} of the merged parameters"));
     }
     if let Some(factors) = &report.factors {
         let [all, least] = [factors.kept_norm, factors.least_kept_norm].map(human::percent);
         let of = printable(&factors.least_kept);
-        line(&mut text, &format!("rank {}", factors.rank), &format!("holds {all} of the length of what was merged"));
-        line(&mut text, "", &format!("least of all {least}, of {of}"));
+        human::line(
+            &mut text,
+            &format!("rank {}", factors.rank),
+            &format!("holds {all} of the length of what was merged"),
+        );
+        human::line(&mut text, "", &format!("least of all {least}, of {of}"));
     }
     if reproduced {
-        line(&mut text, "reproduced", "every shard is bit for bit what the manifest lists");
+        human::line(&mut text, "reproduced", "every shard is bit for bit what the manifest lists");
     }
     print(&text)
 }
@@ -115,18 +118,13 @@ fn part(args: &MergeArgs, mut job: Job, storage: &Arc<dyn Storage>) -> Result<()
     if tiesmith::is_finished(&plan, &dir, &**storage)? {
         return Ok(());
     }
-    let schedule = Schedule::new(&plan, lower::run(args))?;
+    let schedule = Schedule::new(&plan, lower::run(&args.run))?;
     let output = OutputOptions { dir, force: args.output.force, restart: args.output.restart, on_shard: None };
     let report = tiesmith::merge(&plan, &schedule, &output, storage, &progress)?;
     for warning in &report.warnings {
         progress.warn(&format!("{name}: {warning}"));
     }
     Ok(())
-}
-
-fn line(text: &mut String, label: &str, value: &str) {
-    // Writing to a String cannot fail.
-    let _ = writeln!(text, "{label:<15} {value}");
 }
 
 /// What was done, for people.
@@ -137,7 +135,7 @@ pub fn summary(report: &Report, done: &str) -> String {
 
 fn described(report: &Report, done: &str, rate: &str) -> String {
     let mut text = String::new();
-    let mut line = |label, value: String| line(&mut text, label, &value);
+    let mut line = |label, value: String| human::line(&mut text, label, &value);
     line(done, printable(&report.out));
     let tensors = human::plural(report.tensors, "tensor");
     line("contents", format!("{tensors}, {} parameters", human::count(report.elements)));
@@ -166,7 +164,7 @@ fn kept(report: &Report, models: &[&str]) -> String {
             interval.map(|&[low, high]| format!(" (certainly {} to {})", human::percent(low), human::percent(high)));
         let label = if index == 0 { "kept" } else { "" };
         let certified = certified.unwrap_or_default();
-        line(&mut text, label, &format!("{} of {}{certified}", human::percent(kept), printable(model)));
+        human::line(&mut text, label, &format!("{} of {}{certified}", human::percent(kept), printable(model)));
     }
     text
 }
@@ -179,7 +177,7 @@ fn surviving(report: &Report, models: &[&str]) -> String {
         report.surviving_fraction.iter().zip(models).enumerate().filter(|_| models.len() > 1)
     {
         let label = if index == 0 { "survives" } else { "" };
-        line(&mut text, label, &format!("{} of what is kept of {}", human::percent(share), printable(model)));
+        human::line(&mut text, label, &format!("{} of what is kept of {}", human::percent(share), printable(model)));
     }
     text
 }

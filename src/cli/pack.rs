@@ -1,12 +1,10 @@
 //! `tiesmith pack` and `tiesmith unpack`: a checkpoint as what differs from its base, and back.
 
-use std::fmt::Write;
+use tiesmith::{OutputOptions, PackOutput, PackReport, Plan, Recipe, Report, Result, Schedule, printable};
 
-use tiesmith::{OutputOptions, PackOutput, PackReport, Plan, Recipe, Report, Result, Run, Schedule, printable};
-
-use super::args::{PackArgs, RunArgs, UnpackArgs};
+use super::args::{PackArgs, UnpackArgs};
 use super::progress::Progress;
-use super::{human, print, print_json, signals};
+use super::{human, lower, print, print_json, signals};
 
 /// What the help of `pack` shows.
 pub const EXAMPLES: &str = "\
@@ -32,7 +30,7 @@ pub fn pack(args: &PackArgs) -> Result<u8> {
     let progress = Progress::new(args.run.report.progress);
     let plan = Plan::new(&recipe, &storage)?;
     let output = PackOutput { file: args.out.clone(), force: args.force };
-    let report = tiesmith::pack(&plan, run(&args.run), &output, &storage, &progress)?;
+    let report = tiesmith::pack(&plan, lower::run(&args.run), &output, &storage, &progress)?;
     for warning in &report.warnings {
         tiesmith::Observer::warn(&progress, warning);
     }
@@ -51,7 +49,7 @@ pub fn unpack(args: &UnpackArgs) -> Result<u8> {
         Recipe { packed_base: args.base.clone(), max_shard_bytes: args.max_shard_size, ..Recipe::copying(&args.file) };
     let progress = Progress::new(args.run.report.progress);
     let plan = Plan::new(&recipe, &storage)?;
-    let schedule = Schedule::new(&plan, run(&args.run))?;
+    let schedule = Schedule::new(&plan, lower::run(&args.run))?;
     let output = OutputOptions { dir: args.out.clone(), force: args.force, restart: args.restart, on_shard: None };
     let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
     for warning in &report.warnings {
@@ -64,19 +62,9 @@ pub fn unpack(args: &UnpackArgs) -> Result<u8> {
     print(&unpacked(&report))
 }
 
-fn run(args: &RunArgs) -> Run {
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    Run { memory_bytes: args.memory, threads: args.threads.unwrap_or_else(cores) }
-}
-
-fn line(text: &mut String, label: &str, value: &str) {
-    // Writing to a String cannot fail.
-    let _ = writeln!(text, "{label:<15} {value}");
-}
-
 fn packed(report: &PackReport) -> String {
     let mut text = String::new();
-    let mut line = |label, value: String| line(&mut text, label, &value);
+    let mut line = |label, value: String| human::line(&mut text, label, &value);
     line("packed into", printable(&report.out));
     let tensors = human::plural(report.tensors, "tensor");
     line("contents", format!("{tensors}, {} parameters", human::count(report.elements)));
@@ -94,7 +82,7 @@ fn packed(report: &PackReport) -> String {
 
 fn unpacked(report: &Report) -> String {
     let mut text = String::new();
-    let mut line = |label, value: String| line(&mut text, label, &value);
+    let mut line = |label, value: String| human::line(&mut text, label, &value);
     line("unpacked into", printable(&report.out));
     let tensors = human::plural(report.tensors, "tensor");
     line("contents", format!("{tensors}, {} parameters", human::count(report.elements)));

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 use clap::ValueEnum;
-use tiesmith::{ModelInput, Observer, OutputOptions, Plan, Recipe, Result, Run, Schedule, Value};
+use tiesmith::{ModelInput, Observer, OutputOptions, Plan, Recipe, Result, Schedule, Value};
 
 use super::args::RunArgs;
 use super::progress::Progress;
-use super::{human, merge, parse, print, print_json, signals};
+use super::{human, lower, merge, parse, print, print_json, signals};
 
 /// What the help shows.
 pub const EXAMPLES: &str = "\
@@ -91,9 +91,7 @@ pub fn run(args: &PerturbArgs) -> Result<u8> {
         recipe.params.insert(name.into(), value.into());
     }
     let plan = Plan::new(&recipe, &storage)?;
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    let run = Run { memory_bytes: args.run.memory, threads: args.run.threads.unwrap_or_else(cores) };
-    let schedule = Schedule::new(&plan, run)?;
+    let schedule = Schedule::new(&plan, lower::run(&args.run))?;
     let output = OutputOptions { dir: args.out.clone(), force: args.force, restart: args.restart, on_shard: None };
     let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
     for warning in &report.warnings {

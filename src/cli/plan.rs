@@ -39,7 +39,7 @@ pub fn run(args: &PlanArgs) -> Result<u8> {
             continue;
         }
         let plan = job.plan(&storage)?;
-        let mut schedule = Schedule::new(&plan, lower::run(args))?;
+        let mut schedule = Schedule::new(&plan, lower::run(&args.run))?;
         if let Some(file) = save {
             schedule = job::save(file, args, &plan, &schedule, &*storage)?;
         }

@@ -46,7 +46,7 @@ pub fn run(args: SweepArgs) -> Result<u8> {
         .zip(plans)
         .map(|(Point { name, settings, .. }, plan)| Variant { name, settings, plan })
         .collect();
-    let report = tiesmith::sweep(union, &variants, lower::run(&args), &options, &storage, &progress)?;
+    let report = tiesmith::sweep(union, &variants, lower::run(&args.run), &options, &storage, &progress)?;
     warnings.extend(
         report
             .outputs

@@ -10,7 +10,7 @@ use super::args::ReportArgs;
 use super::parse;
 use super::progress::Progress;
 use super::table::Table;
-use super::{DIFFERS, disk, human, print, print_json, signals};
+use super::{DIFFERS, disk, human, lower, print, print_json, signals};
 
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
@@ -41,7 +41,7 @@ pub fn run(args: &VerifyArgs) -> Result<u8> {
     signals::install();
     let storage = disk(IoMode::Auto);
     let progress = Progress::new(args.report.progress);
-    let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let threads = args.threads.unwrap_or_else(lower::cores);
     let mut report = tiesmith::verify(&args.dir, threads, &storage, &progress)?;
     if args.repair && !report.intact {
         repair(args, &mut report, Run { memory_bytes: args.memory, threads }, &storage, &progress)?;
