@@ -59,6 +59,24 @@ impl Survives {
     ];
 }
 
+/// A crash before and in each of `changes`, with all that may survive it, and errors of the two kinds that `kinds` gives, once
+/// and from there on, at each of `operations`.
+pub fn every_fault(
+    operations: u64,
+    changes: u64,
+    kinds: impl Fn(u64) -> [io::ErrorKind; 2],
+) -> Vec<(u64, Fault, Survives)> {
+    let crashes = (1..=changes).flat_map(|at| {
+        let both = move |survives| [(at, Fault::CrashBefore, survives), (at, Fault::CrashIn, survives)];
+        Survives::EACH.into_iter().flat_map(both)
+    });
+    let errors = (1..=operations).flat_map(|at| {
+        let [once, lasting] = kinds(at);
+        [(at, Fault::Once(once), Survives::All), (at, Fault::FromHere(lasting), Survives::All)]
+    });
+    crashes.chain(errors).collect()
+}
+
 /// What a disk writes at once.
 const SECTOR_BYTES: usize = 512;
 

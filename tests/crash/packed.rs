@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tiesmith::{Error, PackOutput, PackReport, Plan, Recipe, Run, Storage};
 
-use super::memory::{Fault, Memory, Survives};
+use super::memory::{Fault, Memory, every_fault};
 use super::{OUT, STEP, Silent, inputs, say};
 
 fn pack(density: f64, memory: &Memory) -> Result<PackReport, Error> {
@@ -25,17 +25,7 @@ fn packing_is_all_or_nothing() {
         let tree = memory.tree(OUT);
         assert_eq!(tree.keys().collect::<Vec<_>>(), ["one.tvz"]);
         let expected = &tree["one.tvz"].1;
-        let mut faults: Vec<(u64, Fault, Survives)> = Vec::new();
-        for at in 1..=changes {
-            for survives in Survives::EACH {
-                faults.push((at, Fault::CrashBefore, survives));
-                faults.push((at, Fault::CrashIn, survives));
-            }
-        }
-        for at in 1..=operations {
-            faults.push((at, Fault::Once(ErrorKind::StorageFull), Survives::All));
-            faults.push((at, Fault::FromHere(ErrorKind::Other), Survives::All));
-        }
+        let faults = every_fault(operations, changes, |_| [ErrorKind::StorageFull, ErrorKind::Other]);
         for (at, fault, survives) in faults.into_iter().step_by(STEP) {
             let what = format!("{density}, at {at}, {fault:?}, survives {survives:?}");
             let memory = inputs().fork(Some((at, fault)));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tiesmith::{Error, Manifest, Plan, Recipe, Run, Schedule, Scope, Storage};
 
-use super::memory::{Fault, Memory, Survives};
+use super::memory::{Memory, Survives, every_fault};
 use super::{Job, KINDS, OUT, STEP, Silent, recipe, say};
 
 /// `tiesmith verify --repair`.
@@ -48,18 +48,7 @@ fn a_repair_that_is_disturbed_anywhere_can_be_run_again() {
         let undisturbed = memory.fork(None);
         assert!(repair(&undisturbed).unwrap() && files(&undisturbed) == whole);
         let (operations, changes) = undisturbed.counts();
-        let mut faults: Vec<(u64, Fault, Survives)> = Vec::new();
-        for at in 1..=changes {
-            for survives in Survives::EACH {
-                faults.push((at, Fault::CrashBefore, survives));
-                faults.push((at, Fault::CrashIn, survives));
-            }
-        }
-        for at in 1..=operations {
-            let kind = KINDS[at as usize % KINDS.len()];
-            faults.push((at, Fault::Once(kind), Survives::All));
-            faults.push((at, Fault::FromHere(kind), Survives::All));
-        }
+        let faults = every_fault(operations, changes, |at| [KINDS[at as usize % KINDS.len()]; 2]);
         for (at, fault, survives) in faults.into_iter().step_by(STEP) {
             let what = format!("{fault:?} {at} of {changes} or {operations}, survives {survives:?}");
             let disturbed = memory.fork(Some((at, fault)));

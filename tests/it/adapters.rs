@@ -6,7 +6,7 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde_json::json;
 
-use crate::support::adapters::{Adapter, PREFIX};
+use crate::support::adapters::{Adapter, PREFIX, recipes};
 use crate::support::family::{Family, Saved, Spec, text};
 use crate::support::files::{Layout, read_checkpoint, write_checkpoint};
 use crate::support::oracle::{self, Method, Recipe, Scope};
@@ -249,16 +249,6 @@ fn merged_by_hand(models: &[Tensors], base: f32, recipe: &Recipe) -> Tensors {
     let base: Tensors = models[0].iter().map(|(name, tensor)| (name.clone(), filled(tensor))).collect();
     let expected = oracle::merge(&base, models, None, recipe).tensors;
     expected.into_iter().map(|(name, tensor)| (name.clone(), tensor.to(models[0][&name].dtype))).collect()
-}
-
-fn recipes() -> Vec<Recipe> {
-    let ties = Recipe { density: 0.3, ..Recipe::default() };
-    vec![
-        ties.clone(),
-        Recipe { scope: Scope::Tensor, ..ties.clone() },
-        Recipe { method: Method::TaskArithmetic, lambda: 0.5, ..ties.clone() },
-        Recipe { method: Method::Linear, ..ties },
-    ]
 }
 
 #[test]

@@ -7,10 +7,10 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde_json::json;
 
-use crate::support::adapters::{Adapter, PREFIX};
+use crate::support::adapters::{Adapter, PREFIX, recipes};
 use crate::support::family::text;
 use crate::support::files::read_json;
-use crate::support::oracle::{self, Method, Recipe, Scope};
+use crate::support::oracle::{self, Method, Recipe};
 use crate::support::random::Random;
 use crate::support::run::{Outcome, tiesmith};
 use crate::support::tensor::{Tensor, Tensors};
@@ -54,16 +54,6 @@ fn merge_into(dir: &Path, adapters: &[Adapter], recipe: &Recipe, extra: &[&str])
     args.extend(recipe.args());
     args.extend(extra.iter().map(|arg| (*arg).to_owned()));
     tiesmith(args)
-}
-
-fn recipes() -> Vec<Recipe> {
-    let ties = Recipe { density: 0.3, ..Recipe::default() };
-    vec![
-        ties.clone(),
-        Recipe { scope: Scope::Tensor, ..ties.clone() },
-        Recipe { method: Method::TaskArithmetic, lambda: 0.5, ..ties.clone() },
-        Recipe { method: Method::Linear, ..ties },
-    ]
 }
 
 /// Squared singular values of a matrix, the largest first: the eigenvalues of the product with itself, by rotations.

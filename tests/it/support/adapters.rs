@@ -7,6 +7,7 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use super::files;
+use super::oracle::{Method, Recipe, Scope};
 use super::random::Random;
 use super::tensor::{Tensor, Tensors};
 
@@ -19,6 +20,17 @@ pub struct Adapter {
 
 /// What PEFT puts before a module's name.
 pub const PREFIX: &str = "base_model.model.";
+
+/// Merges of every kind that adapters go through.
+pub fn recipes() -> Vec<Recipe> {
+    let ties = Recipe { density: 0.3, ..Recipe::default() };
+    vec![
+        ties.clone(),
+        Recipe { scope: Scope::Tensor, ..ties.clone() },
+        Recipe { method: Method::TaskArithmetic, lambda: 0.5, ..ties.clone() },
+        Recipe { method: Method::Linear, ..ties },
+    ]
+}
 
 impl Adapter {
     /// LoRA without modules.
