@@ -49,7 +49,7 @@ fn merge(inputs: &Path, out: &Path, patience: i64) -> tiesmith::Result<Report> {
     let storage = super::storage();
     let plan = Plan::new(&recipe, &storage)?;
     let schedule = Schedule::new(&plan, Run { memory_bytes: 40 << 20, threads: 1 })?;
-    let output = OutputOptions { dir: out.to_path_buf(), force: false, restart: false, on_shard: None };
+    let output = OutputOptions { dir: out.to_path_buf(), ..OutputOptions::default() };
     tiesmith::merge(&plan, &schedule, &output, &storage, &StopAfter(AtomicI64::new(patience)))
 }
 

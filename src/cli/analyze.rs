@@ -104,7 +104,7 @@ pub fn run(args: &AnalyzeArgs) -> Result<u8> {
     let progress = Progress::new(args.run.report.progress);
     let plan = Plan::new(&recipe, &storage)?;
     let study = Study::new(plan, &args.look.densities, lower::run(&args.run))?;
-    let output = OutputOptions { dir, force: args.look.force, restart: args.look.restart, on_shard: None };
+    let output = OutputOptions { dir, force: args.look.force, restart: args.look.restart, ..OutputOptions::default() };
     let report = tiesmith::analyze(&study, &output, &storage, &progress)?;
     for warning in &report.analysis.warnings {
         progress.warn(warning);

@@ -203,6 +203,13 @@ pub struct MergeArgs {
     pub trim: TrimArgs,
     #[command(flatten)]
     pub output: OutputArgs,
+    /// Hash what is read of the inputs, so that an interrupted run can go on after they were copied or touched
+    ///
+    /// A run goes on by itself where the inputs are as they were by length, times and inode, or were moved. With this, copies
+    /// will do too (a job that brings its inputs to a local disk on every attempt): what was read before is read again and
+    /// compared. Given when a merge begins; it costs processor time, about a second per 2 GB and thread.
+    #[arg(long, help_heading = "Output")]
+    pub hash_inputs: bool,
     #[command(flatten)]
     pub run: RunArgs,
 }

@@ -46,6 +46,10 @@ pub fn save(
 ) -> Result<Schedule> {
     let mut output = lower::output(args)
         .map_err(|e| e.replace_help("add '--out DIR': all parts write there, and the plan file says where"))?;
+    if output.hash_inputs {
+        return Err(Error::usage("--hash-inputs is not for merges in parts")
+            .help("leave it out; copies of inputs will do for parts if they keep their times (cp -p)"));
+    }
     output.dir = std::path::absolute(&output.dir)
         .map_err(|e| Error::usage(format!("{}: {e}", output.dir.display())).help("choose another --out"))?;
     let arguments = std::env::args_os().skip(2).map(|argument| argument.into_string());

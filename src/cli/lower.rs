@@ -81,6 +81,7 @@ pub fn output(args: &MergeArgs) -> Result<OutputOptions> {
         dir,
         force: args.output.force,
         restart: args.output.restart,
+        hash_inputs: args.hash_inputs,
         on_shard: args.output.on_shard.clone(),
     })
 }

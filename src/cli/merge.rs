@@ -28,6 +28,10 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
     if let Some(manifest) = &last.again {
         manifest.admit(&mut plan)?;
     }
+    if output.hash_inputs && plan.factors.is_some() {
+        return Err(Error::usage("--hash-inputs is not for adapters that are merged through their changes")
+            .help("leave it out: such a merge is short"));
+    }
     // Elsewhere they come with the result: a failed run's one line of error stands alone.
     for warning in plan.warnings.iter().filter(|_| progress.is_watched()) {
         progress.warn(warning);
@@ -119,7 +123,8 @@ fn part(args: &MergeArgs, mut job: Job, storage: &Arc<dyn Storage>) -> Result<()
         return Ok(());
     }
     let schedule = Schedule::new(&plan, lower::run(&args.run))?;
-    let output = OutputOptions { dir, force: args.output.force, restart: args.output.restart, on_shard: None };
+    let (force, restart, hash_inputs) = (args.output.force, args.output.restart, args.hash_inputs);
+    let output = OutputOptions { dir, force, restart, hash_inputs, on_shard: None };
     let report = tiesmith::merge(&plan, &schedule, &output, storage, &progress)?;
     for warning in &report.warnings {
         progress.warn(&format!("{name}: {warning}"));

@@ -50,7 +50,8 @@ pub fn unpack(args: &UnpackArgs) -> Result<u8> {
     let progress = Progress::new(args.run.report.progress);
     let plan = Plan::new(&recipe, &storage)?;
     let schedule = Schedule::new(&plan, lower::run(&args.run))?;
-    let output = OutputOptions { dir: args.out.clone(), force: args.force, restart: args.restart, on_shard: None };
+    let output =
+        OutputOptions { dir: args.out.clone(), force: args.force, restart: args.restart, ..OutputOptions::default() };
     let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
     for warning in &report.warnings {
         tiesmith::Observer::warn(&progress, warning);

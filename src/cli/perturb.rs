@@ -92,7 +92,8 @@ pub fn run(args: &PerturbArgs) -> Result<u8> {
     }
     let plan = Plan::new(&recipe, &storage)?;
     let schedule = Schedule::new(&plan, lower::run(&args.run))?;
-    let output = OutputOptions { dir: args.out.clone(), force: args.force, restart: args.restart, on_shard: None };
+    let output =
+        OutputOptions { dir: args.out.clone(), force: args.force, restart: args.restart, ..OutputOptions::default() };
     let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
     for warning in &report.warnings {
         progress.warn(warning);

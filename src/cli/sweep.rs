@@ -76,6 +76,7 @@ fn merge_args(args: SweepArgs) -> MergeArgs {
         method: MethodArgs { method, lambda: None, elect, combine, zero_sum, params, sign_from, seed },
         trim: TrimArgs { density: None, scope: args.scope, threshold: args.threshold, trim_ties: args.trim_ties },
         output: args.output,
+        hash_inputs: false,
         run: args.run,
     }
 }

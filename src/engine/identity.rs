@@ -12,8 +12,9 @@ use crate::plan::Plan;
 use crate::storage::InputFile;
 
 /// Version of the journal's format.
-const JOURNAL_VERSION: u32 = 3;
+const JOURNAL_VERSION: u32 = 4;
 const ADVICE: &str = "use --restart to start over, or another --out";
+const HASHES: &str = "a merge begun with --hash-inputs goes on over inputs that were only touched or copied";
 
 /// The first record.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -21,10 +22,14 @@ pub(super) struct Begin {
     version: u32,
     program: String,
     fingerprint: String,
+    /// The same without the inputs' modification times.
+    untimed_fingerprint: String,
     recipe: Value,
     inputs: Vec<Input>,
     /// Names of the shards.
     pub shards: Vec<String>,
+    /// Whether the journal keeps hashes of what is read of the inputs.
+    hashes: bool,
 }
 
 /// One file of an input.
@@ -49,10 +54,22 @@ impl Begin {
             version: JOURNAL_VERSION,
             program: PROGRAM.into(),
             fingerprint: plan.fingerprint.clone(),
+            untimed_fingerprint: plan.untimed_fingerprint.clone(),
             recipe: serde_json::to_value(recipe).map_err(|e| Error::failed(format!("the recipe as JSON: {e}")))?,
             inputs: files(plan).map(|(file, header)| Input::of(file, header)).collect(),
             shards: plan.layout.shards.iter().map(|shard| shard.name.clone()).collect(),
+            hashes: false,
         })
+    }
+
+    /// The same for a journal that keeps hashes of what is read of the inputs, if it does.
+    pub(super) fn with_hashes(self, hashes: bool) -> Self {
+        Self { hashes, ..self }
+    }
+
+    /// Whether the journal keeps hashes of what is read of the inputs.
+    pub(super) fn has_hashes(&self) -> bool {
+        self.hashes
     }
 
     pub(super) fn encode(&self) -> Result<Vec<u8>> {
@@ -74,6 +91,27 @@ impl Begin {
         self.compare(plan, Input::change)
     }
 
+    /// The same, but for inputs that were only touched or copied, as far as that can be seen before their content is
+    /// compared. That takes a journal with hashes of what was read.
+    pub(super) fn admit_touched(&self, plan: &Plan) -> Result<()> {
+        let content = self.compare(plan, Input::change_of_content);
+        match self.hashes {
+            true => content,
+            false => self.admit(plan).map_err(|e| match content {
+                Ok(()) => e.replace_help(format!("{ADVICE}; {HASHES}")),
+                Err(_) => e,
+            }),
+        }
+    }
+
+    /// Which input is another by its times or its inode.
+    pub(super) fn touched(&self, plan: &Plan) -> Option<String> {
+        let changed =
+            |(then, (file, header)): (&Input, _)| then.change(&Input::of(file, header)).map(|what| (file, what));
+        let (file, what) = self.inputs.iter().zip(files(plan)).find_map(changed)?;
+        Some(format!("{}: {what}, but its content is the same", printable(&file.path().to_string_lossy())))
+    }
+
     /// The same for inputs that may be copies on another machine, made with their modification times.
     pub(super) fn admit_copies(&self, plan: &Plan) -> Result<()> {
         self.compare(plan, Input::change_of_copy)
@@ -92,14 +130,11 @@ impl Begin {
         }
         for ((then, now), (file, _)) in self.inputs.iter().zip(&now.inputs).zip(files(plan)) {
             if let Some(change) = change(then, now) {
-                return Err(Error::input(format!(
-                    "this input is not what it was when the unfinished merge began: {change}"
-                ))
-                .at(file.path())
-                .help(ADVICE));
+                return Err(other(file, &change));
             }
         }
-        if self.fingerprint != now.fingerprint || self.shards != now.shards {
+        // Modification times are looked at with the inputs.
+        if self.untimed_fingerprint != now.untimed_fingerprint || self.shards != now.shards {
             let program = printable(&self.program);
             return Err(refuse(match program == PROGRAM {
                 true => "a config.json that decides which layers are meant was another".into(),
@@ -137,6 +172,12 @@ impl Input {
         different.iter().find(|(different, _)| *different).map(|(_, what)| format!("{what} is another"))
     }
 
+    /// The same for a file whose content is compared: nothing but that counts.
+    fn change_of_content(&self, now: &Self) -> Option<String> {
+        let times = (self.mtime_ns.clone(), self.ctime_ns.clone());
+        self.change(&Self { mtime_ns: times.0, ctime_ns: times.1, inode: self.inode, ..now.clone() })
+    }
+
     /// The same where `now` may be a copy: it has another inode then. The same inode must not have changed.
     fn change_of_copy(&self, now: &Self) -> Option<String> {
         match self.inode == now.inode {
@@ -147,6 +188,13 @@ impl Input {
             }
         }
     }
+}
+
+/// The refusal of an input that is not what it was.
+pub(super) fn other(file: &dyn InputFile, what: &str) -> Error {
+    Error::input(format!("this input is not what it was when the unfinished merge began: {what}"))
+        .at(file.path())
+        .help(ADVICE)
 }
 
 /// All input files with the hashes of their headers.

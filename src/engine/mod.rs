@@ -20,6 +20,7 @@ mod pack;
 mod parts;
 mod passes;
 mod pool;
+mod reads;
 mod records;
 mod repair;
 mod select;
@@ -106,6 +107,9 @@ pub struct OutputOptions {
     pub force: bool,
     /// Throw unfinished work away.
     pub restart: bool,
+    /// Keep hashes of what is read, so that an interrupted merge can go on after its inputs were copied or touched. For
+    /// merges that begin; not for factors of merged adapters.
+    pub hash_inputs: bool,
     /// A command for the shell that each finished shard is handed over to, and that may remove it. For merges.
     pub on_shard: Option<String>,
 }
@@ -256,6 +260,9 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     })?;
     check_inputs_unchanged(plan)?;
     observer.go_on()?;
+    if dir.lacks_hashes() {
+        warnings.push("--hash-inputs came too late: the merge was begun without it".into());
+    }
     let mut report = report(plan, schedule, (&dir.dir, dir.resumes()), &tally, &thresholds, warnings);
     report.chunks_reused = reused;
     report.shards_handed_over = if dir.hands_over() { report.shards } else { 0 };

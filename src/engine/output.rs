@@ -9,6 +9,7 @@
 //! Knows names and order; what is written into shards is the business of `shards`.
 
 mod handing;
+mod inputs;
 mod parts;
 mod repair;
 
@@ -61,6 +62,8 @@ mod kind {
     pub const COMMIT: u8 = 4;
     /// A shard that was handed over to a command: it need not be there any more.
     pub const HANDED_OVER: u8 = 5;
+    /// What the inputs are now, whose content was found to be the same.
+    pub const INPUTS: u8 = 6;
 }
 
 /// An output directory that this process may write to.
@@ -83,6 +86,10 @@ pub(super) struct OutputDir {
     untouchable: AtomicBool,
     /// An earlier attempt got as far as publishing everything.
     published: bool,
+    /// See [`OutputOptions::hash_inputs`].
+    hash_inputs: bool,
+    /// What the journal says of the inputs. Nothing in parts and in repairs.
+    inputs: Option<Begin>,
     /// See [`OutputOptions::on_shard`].
     pub on_shard: Option<String>,
     /// Shards that it has had.
@@ -193,6 +200,7 @@ impl Log {
         match (record.kind, &self.begin) {
             (kind::BEGIN, None) => self.begin = Some(Begin::decode(&record.payload)?),
             (kind::DONE, Some(_)) => {}
+            (kind::INPUTS, Some(_)) => self.begin = Some(Begin::decode(&record.payload)?),
             (kind::REPLACE, Some(_)) => self.stale = Some(serde_json::from_slice(&record.payload).ok()?),
             (kind::COMMIT, Some(_)) => self.committed = true,
             (kind::HANDED_OVER, Some(_)) => {
@@ -224,7 +232,12 @@ impl OutputDir {
         let unwritable = |e: Error| e.as_input().help("choose an --out that you may write to");
         let lock = storage.lock(&work.join(LOCK)).map_err(unwritable)?;
         let taken = Self::taken(dir, work.join(JOURNAL), lock, storage);
-        let mut output = Self { created: !before.exists, on_shard: options.on_shard.clone(), ..taken };
+        let mut output = Self {
+            created: !before.exists,
+            on_shard: options.on_shard.clone(),
+            hash_inputs: options.hash_inputs,
+            ..taken
+        };
         match output.take_over(plan, options) {
             Ok(()) => Ok(output),
             Err(error) => {
@@ -248,6 +261,8 @@ impl OutputDir {
             resumes: false,
             untouchable: AtomicBool::new(false),
             published: false,
+            hash_inputs: false,
+            inputs: None,
             on_shard: None,
             handed_over: Mutex::default(),
             journal: Mutex::default(),
@@ -279,6 +294,11 @@ impl OutputDir {
                 self.journal = Mutex::new(journal);
                 return Ok(());
             }
+            let nothing_left = !options.force && !self.hands_over() && begin.is_of(made);
+            if nothing_left && begin.has_hashes() && begin.admit_touched(plan).is_ok() {
+                // Whether touched inputs are the same does not matter any more.
+                self.clear_work()?;
+            }
         }
         if finished && !options.force {
             return Err(finished_already(&self.dir));
@@ -293,7 +313,8 @@ impl OutputDir {
         }
         self.replaces = finished;
         if let (Some(begin), Some(journal), false) = (&log.begin, journal, options.restart) {
-            begin.admit(plan).map_err(|e| e.at(&self.dir))?;
+            begin.admit_touched(plan).map_err(|e| e.at(&self.dir))?;
+            self.inputs = Some(begin.clone());
             self.stale = log.stale;
             self.handed_over = Mutex::new(log.handed_over);
             self.resumes = true;
@@ -330,9 +351,10 @@ impl OutputDir {
         }
         self.clear_work()?;
         check_space(held_at_once(plan, self.hands_over()), &self.dir, &*self.storage)?;
-        let begin = Begin::of(plan)?.encode()?;
-        let journal = Journal::create(&self.journal_path, kind::BEGIN, &begin, &*self.storage)?;
+        let begin = Begin::of(plan)?.with_hashes(self.hash_inputs);
+        let journal = Journal::create(&self.journal_path, kind::BEGIN, &begin.encode()?, &*self.storage)?;
         self.journal = Mutex::new(Some(journal));
+        self.inputs = Some(begin);
         self.storage.sync_dir(&self.work)?;
         self.storage.sync_dir(&self.dir)
     }

@@ -84,7 +84,8 @@ impl<'a> Passes<'a> {
         writer: Option<&'a ShardWriter<'a>>,
         kept: &'a Kept,
     ) -> Self {
-        let workers = (0..schedule.threads).map(|_| Worker::new(plan, schedule)).collect();
+        let reads = writer.and_then(ShardWriter::reads);
+        let workers = (0..schedule.threads).map(|_| Worker::new(plan, schedule).telling(reads.clone())).collect();
         Self::with_workers(plan, schedule, observer, writer, kept, workers)
     }
 
@@ -436,6 +437,7 @@ impl<'a> Passes<'a> {
             |_| (),
             |worker, _, group| {
                 worker.set_brackets(&brackets);
+                let reads = worker.reads.take();
                 let wanted = Wanted::TaskVectors(&models);
                 let blocks = || Schedule::probe_blocks(plan, unit).skip(group).step_by(PROBE_GROUPS);
                 let mut next = blocks();
@@ -445,6 +447,7 @@ impl<'a> Passes<'a> {
                     let pieces = plan.pieces(block.tensor, wanted);
                     worker.load(plan, block, pieces, observer, |worker, data| worker.sketch(data, &brackets))?;
                 }
+                worker.reads = reads;
                 let mut probes = lock(&probes);
                 for (probe, sketch) in probes.iter_mut().zip(&worker.sketches).filter(|(_, s)| s.bins() > 0) {
                     probe.add_group(sketch);

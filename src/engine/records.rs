@@ -56,11 +56,24 @@ pub(super) struct Piece {
     pub digest: Digest,
 }
 
+/// A range of an input that was read, where inputs are hashed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ReadDone {
+    /// Index into all files of the plan's inputs.
+    pub file: u32,
+    /// First byte in the file.
+    pub offset: u64,
+    pub bytes: u32,
+    /// First half of the BLAKE3 of the bytes.
+    pub digest: Digest,
+}
+
 /// One entry of a record.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Entry {
     Unit(UnitDone),
     Range(RangeDone),
+    Read(ReadDone),
 }
 
 impl Entry {
@@ -74,6 +87,7 @@ impl Entry {
                     + size_of_val(&*range.ties)
                     + range.pieces.capacity() * size_of::<Piece>()
             }
+            Self::Read(_) => 0,
         };
         size_of::<Self>() + lists
     }
@@ -81,6 +95,7 @@ impl Entry {
 
 const UNIT: u8 = 1;
 const RANGE: u8 = 2;
+const READ: u8 = 3;
 
 /// The payload of a record that says that `entries` are done.
 pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
@@ -89,6 +104,7 @@ pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
         match entry {
             Entry::Unit(unit) => encode_unit(unit, &mut out),
             Entry::Range(range) => encode_range(range, &mut out),
+            Entry::Read(read) => encode_read(read, &mut out),
         }
     }
     out
@@ -130,6 +146,14 @@ fn encode_range(range: &RangeDone, out: &mut Vec<u8>) {
     }
 }
 
+fn encode_read(read: &ReadDone, out: &mut Vec<u8>) {
+    out.push(READ);
+    out.extend(read.file.to_le_bytes());
+    out.extend(read.offset.to_le_bytes());
+    out.extend(read.bytes.to_le_bytes());
+    out.extend(read.digest);
+}
+
 /// The entries of a payload; `None` if it is not one.
 pub(super) fn decode(payload: &[u8]) -> Option<Vec<Entry>> {
     let mut rest = Rest(payload);
@@ -138,6 +162,7 @@ pub(super) fn decode(payload: &[u8]) -> Option<Vec<Entry>> {
         entries.push(match rest.byte()? {
             UNIT => Entry::Unit(decode_unit(&mut rest)?),
             RANGE => Entry::Range(decode_range(&mut rest)?),
+            READ => Entry::Read(decode_read(&mut rest)?),
             _ => return None,
         });
     }
@@ -164,6 +189,10 @@ fn decode_range(rest: &mut Rest<'_>) -> Option<RangeDone> {
     let (kept, agreeing, ties) = (rest.list(Rest::u64)?, rest.list(Rest::u64)?, rest.list(Rest::u64)?);
     let pieces = rest.list(|rest| Some(Piece { bytes: rest.u32()?, digest: rest.take()? }))?;
     Some(RangeDone { tensor, start, count, differs, bytes_read, conflicts, kept, agreeing, ties, pieces })
+}
+
+fn decode_read(rest: &mut Rest<'_>) -> Option<ReadDone> {
+    Some(ReadDone { file: rest.u32()?, offset: rest.u64()?, bytes: rest.u32()?, digest: rest.take()? })
 }
 
 /// What is left of a payload.
@@ -227,6 +256,7 @@ mod tests {
                 pieces,
             }),
             Entry::Range(RangeDone::default()),
+            Entry::Read(ReadDone { file: 3, offset: 1 << 41, bytes: 1 << 20, digest: [9; 16] }),
         ]
     }
 

@@ -23,6 +23,7 @@ use super::hand_over::{HandedOver, hand_over};
 use super::kept::Kept;
 use super::output::OutputDir;
 use super::pool::no_thread;
+use super::reads::Reads;
 use super::records::{self, Entry, Piece, RangeDone, UnitDone};
 use super::shard_hash::ShardHash;
 use super::tensor_hash::{Hash, TensorHashes};
@@ -71,6 +72,8 @@ struct Shards<'a> {
     /// Those that this process writes.
     own: Range<usize>,
     tensors: TensorHashes,
+    /// What is read of the inputs, where the journal keeps hashes of that.
+    reads: Option<Arc<Reads>>,
     /// Where a finished output is repaired: the hash that each shard to be written must get; the others are left alone.
     repairs: Option<&'a [Option<String>]>,
 }
@@ -94,6 +97,11 @@ impl ShardWriter<'_> {
     /// Takes the result of `chunk`.
     pub(super) fn chunk(&self, chunk: Chunk) -> ChunkWriter<'_> {
         ChunkWriter { writer: self, chunk, pieces: Vec::new() }
+    }
+
+    /// What is to be told of reads.
+    pub(super) fn reads(&self) -> Option<Arc<Reads>> {
+        self.shards.reads.clone()
     }
 
     /// Keeps the thresholds of a unit before anything is written that depends on them.
@@ -168,6 +176,7 @@ impl<'a> Shards<'a> {
         let shards = &plan.layout.shards;
         Self {
             repairs,
+            reads: output.hashes_inputs().then(|| Arc::new(Reads::new(plan))),
             tensors: TensorHashes::new(plan.tensors.len()),
             plan,
             output,
@@ -296,7 +305,7 @@ impl Follower<'_> {
             Message::Done(entry) => {
                 let complete = match &entry {
                     Entry::Range(range) => self.count_down(range),
-                    Entry::Unit(_) => None,
+                    Entry::Unit(_) | Entry::Read(_) => None,
                 };
                 self.push(entry);
                 if let Some(shard) = complete {
@@ -349,8 +358,17 @@ impl Follower<'_> {
             *range = 0..0;
         }
         self.dirty_bytes = 0;
-        if !self.entries.is_empty() {
-            self.shards.output.record_done(&records::encode(&std::mem::take(&mut self.entries)))?;
+        let mut entries = std::mem::take(&mut self.entries);
+        if let Some(reads) = &self.shards.reads {
+            if !entries.is_empty() {
+                // What was read a second time was not hashed again.
+                Reads::check_inputs(self.shards.plan)?;
+            }
+            // Work that is done here was told of after its reads.
+            entries.splice(0..0, reads.take_pending().into_iter().map(Entry::Read));
+        }
+        if !entries.is_empty() {
+            self.shards.output.record_done(&records::encode(&entries))?;
             self.entries_bytes = 0;
         }
         self.flushed = Instant::now();

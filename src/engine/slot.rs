@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use super::reads::Reads;
 use crate::dtype::Float;
 use crate::error::Result;
 use crate::kernels::{self, Isa};
@@ -41,13 +42,23 @@ impl Slot {
         Self { windows, places: Vec::new(), distant: false }
     }
 
-    /// Loads `pieces` of `chunk`; returns the bytes loaded.
-    pub(super) fn load(&mut self, plan: &Plan, chunk: Chunk, pieces: impl Iterator<Item = Piece>) -> Result<u64> {
+    /// Loads `pieces` of `chunk`, and tells `reads` where that is asked for; returns the bytes loaded.
+    pub(super) fn load(
+        &mut self,
+        plan: &Plan,
+        chunk: Chunk,
+        pieces: impl Iterator<Item = Piece>,
+        reads: Option<&Reads>,
+    ) -> Result<u64> {
         let mut total = 0;
         for piece in pieces {
             let (file, offset, bytes) = locate(plan, chunk, piece);
-            file.load(&mut self.windows[piece.checkpoint as usize], offset, bytes as usize)
+            let window = &mut self.windows[piece.checkpoint as usize];
+            file.load(window, offset, bytes as usize)
                 .map_err(|e| e.tensor(&plan.tensors[chunk.tensor as usize].name))?;
+            if let Some(reads) = reads {
+                reads.add(plan, piece, offset, window.bytes());
+            }
             total += bytes;
         }
         self.distant = total > DISTANT_BYTES;

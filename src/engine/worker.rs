@@ -5,9 +5,12 @@
 //!   happens in the first-level cache.
 //! - A chunk's result depends on the plan, the cuts and the chunk's own bytes: never on the worker or its history.
 
+use std::sync::Arc;
+
 use super::Observer;
 use super::cut::{Cut, TieCounts};
 use super::exceptions::{narrow, no_weight};
+use super::reads::Reads;
 use super::slot::{Loaded, Slot, Span};
 use super::stored::Short;
 use crate::dtype::Float;
@@ -86,6 +89,8 @@ pub(super) struct Worker {
     mark: Tally,
     /// Reads are not counted: they replace what an earlier attempt of this run had in memory.
     pub rereads: bool,
+    /// What is told of reads, where inputs are hashed.
+    pub reads: Option<Arc<Reads>>,
 }
 
 /// What was found out about a unit before it is merged.
@@ -129,7 +134,13 @@ impl Worker {
             tally: Tally::of(plan.models()),
             mark: Tally::of(plan.models()),
             rereads: false,
+            reads: None,
         }
+    }
+
+    /// Tells `reads` of what it loads.
+    pub(super) fn telling(self, reads: Option<Arc<Reads>>) -> Self {
+        Self { reads, ..self }
     }
 
     /// Makes room for the work of `plan` too.
@@ -198,7 +209,7 @@ impl Worker {
     ) -> Result<()> {
         observer.go_on()?;
         self.begin();
-        let bytes = slot.load(plan, chunk, pieces)?;
+        let bytes = slot.load(plan, chunk, pieces, self.reads.as_deref())?;
         self.tally.bytes_read += if self.rereads { 0 } else { bytes };
         observer.advance(bytes);
         Ok(())

@@ -118,7 +118,8 @@ fn lower(recipe: &Recipe, mut checkpoints: Vec<Checkpoint>, adapter: bool, stora
         true => Layout::adapter(tensors.iter().map(output_tensor))?,
         false => Layout::new(tensors.iter().map(output_tensor), recipe.max_shard_bytes)?,
     };
-    let fingerprint = fingerprint(recipe, &checkpoints, &params, &tensors);
+    let fingerprints = [true, false].map(|timed| fingerprint(recipe, &checkpoints, &params, &tensors, timed));
+    let [fingerprint, untimed_fingerprint] = fingerprints;
     let parsed_bytes = parsed_bytes(&checkpoints, chat_template.is_some(), &**storage)?;
     Ok(Plan {
         recipe: recipe.clone(),
@@ -143,6 +144,7 @@ fn lower(recipe: &Recipe, mut checkpoints: Vec<Checkpoint>, adapter: bool, stora
         packing: None,
         warnings,
         fingerprint,
+        untimed_fingerprint,
         named,
         adapter,
         factors: None,
@@ -211,8 +213,15 @@ fn commonest_float(tensors: &[PlannedTensor]) -> Option<Float> {
     elements.into_iter().max_by_key(|&(float, n)| (n, float)).map(|(float, _)| float)
 }
 
-/// BLAKE3 over everything that decides output bytes, as far as it is known without reading tensor data.
-fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint], params: &[ParamSet], tensors: &[PlannedTensor]) -> String {
+/// BLAKE3 over everything that decides output bytes, as far as it is known without reading tensor data. What is not `timed`
+/// leaves out when inputs were modified.
+fn fingerprint(
+    recipe: &Recipe,
+    checkpoints: &[Checkpoint],
+    params: &[ParamSet],
+    tensors: &[PlannedTensor],
+    timed: bool,
+) -> String {
     // What a checkpoint is called says nothing about its content, so a moved input keeps the fingerprint.
     let mut nameless = recipe.clone();
     nameless.base = nameless.base.map(|_| String::new());
@@ -227,7 +236,9 @@ fn fingerprint(recipe: &Recipe, checkpoints: &[Checkpoint], params: &[ParamSet],
             let identity = file.file.identity();
             hasher.update(&file.header_hash);
             hasher.update(&identity.bytes.to_le_bytes());
-            hasher.update(&identity.mtime_ns.to_le_bytes());
+            if timed {
+                hasher.update(&identity.mtime_ns.to_le_bytes());
+            }
         }
     }
     // Where parameters go by layers, and slices by stacks, `config.json` has its say too.

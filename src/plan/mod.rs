@@ -233,6 +233,8 @@ pub struct Plan {
     pub warnings: Vec<String>,
     /// BLAKE3 over recipe, numeric version and inputs' headers: equal fingerprints give equal output bytes.
     pub fingerprint: String,
+    /// The same without the inputs' modification times.
+    pub untimed_fingerprint: String,
 }
 
 impl Plan {

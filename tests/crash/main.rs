@@ -138,6 +138,8 @@ struct Job {
     name: &'static str,
     recipe: Recipe,
     force: bool,
+    /// Inputs are hashed, and copied before each run.
+    copied: bool,
 }
 
 fn recipe() -> Recipe {
@@ -182,7 +184,8 @@ fn changes() -> Recipe {
 }
 
 fn jobs() -> Vec<Job> {
-    let job = |name, recipe, force| Job { name, recipe, force };
+    let job = |name, recipe, force| Job { name, recipe, force, copied: false };
+    let copied = |name, recipe| Job { name, recipe, force: false, copied: true };
     vec![
         job("shards", recipe(), false),
         job("one file", Recipe { max_shard_bytes: 1 << 30, dtype: Some(Float::BF16), ..recipe() }, false),
@@ -192,6 +195,8 @@ fn jobs() -> Vec<Job> {
         job("regmean", described("regmean"), false),
         job("adapters alone", alone(), false),
         job("changes of adapters", Recipe { trim_ties: TrimTies::Lowest, ..changes() }, false),
+        copied("copied inputs", recipe()),
+        copied("a copied adapter", Recipe { trim_ties: TrimTies::Lowest, ..adapted() }),
         job("replacing shards", recipe(), true),
         job("replacing by one file", Recipe { max_shard_bytes: 1 << 30, ..recipe() }, true),
     ]
@@ -209,10 +214,14 @@ impl Job {
         memory_bytes: u64,
         observer: &dyn Observer,
     ) -> Result<Report, Error> {
+        if self.copied {
+            memory.copy_files("/in");
+        }
         let storage: Arc<dyn Storage> = Arc::new(memory.clone());
         let plan = Plan::new(&self.recipe, &storage)?;
         let schedule = Schedule::new(&plan, Run { memory_bytes, threads })?;
-        let output = OutputOptions { dir: OUT.into(), force: self.force, restart: false, on_shard: None };
+        let output =
+            OutputOptions { dir: OUT.into(), force: self.force, hash_inputs: self.copied, ..OutputOptions::default() };
         tiesmith::merge(&plan, &schedule, &output, &storage, observer)
     }
 
@@ -222,7 +231,7 @@ impl Job {
         if self.force {
             let older = Recipe { max_shard_bytes: 40_000, seed: 5, ..recipe() };
             memory.put("/in/base/chat_template.jinja", b"of the older output only");
-            Job { name: "older", recipe: older, force: false }.run(&memory).unwrap();
+            Job { name: "older", recipe: older, force: false, copied: false }.run(&memory).unwrap();
             let memory = memory.reboot(Survives::All);
             memory.remove_file("/in/base/chat_template.jinja".as_ref()).unwrap();
             return memory.reboot(Survives::All);
@@ -455,9 +464,15 @@ fn a_resumed_run_may_have_other_threads_and_memory() {
         before.put(&format!("/in/{name}/model.safetensors"), &content(2 * seed as u32));
     }
     let (mut reused, mut stops) = (0, 0);
-    let kinds = [(TrimTies::Lowest, Scope::Model), (TrimTies::Keep, Scope::Tensor), (TrimTies::Lowest, Scope::Tensor)];
-    for (ties, scope) in kinds {
-        let job = Job { name: "other cuts", recipe: Recipe { trim_ties: ties, scope, ..recipe() }, force: false };
+    let kinds = [
+        (TrimTies::Lowest, Scope::Model, false),
+        (TrimTies::Lowest, Scope::Model, true),
+        (TrimTies::Keep, Scope::Tensor, false),
+        (TrimTies::Lowest, Scope::Tensor, true),
+    ];
+    for (ties, scope, copied) in kinds {
+        let job =
+            Job { name: "other cuts", recipe: Recipe { trim_ties: ties, scope, ..recipe() }, force: false, copied };
         let memory = before.fork(None);
         let undisturbed = job.run_with(&memory, 1, 40 << 20, &Silent).unwrap();
         let expected = memory.tree(OUT)["model.safetensors"].1.clone();

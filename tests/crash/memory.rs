@@ -277,6 +277,20 @@ impl Memory {
         state.durable_names = state.names.clone();
     }
 
+    /// Puts copies in the places of all files under `dir`, with the times of these, as `cp -p` does.
+    pub fn copy_files(&self, dir: &str) {
+        let mut state = self.state();
+        let files = state.names.iter().filter(|(name, entry)| name.starts_with(dir) && matches!(entry, Entry::File(_)));
+        for (name, entry) in files.map(|(name, &entry)| (name.clone(), entry)).collect::<Vec<_>>() {
+            let Entry::File(from) = entry else { continue };
+            state.clock += 1;
+            let (copy, node) = (state.clock, state.nodes[&from].clone());
+            state.nodes.insert(copy, node);
+            state.names.insert(name.clone(), Entry::File(copy));
+            state.durable_names.insert(name, Entry::File(copy));
+        }
+    }
+
     /// An independent copy, with an operation to fail at.
     pub fn fork(&self, fault: Option<(u64, Fault)>) -> Self {
         let (state, locked) = (self.state().clone(), BTreeSet::new());

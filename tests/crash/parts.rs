@@ -24,7 +24,7 @@ impl InParts {
         let storage: Arc<dyn Storage> = Arc::new(before.fork(None));
         let plan = Plan::new(&recipe, &storage).unwrap();
         let schedule = Schedule::new(&plan, RUN).unwrap();
-        let output = OutputOptions { dir: OUT.into(), force, restart: false, on_shard: None };
+        let output = OutputOptions { dir: OUT.into(), force, ..OutputOptions::default() };
         Self { job: Job::new(&plan, &schedule, &output).unwrap(), recipe, before }
     }
 
@@ -58,7 +58,7 @@ fn a_merge_in_parts_that_is_disturbed_anywhere_ends_the_same() {
     let per_tensor = Recipe { scope: Scope::Tensor, ..recipe() };
     let mut cases = 0;
     for (merged, force) in [(lowest, false), (per_tensor, false), (recipe(), true)] {
-        let piece = super::Job { name: "in one piece", recipe: merged.clone(), force };
+        let piece = super::Job { name: "in one piece", recipe: merged.clone(), force, copied: false };
         let before = piece.before();
         let whole = before.fork(None);
         piece.run(&whole).unwrap();

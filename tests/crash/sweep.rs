@@ -22,7 +22,7 @@ fn sweep(base: &Recipe, packed: bool, memory: &Memory) -> Result<SweepReport, Er
     let union = plans.next().unwrap();
     let variant = |(number, plan)| Variant { name: format!("v{number}"), settings: Vec::new(), plan };
     let variants: Vec<Variant> = plans.enumerate().map(variant).collect();
-    let output = OutputOptions { dir: OUT.into(), force: false, restart: false, on_shard: None };
+    let output = OutputOptions { dir: OUT.into(), ..OutputOptions::default() };
     let options = SweepOptions { output, packed };
     tiesmith::sweep(union, &variants, Run { memory_bytes: 96 << 20, threads: 1 }, &options, &storage, &Silent)
 }

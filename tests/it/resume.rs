@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::support::family::{Family, Saved, Spec, text};
-use crate::support::files::{read_checkpoint, read_tree};
+use crate::support::files::{lasting, read_checkpoint, read_tree};
 use crate::support::oracle::Recipe;
 use crate::support::run::{Outcome, command, run};
 
@@ -141,7 +141,6 @@ fn copy_time(from: &fs::Metadata, to: &Path) {
 
 #[test]
 fn changed_inputs_are_refused_by_name() {
-    type Change = fn(&Path);
     let changes: [(&str, Change); 10] = [
         ("a byte, the time put back", |path| {
             let metadata = fs::metadata(path).unwrap();
@@ -211,6 +210,111 @@ fn inputs_that_were_only_moved_are_the_same_inputs() {
     saved.models[1] = moved;
     assert!(again(&saved, &[]).succeeded().json()["resumed"] == true);
     finished(&family, &saved);
+}
+
+/// The files that hold the tensors of the checkpoint in `dir`.
+fn weights(dir: &Path) -> Vec<PathBuf> {
+    let files = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    files.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect()
+}
+
+type Change = fn(&Path);
+
+/// Changes to a file after which its content is the same.
+const TOUCHES: [(&str, Change); 4] = [
+    ("touched", |path| {
+        drop(File::options().append(true).open(path).unwrap().set_modified(std::time::SystemTime::now()))
+    }),
+    ("copied", |path| {
+        let copy = path.with_extension("copy");
+        fs::copy(path, &copy).unwrap();
+        fs::rename(&copy, path).unwrap();
+    }),
+    ("permissions changed", |path| {
+        let mut permissions = fs::metadata(path).unwrap().permissions();
+        permissions.set_readonly(true);
+        fs::set_permissions(path, permissions).unwrap();
+    }),
+    ("written anew", |path| fs::write(path, fs::read(path).unwrap()).unwrap()),
+];
+
+#[test]
+fn with_hashes_a_run_goes_on_over_inputs_that_were_only_touched_or_copied() {
+    for (what, touch) in TOUCHES {
+        for scope in ["--scope=tensor", "--scope=model"] {
+            let saved = family().save();
+            let flags = ["--hash-inputs", scope];
+            interrupted(&saved, &flags);
+            let clean = saved.path("clean");
+            for input in saved.models.iter().chain([&saved.base]) {
+                weights(input).iter().for_each(|path| touch(path));
+            }
+            // The copies are as good as what they are copies of: nothing is compared a second time.
+            interrupted(&saved, &flags);
+            // It does not have to be asked for again.
+            let outcome = again(&saved, &[scope]).succeeded();
+            assert!(!outcome.stderr.contains("its content is the same"), "{what}: {}", outcome.stderr);
+            assert!(outcome.json()["resumed"] == true && outcome.json()["chunks_reused"].as_u64() >= Some(3), "{what}");
+            let mut undisturbed = merge(&saved, &recipe(), &[scope]);
+            run({
+                undisturbed.args(["--out", &text(&clean)]);
+                undisturbed
+            })
+            .succeeded();
+            assert!(lasting(&saved.path("out")) == lasting(&clean), "{what} {scope}");
+        }
+    }
+}
+
+#[test]
+fn the_comparison_of_touched_inputs_is_told() {
+    let saved = family().save();
+    interrupted(&saved, &["--hash-inputs"]);
+    let touched = weights(&saved.models[1]).remove(0);
+    TOUCHES[0].1(&touched);
+    let outcome = again(&saved, &[]).succeeded();
+    let said = format!("warning: {}: its modification time is another, but its content is the same", text(&touched));
+    assert!(outcome.stderr.contains(&said), "{}", outcome.stderr);
+}
+
+#[test]
+fn content_that_changed_is_found_by_its_hash_whatever_the_times_say() {
+    // The last tensor is what the first run failed at; what it had read of that counts too.
+    for (scope, place) in
+        [("--scope=tensor", 0.01), ("--scope=tensor", 0.1), ("--scope=model", 0.01), ("--scope=model", 0.9)]
+    {
+        for restore_times in [false, true] {
+            let saved = family().save();
+            interrupted(&saved, &["--hash-inputs", scope]);
+            let before = tree(&saved);
+            let input = saved.models[0].join("model.safetensors");
+            let metadata = fs::metadata(&input).unwrap();
+            let mut content = fs::read(&input).unwrap();
+            let at = 1000 + (content.len() as f64 * place) as usize;
+            content[at] ^= 1;
+            fs::write(&input, content).unwrap();
+            if restore_times {
+                copy_time(&metadata, &input);
+            }
+            let outcome = again(&saved, &[scope]);
+            let line = outcome.refusal();
+            assert!(line.contains("model1") && line.contains("are others") && line.contains("--restart"), "{line}");
+            assert!(before == tree(&saved), "a refused run changed something");
+            again(&saved, &["--restart", scope]).succeeded();
+        }
+    }
+}
+
+#[test]
+fn what_was_begun_without_hashes_says_so() {
+    let (family, saved) = unfinished();
+    let outcome = again(&saved, &["--hash-inputs"]).succeeded();
+    assert!(outcome.stderr.contains("warning: --hash-inputs came too late"), "{}", outcome.stderr);
+    finished(&family, &saved);
+    let (_, saved) = unfinished();
+    weights(&saved.base).iter().for_each(|path| TOUCHES[1].1(path));
+    let outcome = again(&saved, &["--hash-inputs"]);
+    assert!(outcome.refusal().contains("a merge begun with --hash-inputs goes on"), "{}", outcome.stderr);
 }
 
 #[test]

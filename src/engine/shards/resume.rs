@@ -3,7 +3,8 @@
 
 use super::{Follower, SealedShard, ShardFile};
 use crate::engine::kept::Kept;
-use crate::engine::records::{self, Entry, RangeDone};
+use crate::engine::reads::{Reads, files};
+use crate::engine::records::{self, Entry, RangeDone, ReadDone};
 use crate::error::Result;
 use crate::limits::WRITE_BEHIND_BYTES;
 use crate::storage::InputFile;
@@ -26,6 +27,7 @@ impl Follower<'_> {
     pub(super) fn take_over(&mut self, makes_sense: &dyn Fn(&Kept) -> bool) -> Result<Kept> {
         let (plan, output, observer) = (self.shards.plan, self.shards.output, self.shards.observer);
         let decode = |payload: &[u8]| records::decode(payload).ok_or_else(|| output.senseless_journal());
+        self.compare_inputs()?;
         let mut listed_bytes = 0;
         output.each_done(|payload| {
             listed_bytes += decode(payload)?.iter().map(bytes_of).sum::<u64>();
@@ -40,6 +42,7 @@ impl Follower<'_> {
                 observer.go_on()?;
                 observer.advance(bytes_of(&entry));
                 match entry {
+                    Entry::Read(read) if self.shards.reads.as_ref().is_some_and(|r| r.know(&read).is_some()) => {}
                     Entry::Unit(unit) if Kept::fits_unit(plan, &unit) => kept.add_unit(unit),
                     Entry::Range(range)
                         if Kept::fits(plan, &range) && plan.is_within(range.tensor, &self.shards.own) =>
@@ -68,6 +71,40 @@ impl Follower<'_> {
             self.seal_complete()?;
         }
         Ok(kept)
+    }
+
+    /// Where inputs have other times or inodes than they had: makes sure that all that was read of them is the same, and
+    /// remembers what they are now.
+    fn compare_inputs(&self) -> Result<()> {
+        let (plan, output, observer) = (self.shards.plan, self.shards.output, self.shards.observer);
+        let Some(touched) = output.touched(plan) else { return Ok(()) };
+        let reads = |payload: &[u8], each: &mut dyn FnMut(ReadDone) -> Result<()>| {
+            let entries = records::decode(payload).ok_or_else(|| output.senseless_journal())?;
+            entries.into_iter().try_for_each(|entry| if let Entry::Read(read) = entry { each(read) } else { Ok(()) })
+        };
+        let mut bytes = 0;
+        output.each_done(|payload| {
+            reads(payload, &mut |read| {
+                bytes += u64::from(read.bytes);
+                Ok(())
+            })
+        })?;
+        observer.stage("compare inputs", bytes);
+        // All inputs: what is computed where it is read can be of several files.
+        let files: Vec<_> = files(plan).collect();
+        let mut buffer = Vec::new();
+        output.each_done(|payload| {
+            reads(payload, &mut |read| {
+                observer.go_on()?;
+                let file = files.get(read.file as usize).ok_or_else(|| output.senseless_journal())?;
+                Reads::compare(*file, &read, &mut buffer)?;
+                observer.advance(read.bytes.into());
+                Ok(())
+            })
+        })?;
+        Reads::check_inputs(plan)?;
+        observer.warn(&touched);
+        output.record_inputs(plan)
     }
 
     fn leftover(&self, shard: usize) -> Result<Leftover> {
@@ -158,6 +195,6 @@ impl Follower<'_> {
 fn bytes_of(entry: &Entry) -> u64 {
     match entry {
         Entry::Range(range) => range.pieces.iter().map(|piece| u64::from(piece.bytes)).sum(),
-        Entry::Unit(_) => 0,
+        Entry::Unit(_) | Entry::Read(_) => 0,
     }
 }
