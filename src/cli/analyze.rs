@@ -37,9 +37,14 @@ Examples:
 pub struct AnalyzeArgs {
     /// A recipe file in mergekit's language, instead of --base and --model
     ///
-    /// Base, models, densities, scope, threshold and seed are taken from it, whatever its method; options override them.
+    /// Base, models, layers, densities, scope, threshold and seed are taken from it, whatever its method; options override
+    /// them. The manifest of a merge, DIR/tiesmith.json, is one too.
     #[arg(value_name = "RECIPE.yml", conflicts_with_all = ["base", "models"])]
     pub recipe: Option<String>,
+
+    /// Which merge of a recipe file with several: its name, or its number where it has none
+    #[arg(long, value_name = "NAME", requires = "recipe")]
+    pub document: Option<String>,
 
     #[command(flatten)]
     pub inputs: InputArgs,
@@ -120,7 +125,7 @@ pub fn run(args: &AnalyzeArgs) -> Result<u8> {
 fn recipe(args: &AnalyzeArgs, storage: &dyn Storage) -> Result<Recipe> {
     let (inputs, look) = (&args.inputs, &args.look);
     let mut recipe = match &args.recipe {
-        Some(file) => jobs::family(file, storage)?,
+        Some(file) => jobs::family(file, args.document.as_deref(), storage)?,
         None => Recipe { base: inputs.base.clone(), models: inputs.models.clone(), ..Recipe::default() },
     };
     if recipe.models.is_empty() {
@@ -182,7 +187,7 @@ fn render(report: &AnalysisReport) -> String {
 /// A share with its bar, `whole` being a full one.
 fn with_bar(share: Option<f64>, whole: f64) -> [String; 2] {
     match share {
-        Some(share) => [human::percent(share), bar(share / whole, BAR)],
+        Some(share) => [human::share(share), bar(share / whole, BAR)],
         None => ["–".into(), String::new()],
     }
 }
@@ -252,7 +257,7 @@ fn layers_table(analysis: &Analysis) -> String {
     table.row(["layer", "conflict", "", "of norm"]);
     for (name, line) in lines.iter().take(LAYERS) {
         let [share, bar] = with_bar(line.conflicts, most);
-        table.row([printable(name), share, bar, line.norm_share.map_or("–".into(), human::percent)]);
+        table.row([printable(name), share, bar, line.norm_share.map_or("–".into(), human::share)]);
     }
     format!("\nLayers with the most conflicts\n{}", table.render())
 }

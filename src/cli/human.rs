@@ -60,6 +60,16 @@ pub fn percent(fraction: f64) -> String {
     format!("{} %", significant(fraction * 100.0))
 }
 
+/// A fraction in percent as columns show it, with all of its three digits: `20.0 %`, `0.0312 %`.
+pub fn share(fraction: f64) -> String {
+    let percent = fraction * 100.0;
+    match percent.abs() {
+        0.0 => "0 %".into(),
+        1e-4..99.95 => format!("{percent:.*} %", (2.0 - percent.abs().log10().floor()).max(0.0) as usize),
+        _ => self::percent(fraction),
+    }
+}
+
 /// A number with three significant digits and no trailing zeros; tiny and huge ones in scientific notation.
 pub fn significant(value: f64) -> String {
     if value == 0.0 || !value.is_finite() {
@@ -150,6 +160,14 @@ mod tests {
         assert_eq!(duration(12_000.0), "3 h 20 min");
         assert_eq!(rate(3_000_000_000, 2.0), "1.5 GB/s");
         assert_eq!(rate(10, 0.0), "-");
+    }
+
+    #[test]
+    fn shares_in_columns_keep_their_zeros() {
+        assert_eq!(
+            [0.2, 0.05, 0.209, 1.0, 0.0, 0.0009].map(share),
+            ["20.0 %", "5.00 %", "20.9 %", "100 %", "0 %", "0.0900 %"]
+        );
     }
 
     #[test]

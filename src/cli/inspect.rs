@@ -18,6 +18,10 @@ const MAX_CONFIG_BYTES: u64 = 16_000_000;
 const BAR: usize = 8;
 /// How many of the largest tensors the summary names.
 const LARGEST: usize = 5;
+/// Characters of the longest bar of the histogram.
+const WIDE_BAR: usize = 40;
+/// Share of all values below which the least octaves share a line.
+const LEAST_SHARE: f64 = 0.001;
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -87,6 +91,7 @@ fn render(report: &InspectReport, config: &Config, listed: bool, stats: bool) ->
     let mut text = summary(report, config);
     if listed {
         let _ = write!(text, "\nTensors\n{}", list(&report.list, stats));
+        text.push_str(&histogram(report));
     } else if report.list.len() > 1 {
         let mut largest: Vec<&TensorStats> = report.list.iter().collect();
         largest.sort_by(|a, b| b.bytes.cmp(&a.bytes).then_with(|| a.name.cmp(&b.name)));
@@ -148,6 +153,40 @@ fn list(tensors: &[TensorStats], stats: bool) -> String {
     table.render()
 }
 
+/// Magnitudes of all float values together, largest last; empty where none were counted.
+fn histogram(report: &InspectReport) -> String {
+    let zeros: u64 = report.list.iter().filter_map(|tensor| Some(tensor.stats?.zeros)).sum();
+    let octaves = &report.magnitudes;
+    let all = zeros + octaves.iter().map(|octave| octave.count).sum::<u64>();
+    if all == 0 {
+        return String::new();
+    }
+    let rare = |count: u64| count as f64 / all as f64 <= LEAST_SHARE;
+    let mut below = 0;
+    let lumped = octaves.iter().take_while(|octave| {
+        below += octave.count;
+        rare(below)
+    });
+    let first = lumped.count();
+    let mut rows: Vec<(String, u64)> = vec![("0".into(), zeros)];
+    if first > 0 {
+        let end = octaves.get(first).map_or_else(|| octaves[first - 1].from * 2.0, |octave| octave.from);
+        let label = format!("below {}", human::significant(end));
+        rows.push((label, octaves[..first].iter().map(|octave| octave.count).sum()));
+    }
+    rows.extend(octaves[first..].iter().map(|octave| {
+        let label = format!("{} to {}", human::significant(octave.from), human::significant(2.0 * octave.from));
+        (label, octave.count)
+    }));
+    let most = rows.iter().map(|(_, count)| *count).max().unwrap_or(1);
+    let mut table = Table::new("  ", "rrl");
+    for (label, count) in rows {
+        let share = human::share(count as f64 / all as f64);
+        table.row([label, share, bar(count as f64 / most as f64, WIDE_BAR)]);
+    }
+    format!("\nMagnitudes of all float values\n{}", table.render())
+}
+
 /// The figures of a tensor; a bar shows its deviation beside the `widest` one.
 fn figure_cells(tensor: &TensorStats, widest: f64) -> [String; 8] {
     let Some(stats) = &tensor.stats else {
@@ -197,8 +236,27 @@ mod tests {
             bytes: 262_160_384,
             dtypes: vec![DtypeTotal { dtype: "BF16".into(), tensors: 2, elements: 131_080_192, bytes: 262_160_384 }],
             list,
+            magnitudes: Vec::new(),
             warnings: Vec::new(),
         }
+    }
+
+    #[test]
+    fn the_histogram_is_of_all_values_and_lumps_what_is_rare() {
+        let stats = ValueStats { zeros: 500, ..ValueStats::default() };
+        let octaves = [(0.000_976_562_5, 3), (0.0625, 6), (0.125, 3_000), (0.5, 6_000), (1.0, 491)];
+        let magnitudes = octaves.map(|(from, count)| tiesmith::Octave { from, count }).into();
+        let report = InspectReport { magnitudes, ..report(vec![tensor("b", 2, Some(stats)), tensor("c", 2, None)]) };
+        let expected = "
+Magnitudes of all float values
+              0    5.00 %  ███▍
+    below 0.125  0.0900 %  ▏
+  0.125 to 0.25    30.0 %  ████████████████████
+       0.5 to 1    60.0 %  ████████████████████████████████████████
+         1 to 2    4.91 %  ███▎
+";
+        let text = histogram(&report);
+        assert_eq!(text, expected, "{text}");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tiesmith::mergekit::{self, Document};
-use tiesmith::{Checkpoint, Error, Manifest, ModelInput, Params, Plan, Recipe, Result, Storage};
+use tiesmith::{Checkpoint, Error, Manifest, Plan, Recipe, Result, Storage, printable};
 
 use super::args::MergeArgs;
 use super::lower;
@@ -91,40 +91,56 @@ pub fn read(args: &MergeArgs, verb: &str, storage: &dyn Storage) -> Result<Vec<J
     jobs.collect()
 }
 
-/// The base and the models of the recipe `file`, with their densities, where its thresholds apply and how they are found.
-pub fn family(file: &str, storage: &dyn Storage) -> Result<Recipe> {
+/// The family that the recipe `file` merges, to be looked at: with its densities, where its thresholds apply and how they are
+/// found. Of several documents, `document` tells which, by its name or its number.
+pub fn family(file: &str, document: Option<&str>, storage: &dyn Storage) -> Result<Recipe> {
     let text = text(file, storage)?;
     let recipe = match Manifest::is_one(&text) {
         true => Manifest::read(Path::new(file), storage)?.recipe(storage),
-        false => {
-            let mut documents = mergekit::parse(&text, file)?;
-            match (documents.pop(), documents.is_empty()) {
-                (Some(Document { recipe, .. }), true) => recipe,
-                _ => {
-                    return Err(Error::usage("several merges in one file: which of them is to be looked at?")
-                        .at(Path::new(file))
-                        .help("name base and models with --base and --model, or give a file with one of them"));
-                }
-            }
-        }
+        false => one_document(mergekit::parse(&text, file)?, file, document)?,
     };
-    if !recipe.slices.is_empty() || !recipe.modules.is_empty() {
-        return Err(Error::usage("layers are put together here: there are no whole models to be compared")
-            .at(Path::new(file))
-            .help("name base and models with --base and --model"));
+    if !(recipe.slices.is_empty() && recipe.modules.is_empty() || recipe.method()?.needs_base()) {
+        return Err(Error::usage(format!(
+            "{} puts layers together without a base: there are no task vectors",
+            recipe.method
+        ))
+        .at(Path::new(file))
+        .help("name base and models with --base and --model"));
     }
-    let densities = |mut params: Params| {
-        params.retain(|name, _| name == "density");
-        params
+    Ok(recipe.as_studied())
+}
+
+/// The document that is meant.
+fn one_document(documents: Vec<Document>, file: &str, wanted: Option<&str>) -> Result<Recipe> {
+    let label = |(at, document): (usize, &Document)| document.name.clone().unwrap_or_else(|| (at + 1).to_string());
+    let labels: Vec<String> = documents.iter().enumerate().map(label).collect();
+    let names: Vec<String> = documents.iter().filter_map(|document| document.name.clone()).collect();
+    let list = labels.iter().map(|label| printable(label)).collect::<Vec<_>>().join(", ");
+    let found = match wanted {
+        None if documents.len() == 1 => Some(0),
+        None => {
+            let count = documents.len();
+            return Err(Error::usage(format!("{count} merges in one file: which of them is to be looked at?"))
+                .at(Path::new(file))
+                .help(format!("add '--document NAME', one of: {list}")));
+        }
+        Some(wanted) => labels.iter().position(|label| label == wanted),
     };
-    let Recipe { base, models, params, scope, threshold, seed, crop_vocabulary, .. } = recipe;
-    let models = models.into_iter().map(|model| ModelInput {
-        params: densities(model.params),
-        source: model.source,
-        ..ModelInput::default()
-    });
-    let models = models.collect();
-    Ok(Recipe { base, models, params: densities(params), scope, threshold, seed, crop_vocabulary, ..Recipe::default() })
+    let document = found.and_then(|at| documents.into_iter().nth(at));
+    let Document { name, recipe, .. } = document.ok_or_else(|| {
+        Error::usage(format!("there is no document {} in it", printable(wanted.unwrap_or_default())))
+            .at(Path::new(file))
+            .help(format!("'--document NAME' takes one of: {list}"))
+    })?;
+    // Such a name means the document even where a checkpoint is called so, as in a merge.
+    let others = |source: &&str| names.iter().any(|other| other == source && Some(other) != name.as_ref());
+    if let Some(made) = recipe.sources().find(others) {
+        let made = printable(made);
+        return Err(Error::usage(format!("{made} is the output of another document, which is to be made first"))
+            .at(Path::new(file))
+            .help("merge the file, then name base and models with --base and --model"));
+    }
+    Ok(recipe)
 }
 
 /// Opens every checkpoint that the jobs merge and that none of them makes: what is missing or broken is said before the

@@ -4,6 +4,7 @@
 //! - Mean and standard deviation are computed per block around the block's own mean and joined by the formula of Chan,
 //!   Golub and LeVeque (1979), so that a large mean does not drown a small spread.
 //! - Least, greatest, mean and deviation are those of the finite values; NaN and infinities are counted beside them.
+//! - Magnitudes of all tensors together are counted by octave: the exponent of a value tells its octave exactly.
 
 use serde::Serialize;
 
@@ -65,6 +66,15 @@ pub struct TensorStats {
     pub stats: Option<ValueStats>,
 }
 
+/// Finite values of magnitude in [`from`, 2 `from`), in all float tensors together.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Octave {
+    /// Least magnitude of the octave: a power of two.
+    pub from: f64,
+    /// How many values lie in it.
+    pub count: u64,
+}
+
 /// What [`inspect`] found.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct InspectReport {
@@ -88,6 +98,10 @@ pub struct InspectReport {
     /// Every tensor, by name.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub list: Vec<TensorStats>,
+    /// Magnitudes of all float tensors, where statistics were asked for: octaves with values in them, ascending. Zeros have
+    /// none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub magnitudes: Vec<Octave>,
     /// Peculiarities.
     pub warnings: Vec<String>,
 }
@@ -96,6 +110,7 @@ pub struct InspectReport {
 pub fn inspect(checkpoint: &Checkpoint, stats: bool, observer: &dyn Observer) -> Result<InspectReport> {
     let tensors = &checkpoint.tensors;
     let mut list: Vec<_> = tensors.iter().map(|entry| describe(checkpoint, entry)).collect();
+    let mut magnitudes = Vec::new();
     if stats {
         let floats = |entry: &&TensorEntry| Float::from_dtype(entry.dtype).is_some();
         observer.stage("read", tensors.iter().filter(floats).map(|entry| entry.bytes).sum());
@@ -103,6 +118,7 @@ pub fn inspect(checkpoint: &Checkpoint, stats: bool, observer: &dyn Observer) ->
         for index in in_file_order(tensors) {
             list[index].stats = reader.measure(checkpoint, &tensors[index], observer)?;
         }
+        magnitudes = reader.octaves();
     }
     Ok(InspectReport {
         source: checkpoint.spec.clone(),
@@ -114,6 +130,7 @@ pub fn inspect(checkpoint: &Checkpoint, stats: bool, observer: &dyn Observer) ->
         bytes: list.iter().map(|t| t.bytes).sum(),
         dtypes: totals(&list),
         list,
+        magnitudes,
         warnings: checkpoint.warnings.clone(),
     })
 }
@@ -161,11 +178,31 @@ fn totals(list: &[TensorStats]) -> Vec<DtypeTotal> {
 struct Reader {
     bytes: Vec<u8>,
     decoder: Decoder,
+    /// Values of all tensors by their biased float64 exponent, zeros and subnormal ones under 0.
+    exponents: Vec<u64>,
+    zeros: u64,
 }
+
+/// Bits of a float64's significand, the values of its exponent, and what its exponent is biased by.
+const SIGNIFICAND: u32 = 52;
+const EXPONENTS: usize = 1 << 11;
+const BIAS: i32 = 1023;
 
 impl Reader {
     fn new() -> Self {
-        Self { bytes: vec![0; BLOCK_ELEMENTS * 8], decoder: Decoder::new() }
+        let (bytes, exponents) = (vec![0; BLOCK_ELEMENTS * 8], vec![0; EXPONENTS]);
+        Self { bytes, decoder: Decoder::new(), exponents, zeros: 0 }
+    }
+
+    /// What was counted of all tensors.
+    fn octaves(&self) -> Vec<Octave> {
+        // Infinities and NaN have the largest exponent.
+        let finite = self.exponents.iter().take(EXPONENTS - 1).enumerate();
+        let octave = |(exponent, &count): (usize, &u64)| match exponent {
+            0 => Octave { from: 0.0, count: count - self.zeros },
+            _ => Octave { from: 2f64.powi(exponent as i32 - BIAS), count },
+        };
+        finite.map(octave).filter(|octave| octave.count > 0).collect()
     }
 
     fn measure(
@@ -185,11 +222,17 @@ impl Reader {
             let length = (entry.bytes - done).min(block_bytes as u64) as usize;
             let bytes = &mut self.bytes[..length];
             file.read_at(bytes, entry.offset + done).map_err(|e| e.tensor(&entry.name))?;
-            accumulator.add(self.decoder.decode(float, bytes));
+            let values = self.decoder.decode(float, bytes);
+            accumulator.add(values);
+            for value in values {
+                self.exponents[(value.to_bits() >> SIGNIFICAND) as usize % EXPONENTS] += 1;
+            }
             done += length as u64;
             observer.advance(length as u64);
         }
-        Ok(Some(accumulator.finish()))
+        let stats = accumulator.finish();
+        self.zeros += stats.zeros;
+        Ok(Some(stats))
     }
 }
 

@@ -38,7 +38,7 @@ mod worker;
 pub use analyze::{AnalysisReport, Study, analyze};
 pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};
 pub use factor::FactorReport;
-pub use inspect::{DtypeTotal, InspectReport, TensorStats, ValueStats, inspect};
+pub use inspect::{DtypeTotal, InspectReport, Octave, TensorStats, ValueStats, inspect};
 pub use pack::{PackOutput, PackReport, pack};
 pub use parts::{Job, Part, PartReport, Stage, finish, run_part};
 pub use repair::repair;

@@ -400,6 +400,20 @@ impl Recipe {
         self.params.insert(name.to_string(), value.into());
     }
 
+    /// The same models in the same places, as [`crate::Study`] looks at them: with the method `ties`, whatever this one's
+    /// is, and of all parameters the densities alone.
+    pub fn as_studied(mut self) -> Self {
+        let inner = self.slices.iter_mut().flat_map(Slice::params_mut);
+        let inner = inner.chain(self.modules.iter_mut().flat_map(Module::params_mut)).chain([&mut self.params]);
+        inner.for_each(|params| params.retain(|name, _| name == "density"));
+        for model in &mut self.models {
+            model.params.retain(|name, _| name == "density");
+            (model.fisher, model.gram) = (None, None);
+        }
+        let method = Self::default().method;
+        Self { method, required: BTreeSet::new(), sign_from: None, dtype: None, chat_template: None, ..self }
+    }
+
     /// Whether layers are taken from models one by one, anywhere.
     pub fn assembles_layers(&self) -> bool {
         !self.slices.is_empty() || self.modules.iter().any(|module| !module.slices.is_empty())

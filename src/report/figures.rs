@@ -1,7 +1,7 @@
 //! Each figure of a report, drawn from its numbers, with a sentence on how to read it.
 
 use super::data::{Analysis, Class, Line, Moments};
-use super::svg::{Axis, Canvas, STYLE, ceiling, escape, number, percent, shorten};
+use super::svg::{Axis, Canvas, NAMED, STYLE, ceiling, escape, number, percent, shorten};
 
 /// Names of all figures, as files are called.
 pub const FIGURES: [&str; 12] = [
@@ -19,8 +19,6 @@ pub const FIGURES: [&str; 12] = [
     "layers",
 ];
 
-/// Most series with a name beside the plot.
-const NAMED: usize = 12;
 /// Most models in a matrix, and most layers in a map.
 const MATRIX: usize = 40;
 const MAP: usize = 200;
@@ -117,10 +115,6 @@ fn plot(series: &[String]) -> Canvas {
     }
     let legend = if series.is_empty() { 0.0 } else { rows * 18.0 + 8.0 };
     Canvas::new(WIDTH, PLOT_HEIGHT + 42.0 + legend, [28.0, 24.0, 42.0 + legend, 52.0])
-}
-
-fn legend_at() -> f64 {
-    PLOT_HEIGHT + 58.0
 }
 
 /// The chosen density, in words.
@@ -229,7 +223,7 @@ fn classes(classes: &[Class], label: &str) -> Canvas {
             canvas.bar(x + 1.0, width - 2.0, mean, whisker, way, &title);
         }
     }
-    canvas.legend(&names, legend_at(), NAMED);
+    canvas.legend(&names);
     canvas
 }
 
@@ -264,7 +258,7 @@ fn by_density(analysis: &Analysis, label: &str, value: impl Fn(usize, usize) -> 
             canvas.point((k, share), 3.0, &class, &format!("{name} at {}: {}", percent(k), percent(share)));
         }
     }
-    canvas.legend(&analysis.models, legend_at(), NAMED);
+    canvas.legend(&analysis.models);
     canvas
 }
 
@@ -341,7 +335,7 @@ fn magnitudes(analysis: &Analysis) -> Figure {
             ));
         }
     }
-    canvas.legend(&analysis.models, legend_at(), NAMED);
+    canvas.legend(&analysis.models);
     let caption =
         "How large the entries of each task vector are; ticks on the axis mark the thresholds of the trim. Spikes \
                    come from 16-bit weights, which differ by few values."
@@ -444,7 +438,7 @@ fn survival(analysis: &Analysis) -> Figure {
             canvas.bar(x + 1.0, width - 2.0, value, None, way, &format!("{name}, {}: {}", names[way], percent(value)));
         }
     }
-    canvas.legend(&names, legend_at(), NAMED);
+    canvas.legend(&names);
     let caption =
         "How much of each model ends in the merged task vector: of the entries that the trim kept, those whose sign \
                    won; and their magnitude as a share of the model's whole task vector."
@@ -474,7 +468,7 @@ fn norm_by_layer(analysis: &Analysis) -> Figure {
             canvas.point(point, 2.6, &class, &title);
         }
     }
-    canvas.legend(&analysis.models, legend_at(), NAMED);
+    canvas.legend(&analysis.models);
     let caption =
         "Where in the model each fine-tune changed most: the share of its squared length that lies in each layer. \
                    Large layers hold more."

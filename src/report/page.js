@@ -42,7 +42,12 @@
   };
   const text = (x) => x;
   const whole = (x) => x.toLocaleString("en-US");
-  const share = (x) => significant(x * 100) + " %";
+  // In a column all have three digits: 20.0 beside 20.9.
+  const share = (x) => {
+    const size = Math.abs(x * 100);
+    const plain = size >= 1e-3 && size < 99.95;
+    return (plain ? (x * 100).toFixed(Math.max(0, 2 - Math.floor(Math.log10(size)))) : significant(x * 100)) + " %";
+  };
   const data = JSON.parse(document.getElementById("data").textContent);
 
   // Column: heading, how a value is written, whether it is shaded, what it means, whether it needs two models.

@@ -11,6 +11,9 @@ use crate::error::printable;
 /// Colours that tell apart with any colour vision (Okabe and Ito 2008), and how often they come again with other dashes.
 pub const COLOURS: usize = 7;
 
+/// Most series that a legend names.
+pub const NAMED: usize = 12;
+
 /// The style of a file of its own.
 pub const STYLE: &str = include_str!("figure.css");
 
@@ -181,7 +184,7 @@ impl Canvas {
         }
         self.put(format_args!(r#"<path class="ax" d="M{left:.1} {bottom:.1}H{right:.1}"/>"#));
         self.text((left + right) / 2.0, bottom + 35.0, "t c", x.label);
-        self.text(4.0, top - 10.0, "t", y.label);
+        self.text(4.0, top - 13.0, "t", y.label);
     }
 
     /// Text; `class` may hold `c` (centred) or `e` (ends there).
@@ -191,12 +194,7 @@ impl Canvas {
 
     /// A line through points.
     pub fn line(&mut self, points: &[(f64, f64)], series: usize, title: &str) {
-        let mut path = String::new();
-        for (at, &(x, y)) in points.iter().enumerate() {
-            let command = if at == 0 { 'M' } else { 'L' };
-            let _ = write!(path, "{command}{:.1} {:.1}", self.x.at(x), self.y.at(y));
-        }
-        let dash = dash(series);
+        let (dash, path) = (dash(series), self.path(points));
         self.put(format_args!(
             r#"<path class="l s{}"{dash} d="{path}"><title>{}</title></path>"#,
             series % COLOURS,
@@ -206,12 +204,18 @@ impl Canvas {
 
     /// A line of no colour, for what is compared with.
     pub fn reference(&mut self, points: &[(f64, f64)], title: &str) {
+        let path = self.path(points);
+        self.put(format_args!(r#"<path class="r" d="{path}"><title>{}</title></path>"#, escape(title)));
+    }
+
+    fn path(&self, points: &[(f64, f64)]) -> String {
         let mut path = String::new();
         for (at, &(x, y)) in points.iter().enumerate() {
             let command = if at == 0 { 'M' } else { 'L' };
+            // Writing to a String cannot fail.
             let _ = write!(path, "{command}{:.1} {:.1}", self.x.at(x), self.y.at(y));
         }
-        self.put(format_args!(r#"<path class="r" d="{path}"><title>{}</title></path>"#, escape(title)));
+        path
     }
 
     /// A point.
@@ -252,24 +256,24 @@ impl Canvas {
         ));
     }
 
-    /// Names of the series in rows from `y` on, at most `most` of them; returns where the rows end.
-    pub fn legend(&mut self, names: &[String], y: f64, most: usize) -> f64 {
-        let (mut x, mut y) = (self.left.min(30.0), y);
-        for (series, name) in names.iter().enumerate().take(most) {
+    /// Names of the series in rows below the axis, of the first [`NAMED`].
+    pub fn legend(&mut self, names: &[String]) {
+        let left = self.left.min(30.0);
+        let (mut x, mut y) = (left, self.bottom + 58.0);
+        for (series, name) in names.iter().enumerate().take(NAMED) {
             let name = shorten(name, 22);
             let width = 30.0 + name.chars().count() as f64 * 6.8;
-            if x + width > self.width && x > 40.0 {
-                (x, y) = (self.left.min(30.0), y + 18.0);
+            if x + width > self.width && x > left {
+                (x, y) = (left, y + 18.0);
             }
             let dash = dash(series);
             self.put(format_args!(r#"<path class="l s{}"{dash} d="M{x:.1} {:.1}h16"/>"#, series % COLOURS, y - 4.0));
             self.text(x + 21.0, y, "m", &name);
             x += width + 10.0;
         }
-        if names.len() > most {
-            self.text(x, y, "m", &format!("and {} more", names.len() - most));
+        if names.len() > NAMED {
+            self.text(x, y, "m", &format!("and {} more", names.len() - NAMED));
         }
-        y + 18.0
     }
 
     /// Adds to the drawing.

@@ -40,18 +40,17 @@ pub fn remarks(analysis: &Analysis) -> Vec<Remark> {
 
 fn conflicts(analysis: &Analysis) -> Option<String> {
     let rate = analysis.chosen().conflict_fraction?;
-    let untrimmed = analysis.overall.densities.last().and_then(|at| at.conflict_fraction);
     let contested: u64 = analysis.overall.influential.iter().skip(2).sum();
     let mut text = format!(
-        "Trimmed to {}, {} of the {} parameters are pulled in opposite directions by different models",
+        "Trimmed to {}, {} of the {} parameters are pulled in opposite directions by different models.",
         chosen_density(analysis),
         percent(rate),
         grouped(analysis.overall.elements)
     );
+    // A density of 1 is always looked at.
     let full = analysis.settings.densities.iter().position(|k| *k == Some(1.0));
-    let untrimmed = full.and_then(|at| analysis.overall.densities[at].conflict_fraction).or(untrimmed);
-    text.push('.');
-    if let Some(untrimmed) = untrimmed.filter(|_| full != Some(analysis.settings.chosen)) {
+    let full = full.filter(|at| *at != analysis.settings.chosen);
+    if let Some(untrimmed) = full.and_then(|at| analysis.overall.densities[at].conflict_fraction) {
         text.push_str(&format!(" Without a trim it would be {}.", percent(untrimmed)));
     }
     if contested > 0 {

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::support::family::{Deltas, Family, Saved, Spec, text};
 use crate::support::files::read_json;
-use crate::support::interference::{Look, Task, difference, magnitude_bins, measured, tasks};
+use crate::support::interference::{Look, Task, difference, magnitude_bins, measured, tasks, unknown_fields};
 use crate::support::repository;
 use crate::support::run::{Outcome, tiesmith};
 
@@ -45,9 +45,13 @@ fn kind(name: &str) -> String {
 fn must_hold(family: &Family, report: &Value, look: &Look) {
     let all = tasks(&family.base, &family.models, look);
     let check = |path: &str, some: &[&Task], found: &Value| {
-        let found = difference(path, &measured(some, &all, look), found, 0.0);
-        assert!(found.is_none(), "{}\n{look:?}", found.unwrap());
+        let expected = measured(some, &all, look);
+        let differs = difference(path, &expected, found, 0.0);
+        assert!(differs.is_none(), "{}\n{look:?}", differs.unwrap());
+        let beside = ["name", "shape", "layer", "kind", "tensors", "thresholds"];
+        assert_eq!(unknown_fields(&expected, found, &beside), [""; 0], "{path}: nothing checks these");
     };
+    must_be_described(family, report, look);
     check("overall", &all.iter().collect::<Vec<_>>(), &report["overall"]);
     let entries = report["tensors"].as_array().unwrap();
     assert_eq!(entries.len(), all.len());
@@ -55,6 +59,7 @@ fn must_hold(family: &Family, report: &Value, look: &Look) {
         let task = all.iter().find(|task| entry["name"] == task.name.as_str()).unwrap();
         check(&task.name, &[task], entry);
         let group = |list: &str, at: &Value| report[list][at.as_u64().unwrap() as usize]["name"].clone();
+        assert_eq!(entry["shape"], json!(family.base[&task.name].shape));
         assert_eq!(group("layers", &entry["layer"]), layer(&task.name));
         assert_eq!(group("kinds", &entry["kind"]), kind(&task.name));
     }
@@ -74,15 +79,54 @@ fn must_hold(family: &Family, report: &Value, look: &Look) {
         let entry = entries.iter().find(|entry| entry["name"] == task.name.as_str()).unwrap();
         let thresholds = if look.tensor_scope { &entry["thresholds"] } else { &report["thresholds"] };
         for (k, m) in (0..look.densities.len()).flat_map(|k| (0..look.weights.len()).map(move |m| (k, m))) {
-            let expected = all[place].thresholds[k][m].filter(|t| t.is_finite() && task.taus[m].is_some());
-            let found = thresholds[k][m]["magnitude"].as_f64();
-            let same = match (expected, found) {
-                (Some(a), Some(b)) => (f64::from(a) - b).abs() <= 1e-8 * b.abs(),
-                (a, b) => a.is_none() && b.is_none(),
+            let least =
+                task.thresholds[k][m].filter(|t| t.is_finite() && (!look.tensor_scope || task.taus[m].is_some()));
+            let found = &thresholds[k][m];
+            let Some(least) = least else {
+                assert!(found.is_null(), "{}: {found}", task.name);
+                continue;
             };
-            assert!(same || !look.tensor_scope && task.taus[m].is_none(), "{}: {expected:?}, {found:?}", task.name);
+            let same = |task: &&Task| !look.tensor_scope || task.name == all[place].name;
+            let magnitudes =
+                all.iter().filter(same).filter_map(|task| task.taus[m].as_ref()).flatten().map(|x| x.abs());
+            let (above, tied) = (magnitudes.clone().filter(|x| *x > least), magnitudes.filter(|x| *x == least));
+            let expected = json!({"magnitude": least, "above": above.count(), "tied": tied.count()});
+            assert_eq!(difference(&task.name, &expected, found, 0.0), None);
+            assert_eq!(unknown_fields(&expected, found, &[]), [""; 0]);
         }
     }
+}
+
+/// Fails unless the report says what was looked at, and nothing that is not checked.
+#[track_caller]
+fn must_be_described(family: &Family, report: &Value, look: &Look) {
+    let fields = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<BTreeSet<_>>();
+    let all = [
+        "base",
+        "fingerprint",
+        "format",
+        "kinds",
+        "layers",
+        "models",
+        "overall",
+        "program",
+        "settings",
+        "tensors",
+        "thresholds",
+        "warnings",
+    ];
+    assert_eq!(fields(report), BTreeSet::from(all.map(String::from)));
+    let settings = &report["settings"];
+    let all = ["chosen", "chosen_per_model", "densities", "magnitude_bins", "scope", "seed", "subsets", "weights"];
+    assert_eq!(fields(settings), BTreeSet::from(all.map(String::from)));
+    assert_eq!(settings["chosen"], look.chosen);
+    assert_eq!(settings["chosen_per_model"], json!(look.densities[look.chosen]));
+    assert_eq!(settings["weights"], json!(look.weights));
+    assert_eq!(settings["subsets"], json!(look.subsets));
+    assert_eq!(settings["scope"], if look.tensor_scope { "tensor" } else { "model" });
+    assert_eq!(report["models"].as_array().unwrap().len(), family.models.len());
+    assert_eq!((&report["format"], &report["base"]), (&json!("tiesmith analysis 1"), &json!("base")));
+    assert!(report["fingerprint"].as_str().is_some_and(|hash| hash.len() == 64));
 }
 
 /// All subsets of two and more models, by size.
@@ -253,11 +297,21 @@ fn a_recipe_names_the_family_and_its_densities() {
     refused(&[&ties, "--base", &base], "--base");
     refused(&[&text(&saved.path("none.yml"))], "none.yml");
     let layers = format!("merge_method: passthrough\nslices:\n- sources:\n  - model: {a}\n    layer_range: [0, 1]\n");
-    refused(&[&recipe("slices.yml", &layers)], "layers are put together here");
+    refused(&[&recipe("slices.yml", &layers)], "passthrough puts layers together without a base");
     let one = |name: &str| {
         format!("name: {name}\nmerge_method: linear\nmodels:\n- model: {a}\n  parameters: {{weight: 1}}\n")
     };
-    refused(&[&recipe("two.yml", &format!("{}---\n{}", one("x"), one("y")))], "several merges in one file");
+    let two = recipe("two.yml", &format!("{}---\n{}", one("x"), one("y")));
+    refused(&[&two], "2 merges in one file: which of them is to be looked at?; add '--document NAME', one of: x, y");
+    refused(&[&two, "--document=z"], "there is no document z in it");
+    refused(&[&two, "--document=x"], "base");
+    let second = fs::read_to_string(&ties).unwrap();
+    let both = recipe("both.yml", &format!("name: x\n{second}---\n{second}"));
+    let expected = run(&[&ties], "ties");
+    assert_eq!(run(&[&both, "--document=x"], "first"), expected);
+    assert_eq!(run(&[&both, "--document=2"], "second"), expected);
+    let made = recipe("made.yml", &format!("{}---\nname: last\n{}", one("x"), second.replace(&b, "x")));
+    refused(&[&made, "--document=last"], "x is the output of another document, which is to be made first");
     refused(&[&recipe("linear.yml", &one("x"))], "base");
 }
 
@@ -312,6 +366,49 @@ fn a_checkpoint_without_floats_and_a_nan_are_refused_and_leave_nothing() {
     assert!(outcome.refusal().contains("\"w\"") || outcome.refusal().contains("w["), "{}", outcome.stderr);
     assert!(!out.exists());
     analyze(&saved, &out, &[], &["--non-finite=copy-base"]).succeeded();
+}
+
+#[test]
+fn layers_that_a_recipe_puts_together_are_looked_at_in_their_places() {
+    let names = ["layers.0.w", "layers.1.w", "layers.2.w"];
+    let shapes = names.iter().map(|name| (*name, vec![9, 5])).collect();
+    let family = Spec { shapes, models: vec![Dtype::F32; 2], ..Spec::default() }.family();
+    let saved = family.save();
+    let [base, a, b] = [&saved.base, &saved.models[0], &saved.models[1]].map(|path| text(path));
+    // The output's layers are 0, 2, 1, the last with another density.
+    let slice = |layer: u64, density: &str| {
+        let source = |model: &str| {
+            format!(
+                "  - model: {model}\n    layer_range: [{layer}, {}]\n    parameters: {{weight: 1{density}}}\n",
+                layer + 1
+            )
+        };
+        format!("- sources:\n{}{}", source(&a), source(&b))
+    };
+    let slices = [slice(0, ""), slice(2, ""), slice(1, ", density: 0.5")].concat();
+    let file = saved.path("slices.yml");
+    let content = format!(
+        "merge_method: ties\nscope: tensor\nbase_model: {base}\nslices:\n{slices}parameters: {{density: 0.2}}\ndtype: float32\n"
+    );
+    fs::write(&file, content).unwrap();
+    let out = saved.path("report");
+    tiesmith(["analyze", &text(&file), "--out", &text(&out), "--densities=0.3"]).succeeded();
+    let found = read_json(&out.join("report.json"));
+    assert_eq!(found["settings"]["densities"], json!([0.3, 1.0, null]));
+    for (place, layer, density) in [(0, 0, 0.2), (1, 2, 0.2), (2, 1, 0.5)] {
+        let look = Look {
+            densities: vec![vec![0.3; 2], vec![1.0; 2], vec![density; 2]],
+            chosen: 2,
+            tensor_scope: true,
+            ..look(2)
+        };
+        let all = tasks(&family.base, &family.models, &look);
+        let task = all.iter().find(|task| task.name == names[layer]).unwrap();
+        let entries = found["tensors"].as_array().unwrap();
+        let entry = entries.iter().find(|entry| entry["name"] == names[place]).unwrap();
+        // Shares of the whole are those of all layers together.
+        assert_eq!(difference(names[place], &measured(&[task], &all, &look), entry, 0.0), None);
+    }
 }
 
 /// All files of a directory.

@@ -171,6 +171,24 @@ fn inspect_says_what_is_in_a_checkpoint() {
 }
 
 #[test]
+fn inspect_counts_all_values_by_octave() {
+    let values = [0.0f32, -0.0, 1.0, -1.5, 1.999, 2.0, f32::NAN, f32::INFINITY, f32::from_bits(1), -0.25, 3e38];
+    let held = tensors([("a", Tensor::vector(&values)), ("b", Tensor::vector(&[0.25, 0.3, 0.5]))]);
+    let dir = tempfile::tempdir().unwrap();
+    write_checkpoint(dir.path(), &held, Layout::SINGLE);
+    let report = tiesmith(["inspect", "--stats", "--json", &text(dir.path())]).succeeded().json();
+    let octave = |exponent: i32, count: u64| serde_json::json!({"from": 2f64.powi(exponent), "count": count});
+    let expected = [octave(-149, 1), octave(-2, 3), octave(-1, 1), octave(0, 3), octave(1, 1), octave(127, 1)];
+    assert_eq!(report["magnitudes"], serde_json::json!(expected));
+    let shown = tiesmith(["inspect", "--stats", &text(dir.path())]).succeeded().stdout;
+    let (_, histogram) = shown.split_once("\nMagnitudes of all float values\n").unwrap();
+    assert_eq!(histogram.lines().count(), 1 + expected.len(), "{histogram}");
+    assert!(histogram.lines().any(|line| line.contains("1 to 2  25.0 %  ██")), "{histogram}");
+    let plain = tiesmith(["inspect", "--json", &text(dir.path())]).succeeded().json();
+    assert!(plain.get("magnitudes").is_none());
+}
+
+#[test]
 fn diff_compares_tensor_by_tensor() {
     let base = tensors([("same", Tensor::vector(&[1.0, 2.0])), ("changed.bias", Tensor::vector(&[1.0, -3.0]))]);
     let with = |name: &str, tensor: Tensor| {

@@ -63,6 +63,11 @@ impl Layer {
 
 /// The accuracy of a network on each domain.
 fn accuracies(network: &Tensors) -> BTreeMap<&'static str, f64> {
+    accuracies_on(network, &DOMAINS)
+}
+
+/// The accuracy of a network on some domains.
+fn accuracies_on(network: &Tensors, domains: &[&'static str]) -> BTreeMap<&'static str, f64> {
     let layers = ["layers.0", "layers.1", "head"].map(|name| Layer::new(network, name));
     let classify = |image: &[f32]| {
         let relu = |values: Vec<f32>| -> Vec<f32> { values.into_iter().map(|x| x.max(0.0)).collect() };
@@ -75,7 +80,7 @@ fn accuracies(network: &Tensors) -> BTreeMap<&'static str, f64> {
         let right = images.chunks(PIXELS).zip(labels).filter(|(image, label)| classify(image) == **label).count();
         right as f64 / labels.len() as f64
     };
-    TEST_SET.images.iter().map(|(domain, images)| (*domain, accuracy(images))).collect()
+    domains.iter().map(|&domain| (domain, accuracy(&TEST_SET.images[domain]))).collect()
 }
 
 #[track_caller]
@@ -145,4 +150,64 @@ fn ablations_and_oracle_signs() {
     must_merge_to("ties no trim", &["--density", "1"]);
     must_merge_to("ties no elect", &["--elect", "none"]);
     must_merge_to("ties oracle sign", &["--sign-from", &folder("multitask")]);
+}
+
+/// The cells of the row of the first table below `heading` in docs/paper.md that begins with `label`.
+fn documented(heading: &str, label: &str) -> Vec<f64> {
+    let page = std::fs::read_to_string(repository("docs/paper.md")).unwrap();
+    let section = page.split_once(&format!("### {heading}\n")).unwrap().1;
+    let row = section.lines().find_map(|line| line.strip_prefix(&format!("| {label} |"))).unwrap();
+    row.trim_end_matches('|').split('|').map(|cell| cell.trim().parse().unwrap()).collect()
+}
+
+/// Fails unless the mean accuracies on the models' own domains are those that the documentation shows.
+#[track_caller]
+fn must_be_documented(heading: &str, label: &str, found: &[f64]) {
+    let rounded: Vec<f64> = found.iter().map(|accuracy| (accuracy * 1000.0).round() / 1000.0).collect();
+    assert_eq!(rounded, documented(heading, label), "{heading}, {label}");
+}
+
+/// Mean accuracy of `network(domain)` on its own domain.
+fn mean_accuracy(network: impl Fn(&str) -> Tensors) -> f64 {
+    DOMAINS.iter().map(|&domain| accuracies_on(&network(domain), &[domain])[domain]).sum::<f64>() / DOMAINS.len() as f64
+}
+
+#[test]
+fn a_single_model_trimmed_scores_as_in_figure_3() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("grid");
+    let mut args = vec!["sweep".to_owned(), "--base".into(), folder("base"), "--out".into(), text(&out)];
+    args.extend(DOMAINS.iter().flat_map(|domain| ["--model".into(), folder(domain)]));
+    let densities = ["1%", "5%", "10%", "20%", "30%", "50%", "80%", "100%"];
+    args.extend(["--subset=1,2,3,4,5".into(), format!("--density={}", densities.join(","))]);
+    tiesmith(args).succeeded();
+    let score = |density: &&str| {
+        mean_accuracy(|domain| {
+            let number = DOMAINS.iter().position(|other| *other == domain).unwrap() + 1;
+            read_checkpoint(&out.join(format!("models-{number}_density-{}", density.trim_end_matches('%'))))
+        })
+    };
+    must_be_documented("Figure 3", "accuracy", &densities.iter().map(score).collect::<Vec<_>>());
+}
+
+#[test]
+fn flipped_signs_score_as_in_figure_7() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    for (label, flags) in [
+        ("largest 20 % flipped", ["--flip-sign=top", "--density=20%"]),
+        ("smallest 80 % flipped", ["--flip-sign=bottom", "--density=80%"]),
+    ] {
+        let score = |probability: &&str| {
+            mean_accuracy(|domain| {
+                let (model, base) = (folder(domain), folder("base"));
+                let rest = ["--probability", probability, "--force", "--out", &text(&out)].map(str::to_owned);
+                let args = ["perturb", &model, "--base", &base, flags[0], flags[1]].map(str::to_owned);
+                tiesmith(args.into_iter().chain(rest)).succeeded();
+                read_checkpoint(&out)
+            })
+        };
+        let found: Vec<f64> = ["0", "0.25", "0.5", "0.75", "1"].iter().map(score).collect();
+        must_be_documented("Figure 7", label, &found);
+    }
 }

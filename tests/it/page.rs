@@ -1,10 +1,13 @@
-//! The page of a report in a real browser, where one is asked for: `TIESMITH_BROWSER=chromium cargo test --test it page`.
+//! The page of a report in a real browser: the one that TIESMITH_BROWSER names, else a Chromium on PATH, if there is one.
 //!
 //! The page is shown in frames as wide as a phone and as a desk, and worked with from outside: it must load without an error,
 //! not be wider than its frame, sort, search, explain and change its colours.
 
 use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use safetensors::Dtype;
 use serde_json::Value;
@@ -63,12 +66,68 @@ const work = (frame, width) => new Promise((done) => {
 })();
 "#;
 
+/// Names of programs that are a Chromium.
+const CHROMIUM: [&str; 4] = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"];
+/// What a page may take to be worked with.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The browser, and whether it was asked for.
+fn browser() -> Option<(PathBuf, bool)> {
+    if let Some(asked) = std::env::var_os("TIESMITH_BROWSER") {
+        return Some((asked.into(), true));
+    }
+    let path = std::env::var_os("PATH")?;
+    let found = CHROMIUM.iter().flat_map(|name| std::env::split_paths(&path).map(move |dir| dir.join(name)));
+    found.into_iter().find(|program| program.is_file()).map(|program| (program, false))
+}
+
+/// What is in the document `host` when its script is through; none if the browser does not run here.
+fn dump(browser: &Path, host: &Path) -> Option<String> {
+    let profile = tempfile::tempdir().unwrap();
+    let mut child = Command::new(browser)
+        .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"])
+        .args(["--window-size=1600,1000", "--virtual-time-budget=20000"])
+        .arg(format!("--user-data-dir={}", text(profile.path())))
+        .args(["--dump-dom", &text(host)])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .ok()?;
+    let mut stdout = child.stdout.take().expect("it is a pipe");
+    let reader = std::thread::spawn(move || {
+        let mut dom = Vec::new();
+        stdout.read_to_end(&mut dom).map(|_| String::from_utf8_lossy(&dom).into_owned())
+    });
+    let begin = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if begin.elapsed() > PATIENCE {
+            child.kill().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    reader.join().unwrap().ok()
+}
+
+/// Whether the browser shows anything here.
+fn runs(browser: &Path) -> bool {
+    let dir = tempfile::tempdir().unwrap();
+    let host = dir.path().join("host.html");
+    fs::write(&host, "<!doctype html><body><script>document.body.append(6 * 7)</script>").unwrap();
+    dump(browser, &host).is_some_and(|dom| dom.contains("42</body>"))
+}
+
 #[test]
 fn the_page_works_in_a_browser() {
-    let Some(browser) = std::env::var_os("TIESMITH_BROWSER") else {
-        eprintln!("skipped: set TIESMITH_BROWSER to a Chromium to try the page in it");
+    let Some((browser, asked)) = browser() else {
+        eprintln!("skipped: there is no Chromium on PATH, and TIESMITH_BROWSER names none");
         return;
     };
+    // One that nobody asked for may be unable to run here.
+    if !asked && !runs(&browser) {
+        eprintln!("skipped: {} does not run here", browser.display());
+        return;
+    }
     let shapes = vec![
         ("embed.weight", vec![16, 9]),
         ("layers.0.mlp.weight", vec![37, 11]),
@@ -89,13 +148,7 @@ fn the_page_works_in_a_browser() {
     let page = serde_json::to_string(&page.replacen("<head>", spy, 1)).unwrap().replace('<', "\\u003c");
     let host = saved.path("host.html");
     fs::write(&host, format!("<!doctype html><body><script>const page = {page};{SCRIPT}</script>")).unwrap();
-    let output = Command::new(browser)
-        .args(["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1600,1000", "--virtual-time-budget=20000"])
-        .args(["--dump-dom", &text(&host)])
-        .stderr(Stdio::null())
-        .output()
-        .expect("the browser starts");
-    let dom = String::from_utf8_lossy(&output.stdout);
+    let dom = dump(&browser, &host).expect("the browser runs");
     let found = dom.split("application/json\">").last().unwrap().split("</script>").next().unwrap();
     let found: Vec<Value> = serde_json::from_str(found).unwrap_or_else(|e| panic!("{e}: {dom}"));
     assert_eq!(found.len(), 2);

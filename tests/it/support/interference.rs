@@ -315,6 +315,24 @@ pub fn measured(some: &[&Task], all: &[Task], look: &Look) -> Value {
     })
 }
 
+/// The fields of `found` that `expected` does not have, other than `known`: numbers that nothing is compared with.
+pub fn unknown_fields(expected: &Value, found: &Value, known: &[&str]) -> Vec<String> {
+    match (expected, found) {
+        (Value::Object(fields), Value::Object(found)) => found
+            .iter()
+            .filter(|(name, _)| !known.contains(&name.as_str()))
+            .flat_map(|(name, value)| match fields.get(name) {
+                Some(expected) => unknown_fields(expected, value, &[]),
+                None => vec![name.clone()],
+            })
+            .collect(),
+        (Value::Array(list), Value::Array(found)) => {
+            list.iter().zip(found).flat_map(|(expected, found)| unknown_fields(expected, found, &[])).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
 /// Where `found` is not what is `expected`: the path of the first difference and both values. Fields that `found` has
 /// besides are ignored; `scale` is what a difference of nearly nothing is measured by.
 pub fn difference(path: &str, expected: &Value, found: &Value, scale: f64) -> Option<String> {
