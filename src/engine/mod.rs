@@ -23,6 +23,7 @@ mod pool;
 mod reads;
 mod records;
 mod repair;
+mod scaled;
 mod select;
 mod shard_hash;
 mod shards;

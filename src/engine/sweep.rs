@@ -4,6 +4,7 @@
 //!   interrupted sweep goes on as an interrupted merge does.
 //! - What is shared: the open files; one search for the thresholds of all densities; one vote; and every chunk that is
 //!   loaded to be merged, by all outputs that lack it. A plan of all models (`union`) says what is loaded.
+//! - Outputs that differ in λ alone are merged once per chunk, and multiplied for each (`engine/scaled.rs`).
 //! - Outputs follow each other within a chunk, so that buffers are those of one merge, whatever their number.
 //! - Packed, an output is one file: what of the merge differs from base (`spool`).
 //! - A merge whose method needs looks at whole tensors, or whose tensors are not those of the others, runs by itself.
@@ -20,16 +21,22 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::output::{JOURNAL_PATH, MANIFEST};
+use super::scaled::HELD_BYTES;
 use super::{Observer, OutputOptions, Report, check_memory, is_finished, merge, peak_memory_bytes};
 use crate::checkpoint::packed;
 use crate::error::{Error, Result, printable};
 use crate::limits::{MAX_MANIFEST_BYTES, MAX_SWEEP_GROUP};
-use crate::plan::{Action, Piece, Plan, PlannedTensor, Run, Schedule, Together};
+use crate::method::Value;
+use crate::plan::{Action, Piece, Plan, PlannedTensor, Recipe, Run, Schedule, Together};
 use crate::storage::Storage;
 
 /// The tables of a finished sweep.
 const TABLE_JSON: &str = "sweep.json";
 const TABLE_TEXT: &str = "sweep.md";
+
+/// Fewest outputs that are merged once for all: working out what they have in common takes longer than one merge from stored
+/// bytes to stored bytes.
+const LEAST_FAMILY: usize = 4;
 
 /// Where and how outputs are put.
 #[derive(Debug, Clone)]
@@ -300,13 +307,15 @@ impl Sweep<'_> {
         loop {
             let group = &open[..count];
             let plans = || group.iter().map(|&at| &variants[at].plan);
-            let held_bytes = match self.packed {
+            let held_bytes: (u64, u64) = match self.packed {
                 true => {
                     let width = plans().map(spool::Spool::width).max().unwrap_or(1);
                     (plans().map(spool::table_bytes).sum(), spool::Framer::held_bytes(width))
                 }
                 false => (0, 0),
             };
+            let once = families(&plans().collect::<Vec<_>>()).iter().any(Option::is_some);
+            let held_bytes = (held_bytes.0, held_bytes.1 + if once { HELD_BYTES } else { 0 });
             let together = Together { searches: searches(plans()), plans: plans().collect(), held_bytes };
             match Schedule::together(self.union, self.run, &together) {
                 Ok(schedule) => return Ok((group, schedule)),
@@ -362,6 +371,20 @@ fn searches<'a>(plans: impl Iterator<Item = &'a Plan>) -> u64 {
         }
     }
     kinds.len().max(1) as u64
+}
+
+/// Per plan, the number of its family: those that differ in λ alone, if they are enough to be merged once for all.
+fn families(plans: &[&Plan]) -> Vec<Option<usize>> {
+    let unscaled = |plan: &&Plan| {
+        let mut recipe = plan.recipe.clone();
+        recipe.set_everywhere("lambda", Value::Number(1.0));
+        recipe
+    };
+    let recipes: Vec<Recipe> = plans.iter().map(unscaled).collect();
+    let first = |recipe| recipes.iter().position(|other| other == recipe);
+    let family: Vec<Option<usize>> = recipes.iter().map(first).collect();
+    let size = |of: &Option<usize>| family.iter().filter(|other| *other == of).count();
+    family.iter().map(|of| of.filter(|_| size(of) >= LEAST_FAMILY)).collect()
 }
 
 /// Whether `plan` can be merged from what `union` loads, chunk by chunk.

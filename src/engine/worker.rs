@@ -11,13 +11,14 @@ use super::Observer;
 use super::cut::{Cut, TieCounts};
 use super::exceptions::{narrow, no_weight};
 use super::reads::Reads;
+use super::scaled::Unscaled;
 use super::slot::{Loaded, Slot, Span};
 use super::stored::Short;
 use crate::dtype::Float;
 use crate::error::Result;
 use crate::kernels::{self, Isa};
 use crate::limits::{OUT_ELEMENTS, SMALL_UNIT_ELEMENTS};
-use crate::method::{Inputs, Look, Tile};
+use crate::method::{Inputs, Look, Merger, Tile};
 use crate::plan::near_keys;
 use crate::plan::{Chunk, Piece, Plan, Schedule};
 use crate::sketch::{Bracket, MagnitudeSketch, NearKeys};
@@ -41,6 +42,18 @@ impl Tally {
     /// Nothing, of so many models.
     pub(super) fn of(models: usize) -> Self {
         Self { kept: vec![0; models], agreeing: vec![0; models], ..Self::default() }
+    }
+
+    /// What was counted after `then`.
+    pub(super) fn since(&self, then: &Self) -> Self {
+        let Self { kept, agreeing, conflicts, merged, bytes_read } = self;
+        Self {
+            kept: kept.iter().zip(&then.kept).map(|(now, then)| now - then).collect(),
+            agreeing: agreeing.iter().zip(&then.agreeing).map(|(now, then)| now - then).collect(),
+            conflicts: conflicts - then.conflicts,
+            merged: merged - then.merged,
+            bytes_read: bytes_read - then.bytes_read,
+        }
     }
 
     /// Adds what was counted elsewhere.
@@ -87,6 +100,8 @@ pub(super) struct Worker {
     pub tally: Tally,
     /// The tally when the current chunk was begun.
     mark: Tally,
+    /// What several outputs of a chunk have in common.
+    pub unscaled: Unscaled,
     /// Reads are not counted: they replace what an earlier attempt of this run had in memory.
     pub rereads: bool,
     /// What is told of reads, where inputs are hashed.
@@ -101,6 +116,9 @@ pub(super) struct Known {
     /// See [`Tile::facts`].
     pub facts: Vec<f64>,
 }
+
+/// One of the ways in which a merger merges a tile.
+pub(super) type MergeTile = fn(&(dyn Merger + 'static), &Tile<'_>, &mut [f32], &mut [f32]);
 
 /// Where a worker's results go: (offset in the tensor in bytes, encoded bytes).
 pub(super) type Sink<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<()>;
@@ -133,6 +151,7 @@ impl Worker {
             near_keys: near_keys(schedule.slot_elements) as usize,
             tally: Tally::of(plan.models()),
             mark: Tally::of(plan.models()),
+            unscaled: Unscaled::default(),
             rereads: false,
             reads: None,
         }
@@ -172,14 +191,7 @@ impl Worker {
 
     /// What was counted for the current chunk.
     pub(super) fn counted(&self) -> Tally {
-        let Tally { kept, agreeing, conflicts, merged, bytes_read } = &self.tally;
-        Tally {
-            kept: kept.iter().zip(&self.mark.kept).map(|(now, then)| now - then).collect(),
-            agreeing: agreeing.iter().zip(&self.mark.agreeing).map(|(now, then)| now - then).collect(),
-            conflicts: conflicts - self.mark.conflicts,
-            merged: merged - self.mark.merged,
-            bytes_read: bytes_read - self.mark.bytes_read,
-        }
+        self.tally.since(&self.mark)
     }
 
     /// Loads `pieces` of `chunk` into the worker's own windows and runs `work` on them.
@@ -350,7 +362,7 @@ impl Worker {
                 return Ok(());
             }
             let clean = worker.load_inputs(span, cuts, seen)?;
-            worker.combine(span, known);
+            worker.combine(span, known, Merger::merge);
             worker.finish(span, clean, encoded)
         })?;
         self.tally.merged += data.chunk.count;
@@ -398,7 +410,7 @@ impl Worker {
     }
 
     /// Passes on the chunk in blocks of [`OUT_ELEMENTS`]: encoded by `whole` or, where that says no, tile by tile.
-    fn in_blocks(
+    pub(super) fn in_blocks(
         &mut self,
         data: Loaded<'_>,
         sink: Sink<'_>,
@@ -433,7 +445,7 @@ impl Worker {
 
     /// Takes over the factors that looks at the tensor found, where thresholds decide what is kept: draws have theirs in
     /// their cuts.
-    fn set_scales(&mut self, data: Loaded<'_>, facts: &[f64]) {
+    pub(super) fn set_scales(&mut self, data: Loaded<'_>, facts: &[f64]) {
         self.scales.clear();
         if data.plan.selects() && data.plan.needs().looks.contains(&Look::Magnitudes) {
             self.scales.resize(data.plan.models(), 1.0);
@@ -572,8 +584,8 @@ impl Worker {
         Ok(finite)
     }
 
-    /// Runs the method on the input tiles; the result is in the out tile.
-    fn combine(&mut self, span: Span<'_>, known: &Known) {
+    /// Runs the method on the input tiles, by `merge` of its merger; the result is in the out tile.
+    pub(super) fn combine(&mut self, span: Span<'_>, known: &Known, merge_tile: MergeTile) {
         let (merge, length) = (span.data.merge(), span.length);
         let merger = &span.data.plan.params_of(span.data.chunk.tensor).merger;
         let Tiles { inputs, statistics, oracle, out, scratch, .. } = &mut self.tiles;
@@ -587,7 +599,7 @@ impl Worker {
             let Known { majority, facts } = known;
             with_refs(statistics, described, length, |statistics| {
                 let tile = Tile { isa, inputs, weights, statistics, oracle, majority: *majority, facts, row };
-                merger.merge(&tile, &mut out[..length], &mut scratch[..length]);
+                merge_tile(&**merger, &tile, &mut out[..length], &mut scratch[..length]);
             });
             if span.data.plan.needs().inputs != Inputs::Weights {
                 for (&(model, _), input) in merge.models.iter().zip(inputs) {
@@ -598,7 +610,7 @@ impl Worker {
     }
 
     /// From the method's result to encoded output: adds base, settles elements with non-finite inputs, encodes.
-    fn finish(&mut self, span: Span<'_>, clean: bool, encoded: &mut [u8]) -> Result<()> {
+    pub(super) fn finish(&mut self, span: Span<'_>, clean: bool, encoded: &mut [u8]) -> Result<()> {
         let float = span.data.output();
         let delta = span.data.plan.needs().inputs != Inputs::Weights;
         let base = span.data.merge().base.filter(|_| delta).map(|piece| span.stored(piece));

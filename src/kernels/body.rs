@@ -18,6 +18,7 @@ pub(super) use super::count::{collect, histogram};
 pub(super) use super::dense::{cholesky, multiply, solve};
 pub(super) use super::fisher::{all_weights, weighted_mean};
 pub(super) use super::fused::merge_stored;
+pub(super) use super::scaled::{key_range, store_scaled};
 
 /// Elements per block of the kernels that go through several models: large enough not to be unrolled into scalar
 /// code, small enough for accumulators to live in registers or the nearest cache.

@@ -157,6 +157,8 @@ kernels! {
     fn solve(l: &[f64], n: usize, p: &mut [f64], scratch: &mut [f64]);
     fn all_weights(values: &[f32]) -> bool;
     fn merge_stored(fused: Fused, stored: &Stored<'_>, out: &mut [u8], counted: Counted<'_>) -> Option<u64>;
+    fn store_scaled(float: Float, base: &[u8], tau: &[f32], lambda: f32, out: &mut [u8]) -> bool;
+    fn key_range(values: &[f32]) -> (u32, u32);
     fn dot(a: &[f32], b: &[f32]) -> f64;
     fn scale(values: &mut [f32], factor: f32);
     fn divide(values: &mut [f32], divisor: f32);

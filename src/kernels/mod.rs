@@ -6,6 +6,7 @@
 //! | `body.rs` | each algorithm once, safe and branch-free |
 //! | `count.rs` | the ones that count keys around a threshold |
 //! | `fused.rs` | whole merges from stored bytes to stored bytes, for what is common |
+//! | `scaled.rs` | merged task vectors times a factor, stored |
 //! | `isa.rs` | the bodies compiled per instruction set, and the only unsafe code |
 //! | `dense.rs` | products and systems of matrices in f64 |
 //! | `fisher.rs` | means with a weight per element |
@@ -35,6 +36,7 @@ mod fused;
 mod isa;
 #[cfg(test)]
 mod naive;
+mod scaled;
 #[cfg(test)]
 mod tests;
 
@@ -432,6 +434,19 @@ pub fn merge_stored(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8],
         }
     }
     isa::merge_stored(isa, fused, stored, out, counted)
+}
+
+/// θ0 + λ τ, stored: what [`scale`], [`add`] and [`store`] give one after the other, bit for bit. `base` has the output's type.
+///
+/// False, and no meaning in `out`, if a result is not finite in that type, or may not be; and always for float64.
+pub fn store_scaled(isa: Isa, float: Float, base: &[u8], tau: &[f32], lambda: f32, out: &mut [u8]) -> bool {
+    assert_eq!([base.len(), out.len()], [tau.len() * float.width(); 2]);
+    isa::store_scaled(isa, float, base, tau, lambda, out)
+}
+
+/// The least key that is not zero's (0 if there is none), and the greatest (0 of nothing).
+pub fn key_range(isa: Isa, values: &[f32]) -> (u32, u32) {
+    isa::key_range(isa, values)
 }
 
 // ---- Linear -------------------------------------------------------------------------------------------------------

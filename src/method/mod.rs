@@ -263,6 +263,15 @@ pub trait Merger: Send + Sync {
     }
     /// Writes the merged tile to `out`. `scratch` has the same length and arbitrary content.
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], scratch: &mut [f32]);
+    /// What [`Merger::merge`] multiplies [`Merger::unscaled`] by, last of all, if that is all it does with it. Then merges that
+    /// differ in this factor alone need to be worked out once.
+    fn lambda(&self) -> Option<f32> {
+        None
+    }
+    /// [`Merger::merge`] before it multiplies by [`Merger::lambda`].
+    fn unscaled(&self, tile: &Tile<'_>, out: &mut [f32], scratch: &mut [f32]) {
+        self.merge(tile, out, scratch);
+    }
     /// The kernel that does the same as [`Merger::merge`] with the arithmetic before and after it, from stored bytes to
     /// stored bytes, if there is one for these settings. Only element-wise merges without looks have one.
     fn fused(&self, weights: &[f32], majority: f32) -> Option<Fused> {

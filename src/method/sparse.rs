@@ -63,6 +63,14 @@ impl Merger for SparseMerger {
         self.merge.merge(tile, out, scratch);
     }
 
+    fn lambda(&self) -> Option<f32> {
+        self.merge.lambda()
+    }
+
+    fn unscaled(&self, tile: &Tile<'_>, out: &mut [f32], scratch: &mut [f32]) {
+        self.merge.unscaled(tile, out, scratch);
+    }
+
     fn sum_of_signs(&self, tile: &Tile<'_>, scratch: &mut [f32]) -> i64 {
         self.merge.sum_of_signs(tile, scratch)
     }

@@ -83,12 +83,20 @@ impl Merger for TaskArithmeticMerger {
         Needs::of(Inputs::TaskVectors)
     }
 
-    fn merge(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {
+    fn lambda(&self) -> Option<f32> {
+        Some(self.lambda)
+    }
+
+    fn merge(&self, tile: &Tile<'_>, out: &mut [f32], scratch: &mut [f32]) {
+        self.unscaled(tile, out, scratch);
+        kernels::scale(tile.isa, out, self.lambda);
+    }
+
+    fn unscaled(&self, tile: &Tile<'_>, out: &mut [f32], _scratch: &mut [f32]) {
         kernels::combine_sum(tile.isa, tile.inputs, tile.weights, None, out);
         if self.normalize {
             normalize(tile, out);
         }
-        kernels::scale(tile.isa, out, self.lambda);
     }
 
     fn fused(&self, _weights: &[f32], _majority: f32) -> Option<Fused> {

@@ -186,7 +186,16 @@ impl Merger for TiesMerger {
         Needs { majority_sign, ..Needs::of(Inputs::TrimmedTaskVectors) }
     }
 
+    fn lambda(&self) -> Option<f32> {
+        Some(self.lambda)
+    }
+
     fn merge(&self, tile: &Tile<'_>, out: &mut [f32], scratch: &mut [f32]) {
+        self.unscaled(tile, out, scratch);
+        kernels::scale(tile.isa, out, self.lambda);
+    }
+
+    fn unscaled(&self, tile: &Tile<'_>, out: &mut [f32], scratch: &mut [f32]) {
         let elected = self.elect(tile, scratch);
         // An oracle's zero means that it did not move: nothing agrees with it. Only an election can cancel.
         if elected && tile.oracle.is_none() {
@@ -208,7 +217,6 @@ impl Merger for TiesMerger {
         if self.normalize {
             normalize(tile, out);
         }
-        kernels::scale(tile.isa, out, self.lambda);
     }
 
     fn divides_by_weights(&self) -> bool {

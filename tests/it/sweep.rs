@@ -127,6 +127,45 @@ fn every_output_is_a_merge_of_its_own() {
     }
 }
 
+/// Factors of every kind: those that a common merge serves, and those that it does not.
+const LAMBDAS: &str = "--lambda=0.5,1,-1,0,1.5,1e-40,3";
+
+#[test]
+fn factors_of_one_merge_give_what_separate_merges_give() {
+    let cases = [
+        Case { grid: &[LAMBDAS, "--density=0.3"], fixed: &["--trim-ties=lowest"], outputs: 7, shared: 7 },
+        Case {
+            grid: &[LAMBDAS],
+            fixed: &["--scope=tensor", "--elect=count", "--zero-sum=positive"],
+            outputs: 7,
+            shared: 7,
+        },
+        Case {
+            grid: &["--method=ties,task_arithmetic,dare_ties,breadcrumbs", "--lambda=0.4,0.8,1,2.5,9e4"],
+            fixed: &["--dtype=float16", "--overflow=clamp"],
+            outputs: 20,
+            shared: 20,
+        },
+    ];
+    let mut all = families();
+    let spec = |base, models: [Dtype; 3]| Spec { seed: 7, base, models: models.into(), ..Spec::default() };
+    all.push(spec(Dtype::F64, [Dtype::F64, Dtype::F32, Dtype::F64]).family());
+    all.push(spec(Dtype::BF16, [Dtype::F32, Dtype::BF16, Dtype::F16]).family());
+    for (number, family) in all.iter().enumerate() {
+        let saved = family.save();
+        for (at, case) in cases.iter().enumerate() {
+            check(&saved, case, &["--threads=2"], &format!("family {number}, case {at}"));
+        }
+    }
+    // What is not finite is decided about merge by merge.
+    let values = [f32::NAN, 1.0, f32::INFINITY, -2.0, f32::MAX];
+    let saved = Family::vectors(&[0.0, 0.5, 0.0, 1.0, 0.5], &[&values, &[1.0, 2.0, 3.0, -4.0, 5.0]]).save();
+    for fixed in [&["--non-finite=copy-base"][..], &["--non-finite=propagate", "--overflow=clamp"]] {
+        let fixed: &'static [&'static str] = Box::leak(fixed.to_vec().into_boxed_slice());
+        check(&saved, &Case { grid: &[LAMBDAS], fixed, outputs: 7, shared: 7 }, &[], &format!("{fixed:?}"));
+    }
+}
+
 #[test]
 fn a_model_that_does_not_fit_into_memory_is_read_about_as_often_as_by_one_merge() {
     let shapes = vec![("a", vec![3000, 1000]), ("b", vec![2600, 1003]), ("c", vec![77])];
@@ -244,11 +283,12 @@ fn packed_outputs_are_the_merges_bit_for_bit() {
     family.base.insert("ids".into(), ids(1));
     family.models.iter_mut().for_each(|model| drop(model.insert("ids".into(), ids(1))));
     let saved = family.save();
-    let cases: [(&[&str], &[&str]); 4] = [
+    let cases: [(&[&str], &[&str]); 5] = [
         (&["--lambda=0.8,1.3", "--density=0.1,1"], &[]),
         (&["--density=0.1,0.2", "--subset=1,all"], &["--scope=tensor", "--trim-ties=lowest", "--exclude=b"]),
         (&["--method=ties,linear"], &["--zero-sum=majority"]),
         (&["--density=0.3"], &["--dtype=float32"]),
+        (&["--lambda=0.5,0.8,1,1.3", "--density=0.3"], &[]),
     ];
     for (number, (grid, fixed)) in cases.iter().enumerate() {
         let (folders, files) = (saved.path(&format!("folders{number}")), saved.path(&format!("files{number}")));

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::chunks::{Search, left};
 use super::spool::{self, Framer, Spool};
-use super::{Sweep, Variant, places};
+use super::{Sweep, Variant, families, places};
 use crate::engine::cut::{Cut, TieChain, TieCounts};
 use crate::engine::kept::Kept;
 use crate::engine::output::OutputDir;
@@ -32,12 +32,34 @@ pub(super) struct Out<'a> {
     target: Target<'a>,
     /// Per checkpoint of its plan, the union's.
     places: Vec<u32>,
+    /// The number of those that differ from it in λ alone, if there are any.
+    family: Option<usize>,
 }
 
 impl Out<'_> {
     /// The number of its model `model` in the union.
     pub(super) fn union_model(&self, union: &Plan, model: usize) -> usize {
         self.places[self.plan.first_model + model] as usize - union.first_model
+    }
+
+    /// Merges a chunk, from what it has in common with others of its family where there are any.
+    fn merge(
+        &self,
+        worker: &mut Worker,
+        data: Loaded<'_>,
+        (cuts, seen): (&[Cut], &mut TieCounts),
+        known: &Known,
+        sink: Sink<'_>,
+    ) -> Result<()> {
+        if let Some(family) = self.family {
+            if worker.unscaled.of != Some(family) {
+                worker.hold_unscaled(family, data, cuts, seen, known)?;
+            }
+            if worker.merge_held(data, sink)? {
+                return Ok(());
+            }
+        }
+        worker.merge(data, cuts, seen, known, sink)
     }
 }
 
@@ -155,8 +177,9 @@ impl Sweep<'_> {
         let mut outs = Vec::with_capacity(variants.len());
         for ((variant, spool), kept) in variants.iter().zip(spools).zip(kept) {
             let places = places(&variant.plan, self.union).expect("what is made together fits");
-            outs.push(Out { plan: &variant.plan, kept, target: Target::Packed(spool), places });
+            outs.push(Out { plan: &variant.plan, kept, target: Target::Packed(spool), places, family: None });
         }
+        join_families(&mut outs);
         schedule.allow_ahead(self.union, &**self.storage);
         let (made, read) = Group::new(self.union, schedule, self.observer, &outs).run()?;
         self.bytes_read = self.bytes_read.saturating_add(read);
@@ -192,8 +215,9 @@ impl Sweep<'_> {
             let mut outs = Vec::with_capacity(writers.len());
             for (&(writer, kept), &(plan, _)) in writers.iter().zip(&targets) {
                 let places = places(plan, union).expect("what is made together fits");
-                outs.push(Out { plan, kept, target: Target::Shards(writer), places });
+                outs.push(Out { plan, kept, target: Target::Shards(writer), places, family: None });
             }
+            join_families(&mut outs);
             (made, read) = Group::new(union, schedule, observer, &outs).run()?;
             Ok(())
         })?;
@@ -204,6 +228,12 @@ impl Sweep<'_> {
         sealed.reverse();
         Ok((made, sealed))
     }
+}
+
+/// Tells outputs that are worked out together from others.
+fn join_families(outs: &mut [Out<'_>]) {
+    let families = families(&outs.iter().map(|out| out.plan).collect::<Vec<_>>());
+    outs.iter_mut().zip(families).for_each(|(out, family)| out.family = family);
 }
 
 /// Shards that are open for writing, and what earlier attempts left of them.
@@ -322,7 +352,7 @@ impl<'a> Group<'a> {
             let cuts = tensor_cuts(own.plan, chunk, &ready.cuts, &[]);
             let (mut seen, ties) = ready.ties(own, worker, ordinal, data, &cuts)?;
             self.put(worker, (out, chunk, slot), (ties, None), |worker, sink| {
-                worker.merge(data, &cuts, &mut seen, &ready.known, sink)?;
+                own.merge(worker, data, (&cuts, &mut seen), &ready.known, sink)?;
                 Ok(true)
             })
             .map(drop)
@@ -438,6 +468,7 @@ impl<'a> Group<'a> {
         mut work: impl FnMut(&mut Worker, &Slot, usize) -> Result<()>,
     ) -> Result<()> {
         let union = worker.tally.clone();
+        worker.unscaled.of = None;
         let result = outs.iter().try_for_each(|&out| {
             worker.tally = Tally::of(self.outs[out].plan.models());
             worker.begin();
@@ -533,7 +564,7 @@ impl<'a> Group<'a> {
             }
             let done = Some(ready.done(0));
             let counted = self.put(worker, (out, chunk, slot), (Vec::new(), done), |worker, sink| {
-                worker.merge(data, &cuts, &mut vec![0; cuts.len()], &ready.known, sink)?;
+                own.merge(worker, data, (&cuts, &mut vec![0; cuts.len()]), &ready.known, sink)?;
                 Ok(true)
             })?;
             lock(&self.counts[out]).thresholds.record(ready.thresholds, &counted.kept);
@@ -578,7 +609,7 @@ impl<'a> Group<'a> {
                 Action::Copy { source, .. } => worker.convert(data, *source, sink)?,
                 Action::Merge { .. } => {
                     let cuts = tensor_cuts(plan, chunk, &vec![Cut::NonZero; plan.models()], &[]);
-                    worker.merge(data, &cuts, &mut vec![0; cuts.len()], &Known::default(), sink)?;
+                    own.merge(worker, data, (&cuts, &mut vec![0; cuts.len()]), &Known::default(), sink)?;
                 }
             }
             Ok(true)

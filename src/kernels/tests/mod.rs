@@ -8,6 +8,7 @@ mod formats;
 mod fused;
 mod merge;
 mod rates;
+mod scaled;
 mod trim;
 
 use std::fmt::Debug;
