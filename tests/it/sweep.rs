@@ -160,8 +160,9 @@ fn factors_of_one_merge_give_what_separate_merges_give() {
     // What is not finite is decided about merge by merge.
     let values = [f32::NAN, 1.0, f32::INFINITY, -2.0, f32::MAX];
     let saved = Family::vectors(&[0.0, 0.5, 0.0, 1.0, 0.5], &[&values, &[1.0, 2.0, 3.0, -4.0, 5.0]]).save();
-    for fixed in [&["--non-finite=copy-base"][..], &["--non-finite=propagate", "--overflow=clamp"]] {
-        let fixed: &'static [&'static str] = Box::leak(fixed.to_vec().into_boxed_slice());
+    let rules: [&'static [&'static str]; 2] =
+        [&["--overflow=clamp", "--non-finite=copy-base"], &["--overflow=clamp", "--non-finite=propagate"]];
+    for fixed in rules {
         check(&saved, &Case { grid: &[LAMBDAS], fixed, outputs: 7, shared: 7 }, &[], &format!("{fixed:?}"));
     }
 }
