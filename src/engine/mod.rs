@@ -28,6 +28,7 @@ mod select;
 mod shard_hash;
 mod shards;
 mod side_files;
+mod sketching;
 mod slot;
 mod stored;
 mod sweep;

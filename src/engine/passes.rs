@@ -13,7 +13,7 @@ use super::kept::Kept;
 use super::looks::solo_facts;
 use super::pool;
 use super::records::UnitDone;
-use super::select::{Thresholds, UnitThresholds, cuts, observe, sample_stride, solo_thresholds, tensor_cuts};
+use super::select::{Thresholds, UnitThresholds, cuts, sample_stride, solo_thresholds, tensor_cuts};
 use super::shards::ShardWriter;
 use super::slot::{Loaded, Slot, locate};
 use super::turns::{Ordered, Pending};
@@ -24,7 +24,7 @@ use crate::limits::{
 };
 use crate::plan::ThresholdKind;
 use crate::plan::{Action, Chunk, Goal, Piece, Plan, Schedule, Trim, Unit, UnitKind, Wanted};
-use crate::sketch::{Bracket, MagnitudeSketch, Probe, Selector, Threshold, bounds_of_sample};
+use crate::sketch::{Bracket, Probe, Selector, bounds_of_sample};
 
 /// Everything that a run shares.
 pub(super) struct Passes<'a> {
@@ -169,12 +169,17 @@ impl<'a> Passes<'a> {
         self.solo_units(&solo)
     }
 
+    /// Counts so many bytes as read, by an earlier attempt.
+    pub(super) fn take_over_reads(&mut self, bytes: u64) {
+        self.kept_reads = self.kept_reads.saturating_add(bytes);
+    }
+
     /// Tensor bytes that this run read.
     pub(super) fn read_here(&self) -> u64 {
         self.workers.iter().map(|worker| worker.tally.bytes_read).sum()
     }
 
-    fn writer(&self) -> &'a ShardWriter<'a> {
+    pub(super) fn writer(&self) -> &'a ShardWriter<'a> {
         self.writer.expect("passes that have results have somewhere to put them")
     }
 
@@ -277,8 +282,21 @@ impl<'a> Passes<'a> {
         chain: Option<&dyn Ordered>,
         work: impl Fn(&mut Worker, usize, Loaded<'_>) -> Result<()> + Sync,
     ) -> Result<()> {
-        let (plan, kept) = (self.plan, self.kept);
-        let chunks = kept.left(plan, &unit.tensors, unit.chunk_elements);
+        let chunks = self.kept.left(self.plan, &unit.tensors, unit.chunk_elements);
+        self.each_of(chunks, unit, resident, wanted, chain, work)
+    }
+
+    /// The same for some chunks of `unit`.
+    pub(super) fn each_of(
+        &mut self,
+        chunks: impl Iterator<Item = Chunk>,
+        unit: &Unit,
+        resident: &mut Option<Resident>,
+        wanted: Wanted<'_>,
+        chain: Option<&dyn Ordered>,
+        work: impl Fn(&mut Worker, usize, Loaded<'_>) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let plan = self.plan;
         let loaded = resident.as_ref().is_some_and(|r| r.loaded);
         // A unit held in memory is loaded with all that later passes need.
         let wanted = if resident.is_some() { Wanted::All } else { wanted };
@@ -316,35 +334,9 @@ impl<'a> Passes<'a> {
         Ok(())
     }
 
-    /// Finds every model's threshold for a shared unit by sketching it.
-    pub(super) fn shared_thresholds(
-        &mut self,
-        unit: &Unit,
-        goals: &[Goal],
-        resident: &mut Option<Resident>,
-    ) -> Result<Vec<Option<Threshold>>> {
-        let plan = self.plan;
-        let mut selectors: Vec<Option<Selector>> = vec![None; goals.len()];
-        if let Some(trim) = plan.trim.as_ref().filter(|_| goals.iter().any(Goal::needs_threshold)) {
-            selectors = self.selectors(unit, resident, trim, goals)?;
-        }
-        let mut round = 0;
-        loop {
-            let brackets: Vec<_> = selectors.iter().map(|s| s.as_ref().and_then(Selector::bracket)).collect();
-            if brackets.iter().all(Option::is_none) {
-                break;
-            }
-            self.announce(if round == 0 { "sketch" } else { "sketch again" }, self.pass_bytes("sketch"));
-            let sketches = self.sketch_all(unit, resident, &brackets)?;
-            observe(&mut selectors, &sketches);
-            round += 1;
-        }
-        Ok(selectors.iter().map(|s| s.as_ref().and_then(Selector::threshold)).collect())
-    }
-
     /// Where each model's search for its threshold starts: at a bracket from a sample, which is read on its own where the
     /// unit is not held in memory.
-    fn selectors(
+    pub(super) fn selectors(
         &mut self,
         unit: &Unit,
         resident: &mut Option<Resident>,
@@ -392,33 +384,6 @@ impl<'a> Passes<'a> {
             Ok(())
         })?;
         Ok(samples.into_inner().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// One look at all of the unit with the given brackets: the sum of the workers' sketches.
-    pub(super) fn sketch_all(
-        &mut self,
-        unit: &Unit,
-        resident: &mut Option<Resident>,
-        brackets: &[Option<Bracket>],
-    ) -> Result<Vec<MagnitudeSketch>> {
-        self.workers.iter_mut().for_each(|worker| worker.set_brackets(brackets));
-        let models: Vec<bool> = (0..self.plan.models())
-            .map(|m| brackets.iter().skip(m).step_by(self.plan.models()).any(Option::is_some))
-            .collect();
-        let wanted = Wanted::TaskVectors(&models);
-        self.each_chunk(unit, resident, wanted, None, |worker, _, data| worker.sketch(data, brackets))?;
-        Ok(self.sum_of_sketches())
-    }
-
-    /// What all workers counted in their sketches.
-    pub(super) fn sum_of_sketches(&mut self) -> Vec<MagnitudeSketch> {
-        let (first, rest) = self.workers.split_first_mut().expect("at least one worker");
-        for worker in rest {
-            for (sum, sketch) in first.sketches.iter_mut().zip(&worker.sketches) {
-                sum.merge(sketch);
-            }
-        }
-        first.sketches.clone()
     }
 
     /// Samples a streamed unit: one probe per model, empty for those that need no threshold.

@@ -56,6 +56,19 @@ pub(super) struct Piece {
     pub digest: Digest,
 }
 
+/// What a look at a unit's data has counted of a part of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct SketchDone {
+    /// First tensor of the unit.
+    pub tensor: u32,
+    /// Elements of the unit that were looked at, in its order.
+    pub elements: u64,
+    /// Tensor bytes read for it.
+    pub bytes_read: u64,
+    /// Per goal a byte, 1 if there is a sketch, and that sketch, encoded.
+    pub sketches: Vec<u8>,
+}
+
 /// A range of an input that was read, where inputs are hashed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ReadDone {
@@ -74,6 +87,7 @@ pub(super) enum Entry {
     Unit(UnitDone),
     Range(RangeDone),
     Read(ReadDone),
+    Sketch(SketchDone),
 }
 
 impl Entry {
@@ -88,6 +102,7 @@ impl Entry {
                     + range.pieces.capacity() * size_of::<Piece>()
             }
             Self::Read(_) => 0,
+            Self::Sketch(sketch) => sketch.sketches.len(),
         };
         size_of::<Self>() + lists
     }
@@ -96,6 +111,7 @@ impl Entry {
 const UNIT: u8 = 1;
 const RANGE: u8 = 2;
 const READ: u8 = 3;
+const SKETCH: u8 = 4;
 
 /// The payload of a record that says that `entries` are done.
 pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
@@ -105,6 +121,7 @@ pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
             Entry::Unit(unit) => encode_unit(unit, &mut out),
             Entry::Range(range) => encode_range(range, &mut out),
             Entry::Read(read) => encode_read(read, &mut out),
+            Entry::Sketch(sketch) => encode_sketch(sketch, &mut out),
         }
     }
     out
@@ -154,6 +171,15 @@ fn encode_read(read: &ReadDone, out: &mut Vec<u8>) {
     out.extend(read.digest);
 }
 
+fn encode_sketch(sketch: &SketchDone, out: &mut Vec<u8>) {
+    out.push(SKETCH);
+    out.extend(sketch.tensor.to_le_bytes());
+    out.extend(sketch.elements.to_le_bytes());
+    out.extend(sketch.bytes_read.to_le_bytes());
+    out.extend((sketch.sketches.len() as u32).to_le_bytes());
+    out.extend(&sketch.sketches);
+}
+
 /// The entries of a payload; `None` if it is not one.
 pub(super) fn decode(payload: &[u8]) -> Option<Vec<Entry>> {
     let mut rest = Rest(payload);
@@ -163,6 +189,7 @@ pub(super) fn decode(payload: &[u8]) -> Option<Vec<Entry>> {
             UNIT => Entry::Unit(decode_unit(&mut rest)?),
             RANGE => Entry::Range(decode_range(&mut rest)?),
             READ => Entry::Read(decode_read(&mut rest)?),
+            SKETCH => Entry::Sketch(decode_sketch(&mut rest)?),
             _ => return None,
         });
     }
@@ -193,6 +220,11 @@ fn decode_range(rest: &mut Rest<'_>) -> Option<RangeDone> {
 
 fn decode_read(rest: &mut Rest<'_>) -> Option<ReadDone> {
     Some(ReadDone { file: rest.u32()?, offset: rest.u64()?, bytes: rest.u32()?, digest: rest.take()? })
+}
+
+fn decode_sketch(rest: &mut Rest<'_>) -> Option<SketchDone> {
+    let (tensor, elements, bytes_read) = (rest.u32()?, rest.u64()?, rest.u64()?);
+    Some(SketchDone { tensor, elements, bytes_read, sketches: rest.list(Rest::byte)? })
 }
 
 /// What is left of a payload.
@@ -257,6 +289,7 @@ mod tests {
             }),
             Entry::Range(RangeDone::default()),
             Entry::Read(ReadDone { file: 3, offset: 1 << 41, bytes: 1 << 20, digest: [9; 16] }),
+            Entry::Sketch(SketchDone { tensor: 2, elements: 1 << 42, bytes_read: 7, sketches: vec![0, 1, 2] }),
         ]
     }
 

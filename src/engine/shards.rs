@@ -24,7 +24,7 @@ use super::kept::Kept;
 use super::output::OutputDir;
 use super::pool::no_thread;
 use super::reads::Reads;
-use super::records::{self, Entry, Piece, RangeDone, UnitDone};
+use super::records::{self, Entry, Piece, RangeDone, SketchDone, UnitDone};
 use super::shard_hash::ShardHash;
 use super::tensor_hash::{Hash, TensorHashes};
 use super::worker::Tally;
@@ -39,8 +39,8 @@ enum Message {
     Written { shard: usize, offset: u64, bytes: u64 },
     /// Work is done: all its bytes are written.
     Done(Entry),
-    /// A unit's thresholds took long to find: they are to be kept at once.
-    Precious(UnitDone),
+    /// A unit's thresholds, or what was counted for them, took long: they are to be kept at once.
+    Precious(Entry),
 }
 
 /// What sealing found out about a shard.
@@ -107,7 +107,13 @@ impl ShardWriter<'_> {
     /// Keeps the thresholds of a unit before anything is written that depends on them.
     pub(super) fn keep(&self, unit: UnitDone) -> Result<()> {
         self.shards.output.storage.check_mapped()?;
-        self.send(Message::Precious(unit))
+        self.send(Message::Precious(Entry::Unit(unit)))
+    }
+
+    /// Keeps what was counted of a unit so far.
+    pub(super) fn keep_sketch(&self, sketch: SketchDone) -> Result<()> {
+        self.shards.output.storage.check_mapped()?;
+        self.send(Message::Precious(Entry::Sketch(sketch)))
     }
 
     fn send(&self, message: Message) -> Result<()> {
@@ -298,14 +304,14 @@ impl Follower<'_> {
                 *range = start..range.end.max(offset + bytes);
                 self.dirty_bytes += bytes;
             }
-            Message::Precious(unit) => {
-                self.push(Entry::Unit(unit));
+            Message::Precious(entry) => {
+                self.push(entry);
                 self.flush()?;
             }
             Message::Done(entry) => {
                 let complete = match &entry {
                     Entry::Range(range) => self.count_down(range),
-                    Entry::Unit(_) | Entry::Read(_) => None,
+                    Entry::Unit(_) | Entry::Read(_) | Entry::Sketch(_) => None,
                 };
                 self.push(entry);
                 if let Some(shard) = complete {
@@ -430,24 +436,27 @@ pub(super) fn write_shards(
     let (behind, messages) = crossbeam_channel::bounded(64);
     std::thread::scope(|scope| {
         let (shards, failure, follower) = (&shards, &failure, &mut follower);
-        let follow = move || {
-            let handing = output.hands_over().then(|| {
-                // One shard waits while another is handed over; the merge waits when a third is complete.
-                let (courier, complete) = crossbeam_channel::bounded(0);
-                follower.courier = Some(courier);
-                scope.spawn(move || hand_over_all(&complete, plan, output, observer))
-            });
-            let mut result = follower.follow(&messages);
+        let mut follow = move || {
+            if !output.hands_over() {
+                return follower.follow(&messages);
+            }
+            // One shard waits while another is handed over; the merge waits when a third is complete.
+            let (courier, complete) = crossbeam_channel::bounded(0);
+            let hand_over = move || hand_over_all(&complete, plan, output, observer);
+            let handing =
+                std::thread::Builder::new().spawn_scoped(scope, hand_over).map_err(|error| no_thread(&error))?;
+            follower.courier = Some(courier);
+            let result = follower.follow(&messages);
             follower.courier = None;
-            if let Some(handing) = handing {
-                let handed = handing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                // What stopped it comes first: the follower was only told that it did.
-                result = handed.and(result);
-            }
-            if let Err(error) = &result {
+            let handed = handing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            // What stopped it comes first: the follower was only told that it did.
+            handed.and(result)
+        };
+        // The workers are told before the channel to the follower is closed.
+        let follow = move || {
+            follow().inspect_err(|error| {
                 *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
-            }
-            result
+            })
         };
         let following = std::thread::Builder::new().spawn_scoped(scope, follow).map_err(|error| no_thread(&error))?;
         let done = work(&ShardWriter { shards, behind, failure }, &kept);

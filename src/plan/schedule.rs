@@ -10,6 +10,8 @@
 #[cfg(test)]
 mod tests;
 
+use std::time::Duration;
+
 use super::shares::HELD;
 use super::summary::PassSummary;
 use super::upkeep::{account_bytes, catalogue_bytes};
@@ -17,10 +19,10 @@ use super::{Action, Plan, Wanted};
 use crate::dtype::Float;
 use crate::error::{Error, Result, printable};
 use crate::limits::{
-    AHEAD_BYTES, AHEAD_SHARE, CHUNK_ELEMENTS, CONNECTIONS_BYTES, LISTED_BYTES, LISTED_THRESHOLDS, MAPPED_BYTES,
-    MIN_CHUNK_ELEMENTS, NEAR_KEYS, NEAR_SHARE, OUT_ELEMENTS, PAGE_BYTES, PROBE_BLOCK, PROBE_GROUPS, PROBE_MIN_ELEMENTS,
-    PROBE_REMOTE_ELEMENTS, PROBE_SHARE, PROCESS_BYTES, RESIDENT_BYTES, RESIDENT_WINDOWS, SKETCH_BINS_MAX,
-    SKETCH_BINS_MIN, SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS, THREAD_BYTES, TILE_ELEMENTS,
+    AHEAD_BYTES, AHEAD_SHARE, CHUNK_ELEMENTS, CONNECTIONS_BYTES, KEEP_SKETCH_SECONDS, LISTED_BYTES, LISTED_THRESHOLDS,
+    MAPPED_BYTES, MIN_CHUNK_ELEMENTS, NEAR_KEYS, NEAR_SHARE, OUT_ELEMENTS, PAGE_BYTES, PROBE_BLOCK, PROBE_GROUPS,
+    PROBE_MIN_ELEMENTS, PROBE_REMOTE_ELEMENTS, PROBE_SHARE, PROCESS_BYTES, RESIDENT_BYTES, RESIDENT_WINDOWS,
+    SKETCH_BINS_MAX, SKETCH_BINS_MIN, SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS, THREAD_BYTES, TILE_ELEMENTS,
 };
 use crate::method::{Look, MAX_RANKS};
 use crate::recipe::ThresholdKind;
@@ -118,6 +120,8 @@ pub struct Schedule {
     pub widths: Vec<u64>,
     /// Most bins of one magnitude sketch.
     pub sketch_bins: usize,
+    /// How long the search for the thresholds of a streamed unit goes on before what it has counted is kept.
+    pub keep_after: Duration,
     /// Bytes held of ranges that are fetched from a network ahead of their use; 0 if no input is on one.
     pub ahead_bytes: u64,
     /// Elements of a merged tensor that are held, where its factors are sought; else none.
@@ -204,6 +208,7 @@ impl Schedule {
             slot_elements: cut.slot_elements,
             widths: demand.widths,
             sketch_bins: cut.bins,
+            keep_after: Duration::from_secs(KEEP_SKETCH_SECONDS),
             ahead_bytes: cut.ahead_bytes,
             held_elements: 0,
             memory: cut.terms,

@@ -103,6 +103,11 @@ impl MagnitudeSketch {
         self.bins.resize(bracket.bins, 0);
     }
 
+    /// What it counts in.
+    pub fn bracket(&self) -> Bracket {
+        self.bracket
+    }
+
     /// Number of bins.
     pub fn bins(&self) -> usize {
         self.bins.len()

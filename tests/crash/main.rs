@@ -21,6 +21,7 @@ use std::collections::BTreeMap;
 use std::io::{ErrorKind, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tiesmith::{
@@ -219,7 +220,9 @@ impl Job {
         }
         let storage: Arc<dyn Storage> = Arc::new(memory.clone());
         let plan = Plan::new(&self.recipe, &storage)?;
-        let schedule = Schedule::new(&plan, Run { memory_bytes, threads })?;
+        let mut schedule = Schedule::new(&plan, Run { memory_bytes, threads })?;
+        // What was counted is kept after every chunk.
+        schedule.keep_after = Duration::ZERO;
         let output =
             OutputOptions { dir: OUT.into(), force: self.force, hash_inputs: self.copied, ..OutputOptions::default() };
         tiesmith::merge(&plan, &schedule, &output, &storage, observer)
@@ -448,21 +451,54 @@ fn short_and_interrupted_transfers_change_nothing() {
     assert!(cases > 1500 / STEP, "{cases}");
 }
 
+/// Inputs of one tensor that is not held in memory.
+fn large_inputs() -> Memory {
+    let elements = 1_500_001u32;
+    let header = format!(r#"{{"w":{{"dtype":"F32","shape":[{elements}],"data_offsets":[0,{}]}}}}"#, 4 * elements);
+    let memory = Memory::default();
+    for (seed, name) in (0u32..).zip(["base", "one", "two"]) {
+        let values = (0..elements).map(|i| f32::from((i.wrapping_mul(2_654_435_761 + 2 * seed) >> 20) as u16));
+        let data: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
+        let content = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat();
+        memory.put(&format!("/in/{name}/model.safetensors"), &content);
+    }
+    memory
+}
+
+/// However soon each attempt is stopped, as long as it does one chunk of anything.
+#[test]
+fn a_run_that_never_gets_far_gets_through() {
+    // Enough for a probe, or a vote, but not for a probe and all of the search.
+    for (votes, patience) in [(false, 45), (true, 62)] {
+        let mut recipe = Recipe { max_shard_bytes: 1 << 30, ..recipe() };
+        if votes {
+            recipe.params.insert("zero_sum".into(), tiesmith::Value::Word("majority".into()).into());
+        }
+        let job = Job { name: "never far", recipe, force: false, copied: false };
+        let before = large_inputs();
+        let whole = before.fork(None);
+        let undisturbed = job.run_with(&whole, 1, 28 << 20, &Silent).unwrap();
+        let expected = lasting(&whole.tree(OUT));
+        let (mut memory, mut stops) = (before.fork(None), 0);
+        let report = loop {
+            match job.run_with(&memory, 1, 28 << 20, &StopAfter(AtomicI64::new(patience))) {
+                Ok(report) => break report,
+                Err(error) => assert_eq!(error.exit_code(), 130, "{error}"),
+            }
+            memory = memory.reboot(Survives::Nothing);
+            stops += 1;
+            assert!(stops < 200, "it does not get through");
+        };
+        say(&format!("{stops} stops"));
+        assert!(stops >= 2, "{stops} stops");
+        assert!(lasting(&memory.tree(OUT)) == expected);
+        assert_eq!(report.bytes_read, undisturbed.bytes_read);
+    }
+}
+
 #[test]
 fn a_resumed_run_may_have_other_threads_and_memory() {
-    let big = |elements: u64| {
-        let header = format!(r#"{{"w":{{"dtype":"F32","shape":[{elements}],"data_offsets":[0,{}]}}}}"#, 4 * elements);
-        move |seed: u32| {
-            let values = (0..elements as u32).map(|i| f32::from((i.wrapping_mul(2_654_435_761 + seed) >> 20) as u16));
-            let data: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
-            [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat()
-        }
-    };
-    let content = big(1_500_001);
-    let before = Memory::default();
-    for (seed, name) in ["base", "one", "two"].iter().enumerate() {
-        before.put(&format!("/in/{name}/model.safetensors"), &content(2 * seed as u32));
-    }
+    let before = large_inputs();
     let (mut reused, mut stops) = (0, 0);
     let kinds = [
         (TrimTies::Lowest, Scope::Model, false),

@@ -43,6 +43,7 @@ impl Follower<'_> {
                 observer.advance(bytes_of(&entry));
                 match entry {
                     Entry::Read(read) if self.shards.reads.as_ref().is_some_and(|r| r.know(&read).is_some()) => {}
+                    Entry::Sketch(sketch) => kept.add_sketch(sketch),
                     Entry::Unit(unit) if Kept::fits_unit(plan, &unit) => kept.add_unit(unit),
                     Entry::Range(range)
                         if Kept::fits(plan, &range) && plan.is_within(range.tensor, &self.shards.own) =>
@@ -195,6 +196,6 @@ impl Follower<'_> {
 fn bytes_of(entry: &Entry) -> u64 {
     match entry {
         Entry::Range(range) => range.pieces.iter().map(|piece| u64::from(piece.bytes)).sum(),
-        Entry::Unit(_) | Entry::Read(_) => 0,
+        Entry::Unit(_) | Entry::Read(_) | Entry::Sketch(_) => 0,
     }
 }
