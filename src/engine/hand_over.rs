@@ -3,7 +3,7 @@
 //!
 //! - The command runs when a shard is durable under its final name, and before the output becomes loadable. One runs at a
 //!   time, while the merge goes on.
-//! - That it succeeded is recorded with the shard's hashes: the shard need not be there any more. If the process ends
+//! - That it succeeded is recorded with the shard's hash and checksums: the shard need not be there any more. If the process ends
 //!   between the command's success and the record, it runs again; if it had removed the shard, that is made again first.
 //! - A command that fails ends the run; the same run goes on with it.
 
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::Observer;
 use super::output::OutputDir;
 use super::shards::{SealedShard, Written};
-use super::tensor_hash::Hash;
+use super::tensor_crc::{self, Crc};
 use crate::error::{Error, Result, printable};
 use crate::plan::Plan;
 
@@ -33,14 +33,14 @@ pub(super) struct HandedOver {
     pub bytes: u64,
     /// BLAKE3 of the file, in hexadecimal.
     pub blake3: String,
-    /// BLAKE3 of its tensors' bytes, in hexadecimal, in the order of the plan.
+    /// Checksums of its tensors' bytes, in hexadecimal, in the order of the plan.
     pub tensors: Vec<String>,
 }
 
 impl HandedOver {
-    /// Shard `shard` of `plan`, sealed as `sealed`, with its tensors' hashes.
-    pub(super) fn new(plan: &Plan, shard: usize, sealed: &SealedShard, hash: impl Fn(u32) -> Hash) -> Self {
-        let tensors = tensors_of(plan, shard).map(|tensor| blake3::Hash::from_bytes(hash(tensor)).to_hex().to_string());
+    /// Shard `shard` of `plan`, sealed as `sealed`, with its tensors' checksums.
+    pub(super) fn new(plan: &Plan, shard: usize, sealed: &SealedShard, crc: impl Fn(u32) -> Crc) -> Self {
+        let tensors = tensors_of(plan, shard).map(|tensor| tensor_crc::hex(crc(tensor)));
         Self {
             name: plan.layout.shards[shard].name.clone(),
             bytes: sealed.bytes,
@@ -54,17 +54,17 @@ impl HandedOver {
         Self::new(plan, shard, &written.shards[shard], |tensor| written.tensors[tensor as usize])
     }
 
-    /// What sealing it found out, and its tensors' hashes; `None` if it is no shard `shard` of `plan`.
-    pub(super) fn of(&self, plan: &Plan, shard: usize) -> Option<(SealedShard, Vec<(u32, Hash)>)> {
+    /// What sealing it found out, and its tensors' checksums; `None` if it is no shard `shard` of `plan`.
+    pub(super) fn of(&self, plan: &Plan, shard: usize) -> Option<(SealedShard, Vec<(u32, Crc)>)> {
         let planned = &plan.layout.shards[shard];
-        let hashes: Vec<(u32, Hash)> = tensors_of(plan, shard)
+        let crcs: Vec<(u32, Crc)> = tensors_of(plan, shard)
             .zip(&self.tensors)
-            .map(|(tensor, hash)| Some((tensor, *blake3::Hash::from_hex(hash).ok()?.as_bytes())))
+            .map(|(tensor, crc)| Some((tensor, Crc::from_str_radix(crc, 16).ok()?)))
             .collect::<Option<_>>()?;
         let fits = planned.name == self.name
             && planned.bytes == self.bytes
             && tensors_of(plan, shard).count() == self.tensors.len();
-        fits.then(|| (SealedShard { hash: self.blake3.clone(), bytes: self.bytes }, hashes))
+        fits.then(|| (SealedShard { hash: self.blake3.clone(), bytes: self.bytes }, crcs))
     }
 }
 

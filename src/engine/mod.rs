@@ -32,7 +32,7 @@ mod sketching;
 mod slot;
 mod stored;
 mod sweep;
-mod tensor_hash;
+mod tensor_crc;
 mod turns;
 mod verify;
 mod worker;

@@ -34,14 +34,7 @@ impl ShardHash {
         Self { bytes, nodes: Mutex::default() }
     }
 
-    /// Takes in `data`, written at `offset`; returns its digest.
-    pub(super) fn add(&self, offset: u64, data: &[u8]) -> Digest {
-        let (nodes, digest) = self.subtrees(offset, data);
-        self.insert(nodes);
-        digest
-    }
-
-    /// Takes in `data`, found at `offset`, if `digest` is what [`Self::add`] said when it was written.
+    /// Takes in `data`, found at `offset`, if `digest` is what [`Self::subtrees`] gave when it was written.
     pub(super) fn add_if(&self, offset: u64, data: &[u8], digest: &Digest) -> bool {
         let (nodes, found) = self.subtrees(offset, data);
         if found == *digest {
@@ -50,25 +43,8 @@ impl ShardHash {
         found == *digest
     }
 
-    /// The whole subtrees inside a range, in order.
-    pub(super) fn whole_subtrees(&self, offset: u64, data: &[u8]) -> Vec<Node> {
-        let end = offset + data.len() as u64;
-        let (mut nodes, mut start) = (Vec::new(), offset);
-        while start < end {
-            match self.subtree_at(start, end) {
-                Some(length) => {
-                    let part = &data[(start - offset) as usize..(start + length - offset) as usize];
-                    nodes.push((start, length, value_of(start, part)));
-                    start += length;
-                }
-                None => start = end.min((start / LEAF_BYTES + 1) * LEAF_BYTES),
-            }
-        }
-        nodes
-    }
-
-    /// The whole subtrees inside a range, and the digest of the range: a function of its place and its bytes.
-    fn subtrees(&self, offset: u64, data: &[u8]) -> (Vec<Node>, Digest) {
+    /// The whole subtrees inside `data`, written at `offset`, for [`Self::insert`]; and its digest, a function of place and bytes.
+    pub(super) fn subtrees(&self, offset: u64, data: &[u8]) -> (Vec<Node>, Digest) {
         let end = offset + data.len() as u64;
         let (mut nodes, mut digest) = (Vec::new(), blake3::Hasher::new());
         let mut start = offset;
@@ -124,6 +100,12 @@ impl ShardHash {
             }
             known.insert(start, (length, value));
         }
+    }
+
+    /// The subtrees that were taken in, joined as far as they could be.
+    pub(super) fn nodes(self) -> Vec<Node> {
+        let nodes = self.nodes.into_inner().unwrap_or_else(PoisonError::into_inner);
+        nodes.into_iter().map(|(start, (length, value))| (start, length, value)).collect()
     }
 
     /// The hash in hexadecimal. `read` fills a buffer from an offset of the finished file.
@@ -203,7 +185,8 @@ mod tests {
             pieces.sort_by_key(|p| (p.0 as u64).wrapping_mul(seed | 1));
             let (hash, again) = (ShardHash::new(bytes as u64), ShardHash::new(bytes as u64));
             for (a, b) in pieces {
-                let digest = hash.add(a as u64, &data[a..b]);
+                let (nodes, digest) = hash.subtrees(a as u64, &data[a..b]);
+                hash.insert(nodes);
                 prop_assert!(again.add_if(a as u64, &data[a..b], &digest));
                 if a < b {
                     let mut damaged = data[a..b].to_vec();
@@ -226,7 +209,7 @@ mod tests {
         let data = content(3 << 20, 77);
         let hash = ShardHash::new(data.len() as u64);
         for (i, part) in data.chunks(1 << 14).enumerate() {
-            hash.add((i << 14) as u64, part);
+            hash.insert(hash.subtrees((i << 14) as u64, part).0);
             assert!(hash.nodes.lock().unwrap().len() <= 20);
         }
         let found = hash.finish(|_, offset| panic!("read at {offset}")).unwrap();

@@ -26,7 +26,7 @@ use super::pool::no_thread;
 use super::reads::Reads;
 use super::records::{self, Entry, Piece, RangeDone, SketchDone, UnitDone};
 use super::shard_hash::ShardHash;
-use super::tensor_hash::{Hash, TensorHashes};
+use super::tensor_crc::{Crc, PieceCrc, TensorCrcs};
 use super::worker::Tally;
 use crate::error::{Error, Result};
 use crate::limits::{RECORD_BYTES, WRITE_BEHIND_BYTES, WRITE_BEHIND_SECONDS};
@@ -71,7 +71,7 @@ struct Shards<'a> {
     hashes: Vec<ShardHash>,
     /// Those that this process writes.
     own: Range<usize>,
-    tensors: TensorHashes,
+    tensors: TensorCrcs,
     /// What is read of the inputs, where the journal keeps hashes of that.
     reads: Option<Arc<Reads>>,
     /// Where a finished output is repaired: the hash that each shard to be written must get; the others are left alone.
@@ -91,12 +91,19 @@ pub(super) struct ChunkWriter<'a> {
     writer: &'a ShardWriter<'a>,
     chunk: Chunk,
     pieces: Vec<Piece>,
+    /// Their share of the shard's hash and of the tensor's checksum, which count only when the chunk is done.
+    hash: ShardHash,
+    crc: PieceCrc,
+    /// Where in the tensor the next piece begins.
+    end: u64,
 }
 
 impl ShardWriter<'_> {
     /// Takes the result of `chunk`.
     pub(super) fn chunk(&self, chunk: Chunk) -> ChunkWriter<'_> {
-        ChunkWriter { writer: self, chunk, pieces: Vec::new() }
+        let place = &self.shards.plan.layout.tensors[chunk.tensor as usize];
+        let hash = ShardHash::new(self.shards.plan.layout.shards[place.shard as usize].bytes);
+        ChunkWriter { writer: self, chunk, pieces: Vec::new(), hash, crc: PieceCrc::new(), end: 0 }
     }
 
     /// What is to be told of reads.
@@ -136,10 +143,12 @@ impl ChunkWriter<'_> {
         if !shards.writes(shard) {
             return Ok(());
         }
-        shards.tensors.add(tensor, plan.output_bytes(tensor), offset, bytes);
+        self.crc.update(bytes);
+        self.end = offset + bytes.len() as u64;
         let offset = place.offset + offset;
         shards.file(shard)?.write_at(bytes, offset)?;
-        let digest = shards.hashes[shard].add(offset, bytes);
+        let (nodes, digest) = self.hash.subtrees(offset, bytes);
+        self.hash.insert(nodes);
         let length = u32::try_from(bytes.len()).expect("a window is shorter than 4 GiB");
         self.pieces.push(Piece { bytes: length, digest });
         self.writer.send(Message::Written { shard, offset, bytes: bytes.len() as u64 })
@@ -147,17 +156,20 @@ impl ChunkWriter<'_> {
 
     /// Says that the chunk is done, counted as `tally`; `unit` are its thresholds if they are not kept yet.
     pub(super) fn done(self, tally: Tally, ties: TieCounts, differs: bool, unit: Option<UnitDone>) -> Result<()> {
-        let shards = self.writer.shards;
+        let (shards, tensor) = (self.writer.shards, self.chunk.tensor);
         shards.output.storage.check_mapped()?;
-        if !shards.writes(shards.plan.layout.tensors[self.chunk.tensor as usize].shard as usize) {
+        let shard = shards.plan.layout.tensors[tensor as usize].shard as usize;
+        if !shards.writes(shard) {
             return Ok(());
         }
+        shards.hashes[shard].insert(self.hash.nodes());
+        shards.tensors.add(tensor, &self.crc, shards.plan.output_bytes(tensor) - self.end);
         if let Some(unit) = unit {
             self.writer.send(Message::Done(Entry::Unit(unit)))?;
         }
         let none = |counts: &TieCounts| counts.iter().all(|&n| n == 0);
         self.writer.send(Message::Done(Entry::Range(RangeDone {
-            tensor: self.chunk.tensor,
+            tensor,
             start: self.chunk.start,
             count: self.chunk.count,
             differs,
@@ -183,7 +195,7 @@ impl<'a> Shards<'a> {
         Self {
             repairs,
             reads: output.hashes_inputs().then(|| Arc::new(Reads::new(plan))),
-            tensors: TensorHashes::new(plan.tensors.len()),
+            tensors: TensorCrcs::new(plan.tensors.len()),
             plan,
             output,
             observer,
@@ -196,16 +208,6 @@ impl<'a> Shards<'a> {
     /// Whether the shard is to be written.
     fn writes(&self, shard: usize) -> bool {
         self.repairs.is_none_or(|repairs| repairs[shard].is_some())
-    }
-
-    /// Reads the tensors of a complete shard whose hashes are not known.
-    fn complete_tensors(&self, shard: usize, file: &dyn InputFile) -> Result<()> {
-        let places = self.plan.layout.tensors.iter().enumerate();
-        for (tensor, place) in places.filter(|(_, place)| place.shard as usize == shard) {
-            let read = |buffer: &mut [u8], at: u64| file.read_at(buffer, place.offset + at);
-            self.tensors.complete(tensor as u32, self.plan.output_bytes(tensor as u32), read)?;
-        }
-        Ok(())
     }
 
     /// The open file of a shard, created with its header on first use.
@@ -241,7 +243,6 @@ impl<'a> Shards<'a> {
         let partial = self.output.partial(&planned.name);
         let written = self.output.storage.open(&partial)?;
         let hash = self.hashes[shard].finish(|buffer, offset| written.read_at(buffer, offset))?;
-        self.complete_tensors(shard, &*written)?;
         file.release(0, planned.bytes);
         self.set(shard, ShardFile::Sealed);
         check_inputs(self.plan, shard)?;
@@ -396,8 +397,8 @@ impl Follower<'_> {
 pub(super) struct Written {
     /// Of the shards to be written, in the order of the layout.
     pub shards: Vec<SealedShard>,
-    /// BLAKE3 of each tensor's bytes; zeros for tensors in other shards.
-    pub tensors: Vec<Hash>,
+    /// Checksum of each tensor's bytes; 0 for tensors in other shards.
+    pub tensors: Vec<Crc>,
 }
 
 /// Lets `work` write the shards `own`, after what earlier attempts left is taken over, which must make sense. Of a

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::output::MANIFEST;
 use super::select::{Thresholds, UnitThresholds};
 use super::shards::Written;
-use super::tensor_hash::Hash;
+use super::tensor_crc::{self, Crc};
 use super::{PROGRAM, Report};
 use crate::error::{Error, Result, printable};
 use crate::limits::{MAX_CONFIG_BYTES, MAX_SIDE_FILE_BYTES};
@@ -323,14 +323,14 @@ struct WrittenShard<'a> {
     tensors: TensorList<'a>,
 }
 
-/// BLAKE3 of the bytes of a shard's tensors, by name, in the order of the file.
-struct TensorList<'a>(Vec<(&'a str, &'a Hash)>);
+/// Checksums of the bytes of a shard's tensors, by name, in the order of the file.
+struct TensorList<'a>(Vec<(&'a str, Crc)>);
 
 impl Serialize for TensorList<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(Some(self.0.len()))?;
-        for (name, hash) in &self.0 {
-            map.serialize_entry(name, blake3::Hash::from_bytes(**hash).to_hex().as_str())?;
+        for &(name, crc) in &self.0 {
+            map.serialize_entry(name, &tensor_crc::hex(crc))?;
         }
         map.end()
     }
@@ -344,7 +344,7 @@ fn shard_list<'a>(plan: &'a Plan, written: &'a Written) -> Vec<WrittenShard<'a>>
     let shards = plan.layout.shards.iter().zip(&written.shards).zip(0..);
     let shard = |((planned, sealed), shard): ((&'a crate::plan::ShardLayout, &'a super::shards::SealedShard), u32)| {
         let own = std::iter::from_fn(|| order.next_if(|&tensor| plan.layout.tensors[tensor].shard == shard));
-        let tensors = own.map(|tensor| (&*plan.tensors[tensor].name, &written.tensors[tensor])).collect();
+        let tensors = own.map(|tensor| (&*plan.tensors[tensor].name, written.tensors[tensor])).collect();
         WrittenShard { name: &planned.name, bytes: sealed.bytes, blake3: &sealed.hash, tensors: TensorList(tensors) }
     };
     shards.map(shard).collect()

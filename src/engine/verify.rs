@@ -1,6 +1,6 @@
 //! Checks a finished output against its manifest: every file that is listed is read and hashed again.
 //!
-//! In a damaged shard, tensors are hashed one by one, so that it can be said which are damaged.
+//! In a damaged shard, tensors are checked one by one, so that it can be said which are damaged.
 //!
 //! Files are read by several threads, in pieces, so that the disk is the limit and memory is not.
 
@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::output::{MANIFEST, is_file_name};
+use super::tensor_crc::{self, PieceCrc};
 use super::{Observer, pool};
 use crate::checkpoint;
 use crate::error::{Error, ErrorKind, Result};
@@ -81,7 +82,7 @@ struct Listed {
     name: String,
     bytes: u64,
     blake3: String,
-    /// Hashes of tensors, by name.
+    /// Checksums of tensors, by name.
     tensors: Vec<(String, String)>,
     /// A command may have taken it away.
     handed_over: bool,
@@ -147,34 +148,36 @@ fn check(
     if found != file.bytes {
         return Ok(Some(Damage::Length { expected: file.bytes, found }));
     }
-    match hash(&*input, 0..found, buffer, observer, true) {
-        Ok(hash) => Ok((hash != file.blake3).then_some(Damage::Content)),
+    let mut hasher = blake3::Hasher::new();
+    let mut take = |part: &[u8]| {
+        hasher.update(part);
+        observer.advance(part.len() as u64);
+    };
+    match read(&*input, 0..found, buffer, observer, &mut take) {
+        Ok(()) => Ok((*hasher.finalize().to_hex() != *file.blake3).then_some(Damage::Content)),
         Err(error) if error.kind() == ErrorKind::Interrupted => Err(error),
         Err(error) => unreadable(error),
     }
 }
 
-/// BLAKE3 of a range of a file, in hexadecimal; `counts` if its bytes are part of the stage.
-fn hash(
+/// Reads a range of a file through `buffer`, piece by piece.
+fn read(
     input: &dyn InputFile,
     range: Range<u64>,
     buffer: &mut [u8],
     observer: &dyn Observer,
-    counts: bool,
-) -> Result<String> {
-    let (mut hasher, mut at) = (blake3::Hasher::new(), range.start);
+    take: &mut dyn FnMut(&[u8]),
+) -> Result<()> {
+    let mut at = range.start;
     while at < range.end {
         observer.go_on()?;
         let part = &mut buffer[..(range.end - at).min(PIECE_BYTES as u64) as usize];
         input.read_at(part, at)?;
-        hasher.update(part);
+        take(part);
         at += part.len() as u64;
-        if counts {
-            observer.advance(part.len() as u64);
-        }
         input.prefetch(at, 8 * PIECE_BYTES as u64);
     }
-    Ok(hasher.finalize().to_hex().to_string())
+    Ok(())
 }
 
 /// Which tensors of a damaged shard are not what was written: none where its header can no longer tell where they are.
@@ -195,8 +198,9 @@ fn damaged_tensors(
     let found: HashMap<&str, (u64, u64)> = header.iter().map(|t| (&*t.name, (t.offset, t.bytes))).collect();
     for (name, wanted) in &file.tensors {
         let Some(&(offset, bytes)) = found.get(&**name) else { return Ok(Vec::new()) };
-        match hash(&*input, offset..offset + bytes, buffer, observer, false) {
-            Ok(hash) if hash == *wanted => {}
+        let mut crc = PieceCrc::new();
+        match read(&*input, offset..offset + bytes, buffer, observer, &mut |part| crc.update(part)) {
+            Ok(()) if tensor_crc::hex(crc.finish()) == *wanted => {}
             Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
             _ => damaged.push(name.clone()),
         }

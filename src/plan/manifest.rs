@@ -18,7 +18,7 @@ use crate::recipe::{Module, Recipe, Slice, TokenSource, Vocabulary};
 use crate::storage::Storage;
 
 /// The version of the format that is read and written.
-pub const MANIFEST_VERSION: u32 = 1;
+pub const MANIFEST_VERSION: u32 = 2;
 const AGAIN: &str = "give the original inputs, or merge them as they are with --base and --model";
 
 /// A file of the output.

@@ -79,9 +79,9 @@ pub(super) fn account_bytes(plan: &Plan, units: u64) -> u64 {
     let side_files = plan.parsed_bytes * PARSED_SHARE;
     // What looks found, as it is kept and as an earlier attempt's.
     let facts: u64 = (0..plan.tensors.len() as u32).map(|t| 2 * 8 * plan.facts(t) as u64).sum();
-    // Per tensor: its hash, and its line of the manifest while that grows.
-    let listed: u64 = plan.tensors.iter().map(|t| 33 + 2 * (t.name.len() as u64 + LISTED_TENSOR_BYTES)).sum();
-    // Those of the file, and those of the tensors that are written to.
+    // Per tensor: its checksum, and its line of the manifest while that grows.
+    let listed: u64 = plan.tensors.iter().map(|t| 8 + 2 * (t.name.len() as u64 + LISTED_TENSOR_BYTES)).sum();
+    // Those of the file, and those of the chunks that are written to.
     listed + 2 * subtrees * SUBTREE_BYTES + journal + units * unit + merged * ranges + side_files + facts
 }
 

@@ -1,4 +1,4 @@
-//! What a finished part leaves for whoever publishes: hashes of its shards, and its share of the report.
+//! What a finished part leaves for whoever publishes: hashes and checksums of its shards, and its share of the report.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -10,7 +10,7 @@ use super::super::output::OutputDir;
 use super::super::passes::Passes;
 use super::super::select::{Thresholds, UnitThresholds};
 use super::super::shards::{SealedShard, Written};
-use super::super::tensor_hash::Hash;
+use super::super::tensor_crc::Crc;
 use super::super::worker::Tally;
 use super::Part;
 use super::board::Board;
@@ -26,8 +26,8 @@ pub(super) struct PartDone {
     first: usize,
     /// (bytes, BLAKE3) of each shard.
     shards: Vec<(u64, String)>,
-    /// BLAKE3 of each tensor in them, with its index.
-    tensors: Vec<(u32, Hash)>,
+    /// Checksum of each tensor in them, with its index.
+    tensors: Vec<(u32, Crc)>,
     pub kept: Vec<u64>,
     pub agreeing: Vec<u64>,
     pub conflicts: u64,
@@ -69,19 +69,19 @@ impl PartDone {
 
     /// What was written to the shards `own`.
     pub(super) fn seal(&mut self, plan: &Plan, own: Range<usize>, written: Written) {
-        let hashes = plan.layout.tensors.iter().zip(written.tensors).zip(0..);
-        let mine = hashes.filter(|((place, _), _)| own.contains(&(place.shard as usize)));
-        self.tensors = mine.map(|((_, hash), tensor)| (tensor, hash)).collect();
+        let crcs = plan.layout.tensors.iter().zip(written.tensors).zip(0..);
+        let mine = crcs.filter(|((place, _), _)| own.contains(&(place.shard as usize)));
+        self.tensors = mine.map(|((_, crc), tensor)| (tensor, crc)).collect();
         self.first = own.start;
         self.shards = written.shards.into_iter().map(|shard| (shard.bytes, shard.hash)).collect();
     }
 
     /// What all `parts` wrote.
     pub(super) fn written(plan: &Plan, parts: &[Self]) -> Written {
-        let mut tensors = vec![Hash::default(); plan.tensors.len()];
-        for &(tensor, hash) in parts.iter().flat_map(|part| &part.tensors) {
+        let mut tensors = vec![0; plan.tensors.len()];
+        for &(tensor, crc) in parts.iter().flat_map(|part| &part.tensors) {
             if let Some(known) = tensors.get_mut(tensor as usize) {
-                *known = hash;
+                *known = crc;
             }
         }
         Written { shards: parts.iter().flat_map(Self::shards).map(|(_, shard)| shard).collect(), tensors }

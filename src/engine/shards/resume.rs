@@ -5,6 +5,7 @@ use super::{Follower, SealedShard, ShardFile};
 use crate::engine::kept::Kept;
 use crate::engine::reads::{Reads, files};
 use crate::engine::records::{self, Entry, RangeDone, ReadDone};
+use crate::engine::tensor_crc::PieceCrc;
 use crate::error::Result;
 use crate::limits::WRITE_BEHIND_BYTES;
 use crate::storage::InputFile;
@@ -125,7 +126,7 @@ impl Follower<'_> {
         let known = output.handed_over().get(name).map(|shard_made| shard_made.of(self.shards.plan, shard));
         let Some(known) = known else { return Ok(Leftover::NOTHING) };
         let (sealed, tensors) = known.ok_or_else(|| output.senseless_journal())?;
-        tensors.into_iter().for_each(|(tensor, hash)| self.shards.tensors.set(tensor, hash));
+        tensors.into_iter().for_each(|(tensor, crc)| self.shards.tensors.set(tensor, crc));
         Ok(Leftover { elsewhere: Some(sealed), ..Leftover::NOTHING })
     }
 
@@ -140,6 +141,7 @@ impl Follower<'_> {
         let Some(file) = &left[shard].file else { return Ok(false) };
         let width = plan.output_bytes(range.tensor) / plan.length(range.tensor).max(1);
         let mut offset = place.offset + range.start * width;
+        let mut crc = PieceCrc::new();
         for piece in &range.pieces {
             let end = offset + u64::from(piece.bytes);
             let mut intact = end <= file.identity().bytes;
@@ -149,13 +151,13 @@ impl Follower<'_> {
                 intact = self.shards.hashes[shard].add_if(offset, buffer, &piece.digest);
             }
             if !intact {
-                // What came of it so far will come again.
-                self.shards.tensors.lose(range.tensor);
                 return Ok(false);
             }
-            self.shards.tensors.add(range.tensor, plan.output_bytes(range.tensor), offset - place.offset, buffer);
+            crc.update(buffer);
             offset = end;
         }
+        let following = place.offset + plan.output_bytes(range.tensor) - offset;
+        self.shards.tensors.add(range.tensor, &crc, following);
         Ok(true)
     }
 
@@ -179,7 +181,6 @@ impl Follower<'_> {
             }
             if complete && header == planned.header {
                 let hash = self.shards.hashes[shard].finish(|buffer, offset| file.read_at(buffer, offset))?;
-                self.shards.complete_tensors(shard, &**file)?;
                 self.sealed[shard] = Some(SealedShard { hash, bytes: planned.bytes });
                 self.shards.set(shard, ShardFile::Sealed);
                 return self.hand_over(shard);
