@@ -59,7 +59,7 @@ pub use engine::{
 };
 pub use error::{Error, ErrorKind, Result, printable};
 pub use method::{METHODS, Method, ParamKind, ParamSpec, Statistics, Value};
-pub use plan::{InputSummary, ListedFile, Manifest, PassSummary, Plan, PlanSummary, Run, Schedule, Spread};
+pub use plan::{InputSummary, ListedFile, Manifest, PassSummary, Plan, PlanSummary, Run, Schedule, Spread, spool_room};
 pub use recipe::mergekit;
 pub use recipe::{
     BaseLayers, Case, ChatTemplate, Filter, LayerSource, Missing, ModelInput, Module, ModuleModel, NonFinite, Overflow,

@@ -134,6 +134,7 @@ pub enum Command {
         after_help = SWEEP_EXAMPLES,
         mut_arg("out", |arg| arg.help("Directory of the outputs, which have a folder each, and of their table")),
         mut_arg("parts", |arg| arg.hide(true)),
+        mut_arg("spool", |arg| arg.hide(true)),
     )]
     Sweep(Box<SweepArgs>),
     /// Pack a checkpoint into a file of what differs from its base, trimmed and compressed
@@ -368,6 +369,10 @@ pub struct OutputArgs {
     /// Command for each finished shard, such as 'rclone copy {} remote:merged && rm {}'
     #[arg(long, value_name = "CMD", long_help = parts::ON_SHARD)]
     pub on_shard: Option<String>,
+
+    /// Where to keep what is downloaded and needed again until the run ends, or 'none' [default: in --out]
+    #[arg(long, value_name = "DIR", long_help = parts::SPOOL)]
+    pub spool: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -3,7 +3,7 @@
 //! Reading and writing overlap where they use different devices, so a pass lasts as long as the busiest of them. Cores are
 //! not in it: with a few of them a disk or a network is what limits.
 
-use tiesmith::{Plan, PlanSummary};
+use tiesmith::{PassSummary, Plan, PlanSummary};
 
 use super::human;
 use super::table::Table;
@@ -15,6 +15,8 @@ pub struct Rates {
     pub network: Option<f64>,
     /// Bytes that are kept of what is downloaded.
     pub cache_bytes: u64,
+    /// Bytes that there is room for of what is kept between the passes, if that is known.
+    pub room: Option<u64>,
 }
 
 /// One pass.
@@ -28,13 +30,14 @@ struct Pass {
 }
 
 impl Rates {
-    /// The section of the page: empty if no rate is given.
+    /// The section of the page: what is downloaded, if anything, and how long it takes, if rates are given.
     pub fn render(self, plan: &Plan, summary: &PlanSummary) -> String {
-        let downloads = self.downloads(plan, summary);
+        let downloads =
+            if plan.is_remote() { self.downloads(&summary.passes, summary.spool_bytes) } else { String::new() };
         if self.disk.is_none() && self.network.is_none() {
             return downloads;
         }
-        let passes = self.passes(summary, remote_share(plan));
+        let passes = self.passes(&summary.passes, summary.spool_bytes);
         let mut table = Table::new("  ", "lrrr");
         table.row(["", "disk", "network", "time"]);
         let amount = |bytes: u64| if bytes == 0 { "-".to_string() } else { human::bytes(bytes) };
@@ -50,43 +53,61 @@ impl Rates {
         format!("{downloads}\nTime, at the rates given\n{}", table.render())
     }
 
-    /// What comes over the network, and how much of it more than once.
-    fn downloads(self, plan: &Plan, summary: &PlanSummary) -> String {
-        if !plan.is_remote() {
-            return String::new();
-        }
-        let sum = |rates: Self| rates.passes(summary, remote_share(plan)).iter().map(|p| p.network_bytes).sum::<u64>();
-        let bytes = |cache_bytes| sum(Self { cache_bytes, ..self });
-        let (now, once) = (bytes(self.cache_bytes), bytes(u64::MAX));
-        let mut text = format!("\nNetwork\n  {} are downloaded", human::bytes(now));
-        if now > once {
-            let kept = self.largest_pass(summary, remote_share(plan));
-            text.push_str(&format!(
-                ", {} of them again; with --cache DIR --cache-size {}GB nothing is\n",
-                human::bytes(now - once),
-                kept.div_ceil(1_000_000_000)
-            ));
+    /// What comes over the network, how much of it more than once, and what is kept so that it is not more.
+    fn downloads(self, passes: &[PassSummary], spool_bytes: u64) -> String {
+        let all = self.passes(passes, spool_bytes).iter().map(|pass| pass.network_bytes).sum::<u64>();
+        let sample = passes.iter().filter(|pass| pass.name == "probe").map(|pass| pass.bytes_downloaded).sum();
+        let again = self.downloaded_again(passes, spool_bytes);
+        let mut text = format!("\nNetwork\n  {} are downloaded", human::bytes(all));
+        let sampled = if sample > 0 { format!(" but a sample of {}", human::bytes(sample)) } else { String::new() };
+        if again == 0 {
+            text.push_str(&format!(", nothing of them twice{sampled}\n"));
         } else {
-            text.push_str(", nothing of them twice\n");
+            let time = self.network.map(|rate| format!(" ({})", human::duration(again as f64 / rate)));
+            text.push_str(&format!(", {}{} of them again", human::bytes(again), time.unwrap_or_default()));
+            // What a cache must hold so that no pass downloads what another did.
+            let kept = passes.iter().map(|pass| pass.bytes_downloaded).max().unwrap_or(0);
+            text.push_str(&match spool_bytes {
+                0 => format!("; with --cache DIR --cache-size {}GB nothing is\n", kept.div_ceil(1_000_000_000)),
+                _ => "\n".to_string(),
+            });
+        }
+        if spool_bytes > 0 {
+            let bytes = human::bytes(spool_bytes);
+            text.push_str(&format!(
+                "  at most about {bytes} are kept on the disk until the end (--spool DIR says where)"
+            ));
+            match self.room.filter(|&room| room < spool_bytes) {
+                Some(room) => text.push_str(&format!(", where there is room for {}\n", human::bytes(room))),
+                None => text.push('\n'),
+            }
         }
         text
     }
 
-    /// What a cache must hold so that no pass downloads what another did.
-    fn largest_pass(self, summary: &PlanSummary, remote_share: f64) -> u64 {
-        summary.passes.iter().map(|pass| (pass.bytes_read as f64 * remote_share) as u64).max().unwrap_or(0)
+    /// What a pass downloads that another did, but for the sample.
+    fn downloaded_again(self, passes: &[PassSummary], spool_bytes: u64) -> u64 {
+        let bytes = |rates: Self| rates.passes(passes, spool_bytes).iter().map(|pass| pass.network_bytes).sum::<u64>();
+        bytes(self) - bytes(Self { cache_bytes: u64::MAX, room: None, ..self }).min(bytes(self))
     }
 
-    fn passes(self, summary: &PlanSummary, remote_share: f64) -> Vec<Pass> {
+    fn passes(self, passes: &[PassSummary], all_spooled: u64) -> Vec<Pass> {
         // What the first pass over everything leaves in the cache; a probe's blocks lie too far apart to be of use.
         let mut kept = 0;
-        let pass = |pass: &tiesmith::PassSummary| {
-            let remote_bytes = (pass.bytes_read as f64 * remote_share) as u64;
+        // Of what is to be kept, what there is room for.
+        let spool_bytes = all_spooled.min(self.room.unwrap_or(u64::MAX));
+        let fits = spool_bytes as f64 / all_spooled.max(1) as f64;
+        let first = passes.iter().position(|pass| pass.name != "probe");
+        let pass = |(index, pass): (usize, &PassSummary)| {
+            let missing = pass.bytes_spared - (pass.bytes_spared as f64 * fits) as u64;
+            let missing = if all_spooled > 0 { missing } else { 0 };
+            let remote_bytes = pass.bytes_downloaded + missing;
             let network_bytes = remote_bytes - remote_bytes.min(kept);
             if pass.name != "probe" {
                 kept = self.cache_bytes.min(remote_bytes.max(kept));
             }
-            let disk_bytes = pass.bytes_read - network_bytes + pass.bytes_written;
+            let spooled = if pass.bytes_spared > 0 || first == Some(index) { spool_bytes } else { 0 };
+            let disk_bytes = pass.bytes_read + missing - network_bytes + pass.bytes_written + spooled;
             let time = |bytes: u64, rate: Option<f64>| match (bytes, rate) {
                 (0, _) => Some(0.0),
                 (bytes, rate) => rate.map(|rate| bytes as f64 / rate),
@@ -94,17 +115,8 @@ impl Rates {
             let seconds = time(disk_bytes, self.disk).zip(time(network_bytes, self.network)).map(|(a, b)| a.max(b));
             Pass { name: pass.name, disk_bytes, network_bytes, seconds }
         };
-        summary.passes.iter().map(pass).collect()
+        passes.iter().enumerate().map(pass).collect()
     }
-}
-
-/// Share of the inputs' bytes that come over the network.
-fn remote_share(plan: &Plan) -> f64 {
-    let bytes = |remote: bool| -> u64 {
-        let inputs = plan.checkpoints.iter().filter(|input| !remote || input.is_remote());
-        inputs.flat_map(|input| &input.tensors).map(|tensor| tensor.bytes).sum()
-    };
-    bytes(true) as f64 / bytes(false).max(1) as f64
 }
 
 /// `2GB/s`, `500MiB/s`, `1Gbit/s`: bytes per second.
@@ -136,5 +148,42 @@ mod tests {
         for bad in ["2GB", "fast", "1G/s", "0GB/s", ""] {
             assert!(rate(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn what_the_disk_has_no_room_for_is_downloaded_again() {
+        let pass = |name, bytes_read, bytes_downloaded, bytes_spared, bytes_written| PassSummary {
+            name,
+            purpose: "",
+            bytes_read,
+            bytes_downloaded,
+            bytes_spared,
+            bytes_written,
+        };
+        let passes = [
+            pass("probe", 10_000_000_000, 10_000_000_000, 0, 0),
+            pass("sketch", 1_000_000_000_000, 1_000_000_000_000, 0, 0),
+            pass("merge", 0, 0, 1_000_000_000_000, 100_000_000_000),
+        ];
+        let rates = Rates { disk: Some(1e9), network: Some(1e9), ..Rates::default() };
+        let shown = |room| {
+            let rates = Rates { room, ..rates };
+            (rates.downloads(&passes, 200_000_000_000), rates.passes(&passes, 200_000_000_000))
+        };
+        for room in [None, Some(200_000_000_000), Some(u64::MAX)] {
+            let (text, passes) = shown(room);
+            assert_eq!(
+                text,
+                "\nNetwork\n  1.01 TB are downloaded, nothing of them twice but a sample of 10 GB\n  at most about 200 GB \
+                 are kept on the disk until the end (--spool DIR says where)\n"
+            );
+            // What is kept is written in one pass and read in the other.
+            let disk: Vec<u64> = passes.iter().map(|pass| pass.disk_bytes).collect();
+            assert_eq!(disk, [0, 200_000_000_000, 300_000_000_000]);
+        }
+        let (text, passes) = shown(Some(50_000_000_000));
+        assert!(text.contains("1.76 TB are downloaded, 750 GB (12 min 30 s) of them again\n"), "{text}");
+        assert!(text.ends_with("(--spool DIR says where), where there is room for 50 GB\n"), "{text}");
+        assert_eq!((passes[2].disk_bytes, passes[2].network_bytes), (150_000_000_000, 750_000_000_000));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use tiesmith::{Error, OutputOptions, Recipe, Result, Run, Statistics, Value};
+use tiesmith::{Error, OutputOptions, Plan, Recipe, Result, Run, Schedule, Statistics, Value};
 
 use super::args::{MergeArgs, RunArgs};
 
@@ -65,6 +65,17 @@ fn statistics(recipe: &mut Recipe, kind: Statistics, given: &[String]) -> Result
 /// How the work is to be done.
 pub fn run(args: &RunArgs) -> Run {
     Run { memory_bytes: args.memory, threads: args.threads.unwrap_or_else(cores) }
+}
+
+/// The same, for a merge by `plan`: what it downloads and needs again is kept on the local disk, unless a cache does that.
+pub fn schedule(plan: &Plan, args: &MergeArgs) -> Result<Schedule> {
+    let schedule = Schedule::with_spool(plan, run(&args.run))?;
+    Ok(match &args.output.spool {
+        None if args.run.cache.dir.is_some() => schedule.without_spool(plan),
+        None => schedule,
+        Some(dir) if dir.as_os_str() == "none" => schedule.without_spool(plan),
+        Some(dir) => schedule.spooling_in(dir.clone()),
+    })
 }
 
 /// The number of threads where none is given.

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use tiesmith::{Error, Manifest, Observer, OutputOptions, Plan, Report, Result, Schedule, Storage, printable};
+use tiesmith::{Error, Manifest, Observer, OutputOptions, Plan, Report, Result, Storage, printable};
 
 use super::args::MergeArgs;
 use super::jobs::{self, Job};
@@ -36,7 +36,7 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
     for warning in plan.warnings.iter().filter(|_| progress.is_watched()) {
         progress.warn(warning);
     }
-    let schedule = Schedule::new(&plan, lower::run(&args.run))?;
+    let schedule = lower::schedule(&plan, args)?;
     let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
     for warning in &report.warnings {
         progress.warn(warning);
@@ -122,7 +122,7 @@ fn part(args: &MergeArgs, mut job: Job, storage: &Arc<dyn Storage>) -> Result<()
     if tiesmith::is_finished(&plan, &dir, &**storage)? {
         return Ok(());
     }
-    let schedule = Schedule::new(&plan, lower::run(&args.run))?;
+    let schedule = lower::schedule(&plan, args)?;
     let (force, restart, hash_inputs) = (args.output.force, args.output.restart, args.hash_inputs);
     let output = OutputOptions { dir, force, restart, hash_inputs, on_shard: None };
     let report = tiesmith::merge(&plan, &schedule, &output, storage, &progress)?;

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use tiesmith::{Error, InputSummary, PlanSummary, Result, Schedule, printable};
+use tiesmith::{Error, InputSummary, PlanSummary, Result, printable, spool_room};
 
 use super::args::PlanArgs;
 use super::estimate::Rates;
@@ -15,7 +15,12 @@ const LISTED_SHARDS: usize = 6;
 
 /// Runs the command.
 pub fn run(args: &PlanArgs) -> Result<u8> {
-    let rates = Rates { disk: args.disk, network: args.network, cache_bytes: args.merge.run.cache.size.unwrap_or(0) };
+    let rates = Rates {
+        disk: args.disk,
+        network: args.network,
+        cache_bytes: args.merge.run.cache.size.unwrap_or(0),
+        room: None,
+    };
     let (args, save) = (&args.merge, args.save.as_deref());
     let storage = disk(args.run.io);
     let jobs = jobs::read(args, "plan", &*storage)?;
@@ -39,7 +44,7 @@ pub fn run(args: &PlanArgs) -> Result<u8> {
             continue;
         }
         let plan = job.plan(&storage)?;
-        let mut schedule = Schedule::new(&plan, lower::run(&args.run))?;
+        let mut schedule = lower::schedule(&plan, args)?;
         if let Some(file) = save {
             schedule = job::save(file, args, &plan, &schedule, &*storage)?;
         }
@@ -57,7 +62,11 @@ pub fn run(args: &PlanArgs) -> Result<u8> {
             text.push_str(&format!("{}\n\n", printable(&name)));
         }
         text.push_str(&render(&summary));
-        text.push_str(&rates.render(&plan, &summary));
+        let out = job.out.as_deref().or(args.output.out.as_deref());
+        let dir = args.output.spool.as_deref().or(out);
+        let room = |dir: &Path| spool_room(dir, (out.unwrap_or(dir), summary.bytes_written), &*storage);
+        let room = dir.filter(|_| summary.spool_bytes > 0).map(room).transpose()?;
+        text.push_str(&Rates { room, ..rates }.render(&plan, &summary));
         if let Some(file) = save {
             let file = printable(&file.to_string_lossy());
             let _ =
@@ -213,7 +222,7 @@ mod tests {
     }
 
     fn pass(name: &'static str, purpose: &'static str, read: u64, written: u64) -> PassSummary {
-        PassSummary { name, purpose, bytes_read: read, bytes_written: written }
+        PassSummary { name, purpose, bytes_read: read, bytes_downloaded: 0, bytes_spared: 0, bytes_written: written }
     }
 
     fn example() -> PlanSummary {
@@ -237,6 +246,7 @@ mod tests {
             ],
             bytes_read: 81_264_000_000,
             bytes_written: 13_476_900_000,
+            spool_bytes: 0,
             shards: (1..=3).map(shard).collect(),
             memory: vec![
                 ("source windows".into(), 603_979_776),

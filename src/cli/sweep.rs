@@ -23,6 +23,9 @@ pub fn run(args: SweepArgs) -> Result<u8> {
         densities: args.density.iter().flat_map(|list| list.0.clone()).collect(),
         lambdas: args.lambda.iter().flat_map(|list| list.0.clone()).collect(),
     };
+    if args.output.spool.is_some() {
+        return Err(Error::usage("--spool has no meaning in a sweep: use --cache DIR --cache-size SIZE"));
+    }
     if args.output.parts.is_some() {
         return Err(Error::usage("--parts has no meaning in a sweep: its recipe file has one document"));
     }

@@ -30,11 +30,13 @@ mod shards;
 mod side_files;
 mod sketching;
 mod slot;
+mod spool;
 mod stored;
 mod sweep;
 mod tensor_crc;
 mod turns;
 mod verify;
+mod votes;
 mod worker;
 
 pub use analyze::{AnalysisReport, Study, analyze};
@@ -60,6 +62,7 @@ use output::OutputDir;
 use passes::Passes;
 use select::Thresholds;
 use shards::Written;
+use spool::Spool;
 use worker::Tally;
 
 use crate::error::{Error, ErrorKind, Result, printable};
@@ -192,12 +195,17 @@ pub fn merge(
         }
         Err(error) => {
             // An input that cannot be used leaves nothing to resume.
-            if !matches!(error.kind(), ErrorKind::Failed | ErrorKind::Interrupted) {
+            if !can_be_resumed(&error) {
                 dir.abandon(plan);
             }
             Err(error)
         }
     }
+}
+
+/// Whether the work that ended like this can be gone on with.
+fn can_be_resumed(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Failed | ErrorKind::Interrupted)
 }
 
 /// Ends what an earlier attempt had finished but for its traces; the report is the one it left.
@@ -248,17 +256,21 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     };
     let all = 0..plan.layout.shards.len();
     let written = shards::write_shards(plan, dir, all, observer, None, &makes_sense, |writer, kept: &Kept| {
+        let searches = schedule.units.iter().any(|unit| kept.unit(plan, unit).is_none());
+        let spool = Spool::open(plan, schedule, dir, (searches, writer.reads().is_some()), observer)?;
         let mut passes = Passes::new(plan, schedule, observer, Some(writer), kept);
-        if dir.hands_over() {
-            passes.run_by_shard()?
-        } else {
-            passes.run()?
-        }
+        passes.spool = spool.as_ref();
+        let done = if dir.hands_over() { passes.run_by_shard() } else { passes.run() };
         tally = passes.tally();
         thresholds = std::mem::take(&mut passes.thresholds);
         warnings.extend(differing_warning(plan, &passes.differing));
         reused = kept.ranges;
-        Ok(())
+        drop(passes);
+        // What can be gone on with needs it.
+        if let Some(spool) = spool.filter(|_| !done.as_ref().is_err_and(can_be_resumed)) {
+            spool.remove();
+        }
+        done
     })?;
     check_inputs_unchanged(plan)?;
     observer.go_on()?;

@@ -4,7 +4,6 @@
 //! - Sketches are integers and add up in any order; everything that depends on position goes through a [`TieChain`].
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::Observer;
@@ -16,6 +15,7 @@ use super::records::UnitDone;
 use super::select::{Thresholds, UnitThresholds, cuts, sample_stride, solo_thresholds, tensor_cuts};
 use super::shards::ShardWriter;
 use super::slot::{Loaded, Slot, locate};
+use super::spool::{Spool, Use};
 use super::turns::{Ordered, Pending};
 use super::worker::{Known, Tally, Worker};
 use crate::error::Result;
@@ -23,7 +23,7 @@ use crate::limits::{
     MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS, PROBES_AHEAD, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS,
 };
 use crate::plan::ThresholdKind;
-use crate::plan::{Action, Chunk, Goal, Piece, Plan, Schedule, Trim, Unit, UnitKind, Wanted};
+use crate::plan::{Action, Chunk, Goal, PassSummary, Piece, Plan, Schedule, Trim, Unit, UnitKind, Wanted};
 use crate::sketch::{Bracket, Probe, Selector, bounds_of_sample};
 
 /// Everything that a run shares.
@@ -45,6 +45,12 @@ pub(super) struct Passes<'a> {
     pub differing: BTreeSet<u32>,
     /// These are the passes over one shard of several.
     by_shard: bool,
+    /// What is downloaded and needed again.
+    pub spool: Option<&'a Spool<'a>>,
+    /// All of the unit was looked at once.
+    pub looked: bool,
+    /// Per model, the least key that matters to what is sought, where something is kept.
+    pub least: Vec<Option<u32>>,
 }
 
 /// A chunk to work on, with its slot if it is held in memory.
@@ -110,6 +116,9 @@ impl<'a> Passes<'a> {
             thresholds: Thresholds::new(plan.models(), plan.selects()),
             differing: BTreeSet::new(),
             by_shard: false,
+            spool: None,
+            looked: false,
+            least: Vec::new(),
         }
     }
 
@@ -147,7 +156,7 @@ impl<'a> Passes<'a> {
 
     fn announce_all(&self) {
         if !self.announces_passes() {
-            self.observer.stage("merge", self.schedule.passes.iter().map(|p| p.bytes_read).sum());
+            self.observer.stage("merge", self.schedule.passes.iter().map(PassSummary::bytes_used).sum());
             self.observer.advance(self.kept.tally.bytes_read);
         }
     }
@@ -204,7 +213,7 @@ impl<'a> Passes<'a> {
     }
 
     pub(super) fn pass_bytes(&self, name: &str) -> u64 {
-        self.schedule.passes.iter().filter(|p| p.name == name).map(|p| p.bytes_read).sum()
+        self.schedule.passes.iter().filter(|p| p.name == name).map(PassSummary::bytes_used).sum()
     }
 
     /// A unit that all workers share.
@@ -215,6 +224,7 @@ impl<'a> Passes<'a> {
         let found = self.shared_thresholds(unit, &goals, &mut resident)?;
         let cuts = cuts(self.plan, &goals, &found);
         let facts = self.facts(unit, &mut resident, &cuts)?;
+        self.keep_for(&found)?;
         let majority = self.majority(unit, &mut resident, &cuts, &facts)?;
         let thresholds = UnitThresholds::new(unit, &goals, &found);
         self.writer().keep(UnitDone {
@@ -236,6 +246,7 @@ impl<'a> Passes<'a> {
         let goals = self.plan.goals(unit);
         let cuts = cuts(self.plan, &goals, &found);
         let thresholds = UnitThresholds::new(unit, &goals, &found);
+        self.keep_for(&found)?;
         self.announce("merge", self.pass_bytes("merge"));
         // One stage for all passes counts the reads of the first ones too.
         let done = if self.announces_passes() { self.kept.tally.bytes_read } else { known.bytes_read };
@@ -303,9 +314,13 @@ impl<'a> Passes<'a> {
         let mut slots = resident.as_mut().map(|r| r.slots.iter_mut());
         let items = chunks.map(move |chunk| Item { chunk, slot: slots.as_mut().and_then(Iterator::next) });
         let observer = self.observer;
+        // The first pass is the one that leaves what later ones find.
+        let counts = !self.looked && matches!(wanted, Wanted::TaskVectors(_));
+        let spool = self.spool.map(|spool| Use { spool, counts });
         let ahead = |item: &Item<'_>| {
             if !loaded {
-                prefetch(plan, item.chunk, wanted);
+                let kept = |piece: &Piece| self.spool.is_some_and(|spool| spool.holds(item.chunk, *piece));
+                prefetch_pieces(plan, item.chunk, plan.pieces(item.chunk.tensor, wanted).filter(|piece| !kept(piece)));
             }
         };
         let lookahead = lookahead(self.schedule, unit.chunk_elements);
@@ -321,7 +336,10 @@ impl<'a> Passes<'a> {
                 Some(slot) => worker
                     .load_into(slot, plan, chunk, pieces, observer)
                     .and_then(|()| work(worker, ordinal, Loaded { plan, chunk, slot })),
-                None => worker.load(plan, chunk, pieces, observer, |worker, data| work(worker, ordinal, data)),
+                None => match spool {
+                    Some(spool) => worker.load_kept(spool, chunk, pieces, |worker, data| work(worker, ordinal, data)),
+                    None => worker.load(plan, chunk, pieces, observer, |worker, data| work(worker, ordinal, data)),
+                },
             };
             if let (Ok(()), Some(pending)) = (&result, &mut pending) {
                 pending.complete();
@@ -360,7 +378,16 @@ impl<'a> Passes<'a> {
             };
             goals.iter().enumerate().map(&mut bracket).collect()
         } else {
-            return Ok(probed_selectors(&self.probe(unit, goals)?, goals, bins));
+            let probes = self.probe(unit, goals)?;
+            let mut selectors = probed_selectors(&probes, goals, bins);
+            if self.spool.is_some() {
+                // What a bracket missed by little is found in what was kept.
+                for (at, goal) in goals.iter().enumerate() {
+                    let least = keep(goal).map(|goal| probes[at % probes.len()].least(share(goal)));
+                    selectors[at] = selectors[at].take().zip(least).map(|(selector, least)| selector.not_below(least));
+                }
+            }
+            return Ok(selectors);
         };
         let start = |(goal, bracket)| keep(goal).map(|(keep, _)| Selector::exact(keep, bracket, bins));
         Ok(goals.iter().zip(brackets).map(start).collect())
@@ -421,41 +448,6 @@ impl<'a> Passes<'a> {
             },
         )?;
         Ok(probes.into_inner().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Sign of the sum of all elected signs of the unit, where the method asks for it.
-    pub(super) fn majority(
-        &mut self,
-        unit: &Unit,
-        resident: &mut Option<Resident>,
-        cuts: &[Cut],
-        facts: &[f64],
-    ) -> Result<f32> {
-        let sum = if self.plan.votes() { self.votes(unit, resident, cuts, facts)? } else { 0 };
-        Ok(sum.signum() as f32)
-    }
-
-    /// Sum of all elected signs of the unit.
-    pub(super) fn votes(
-        &mut self,
-        unit: &Unit,
-        resident: &mut Option<Resident>,
-        cuts: &[Cut],
-        facts: &[f64],
-    ) -> Result<i64> {
-        let plan = self.plan;
-        self.announce("vote", self.pass_bytes("vote"));
-        let sum = AtomicI64::new(0);
-        let chain = TieChain::of(cuts.len());
-        let elsewhere = &std::mem::take(&mut self.ties_elsewhere);
-        self.each_chunk(unit, resident, Wanted::All, Some(&chain), |worker, ordinal, data| {
-            let cuts = tensor_cuts(plan, data.chunk, cuts, facts);
-            let (mut seen, _) = ties_before(worker, &chain, ordinal, data, &cuts)?;
-            add_ties(elsewhere, data.chunk, &mut seen);
-            sum.fetch_add(worker.vote(data, &cuts, &mut seen, facts)?, Ordering::Relaxed);
-            Ok(())
-        })?;
-        Ok(sum.into_inner())
     }
 
     /// Merges what is left of the unit, and records its thresholds with what survived in all of it.
@@ -577,7 +569,7 @@ pub(super) fn probed_selectors(probes: &[Probe], goals: &[Goal], bins: usize) ->
 }
 
 /// Adds the ties before the chunk's tensor to `seen`; tells if any are listed.
-fn add_ties(before: &HashMap<u32, TieCounts>, chunk: Chunk, seen: &mut TieCounts) -> bool {
+pub(super) fn add_ties(before: &HashMap<u32, TieCounts>, chunk: Chunk, seen: &mut TieCounts) -> bool {
     let Some(before) = before.get(&chunk.tensor) else { return false };
     seen.iter_mut().zip(before).for_each(|(seen, before)| *seen += before);
     true

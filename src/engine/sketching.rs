@@ -45,6 +45,9 @@ impl Passes<'_> {
                 None => self.selectors(unit, resident, trim, goals)?,
             };
         }
+        if begun.is_some() {
+            self.not_below_what_is_kept(&mut selectors);
+        }
         let mut round = 0;
         loop {
             let brackets: Vec<_> = selectors.iter().map(|s| s.as_ref().and_then(Selector::bracket)).collect();
@@ -55,11 +58,13 @@ impl Passes<'_> {
             if let Some(begun) = &begun {
                 self.observer.advance(begun.bytes_read.min(self.pass_bytes("sketch")));
             }
+            self.demand_least(&selectors)?;
             let sketches = match round == 0 && self.keeps_sketches(unit) {
                 true => self.sketch_and_keep(unit, &brackets, begun.take(), read_before)?,
                 false => self.sketch_all(unit, resident, &brackets)?,
             };
             observe(&mut selectors, &sketches);
+            self.looked = true;
             round += 1;
         }
         Ok(selectors.iter().map(|s| s.as_ref().and_then(Selector::threshold)).collect())
@@ -75,7 +80,11 @@ impl Passes<'_> {
         self.workers.iter_mut().for_each(|worker| worker.set_brackets(brackets));
         let models = searched(self.plan, brackets);
         let wanted = Wanted::TaskVectors(&models);
-        self.each_chunk(unit, resident, wanted, None, |worker, _, data| worker.sketch(data, brackets))?;
+        let keep = self.keeper(&models);
+        self.each_chunk(unit, resident, wanted, None, |worker, _, data| {
+            worker.sketch(data, brackets)?;
+            keep(worker, data)
+        })?;
         Ok(self.sum_of_sketches())
     }
 
@@ -116,6 +125,7 @@ impl Passes<'_> {
             self.workers[0].sketches = begun.sketches;
         }
         let models = searched(plan, brackets);
+        let keep = self.keeper(&models);
         let mut chunks = chunks_from(plan, unit, elements).peekable();
         // What comes before the merge reads all of the unit again.
         let more_to_come = plan.votes() || !plan.needs().looks.is_empty();
@@ -129,7 +139,10 @@ impl Passes<'_> {
                 chunk
             });
             let wanted = Wanted::TaskVectors(&models);
-            self.each_of(part, unit, &mut None, wanted, None, |worker, _, data| worker.sketch(data, brackets))?;
+            self.each_of(part, unit, &mut None, wanted, None, |worker, _, data| {
+                worker.sketch(data, brackets)?;
+                keep(worker, data)
+            })?;
             if chunks.peek().is_some() || more_to_come {
                 self.keep_sketch(unit, brackets, elements, read_before)?;
             }

@@ -5,6 +5,7 @@
 use std::ops::Range;
 
 use super::reads::Reads;
+use super::spool::{Packer, Spool};
 use crate::dtype::Float;
 use crate::error::Result;
 use crate::kernels::{self, Isa};
@@ -63,6 +64,43 @@ impl Slot {
         }
         self.distant = total > DISTANT_BYTES;
         Ok(total)
+    }
+
+    /// Loads `pieces` of `chunk`, those that `spool` has from there; returns the bytes read, and those that were kept.
+    pub(super) fn load_kept(
+        &mut self,
+        plan: &Plan,
+        chunk: Chunk,
+        pieces: impl Iterator<Item = Piece>,
+        (spool, packer): (&Spool<'_>, &mut Packer),
+        reads: Option<&Reads>,
+    ) -> Result<[u64; 2]> {
+        let mut bytes = [0; 2];
+        let base_of = |piece: &Piece| match &plan.tensors[chunk.tensor as usize].action {
+            Action::Merge { base, .. } => base.filter(|base| base != piece),
+            Action::Copy { .. } => None,
+        };
+        for piece in pieces {
+            let (at, mut kept) = (piece.checkpoint as usize, false);
+            if spool.holds(chunk, piece) {
+                // Base comes first, and is there.
+                let mut window = std::mem::take(&mut self.windows[at]);
+                let base = base_of(&piece).map(|base| self.bytes(base));
+                let length = locate(plan, chunk, piece).2;
+                let filled = window.fill(length as usize, |out| {
+                    kept = spool.get(chunk, piece, base, packer, out);
+                    Ok(())
+                });
+                self.windows[at] = window;
+                filled?;
+                bytes[1] += if kept { length } else { 0 };
+            }
+            if !kept {
+                bytes[0] += self.load(plan, chunk, std::iter::once(piece), reads)?;
+            }
+        }
+        self.distant = bytes.iter().sum::<u64>() > DISTANT_BYTES;
+        Ok(bytes)
     }
 
     /// Makes window `index` show `length` bytes of `file` from `offset`.

@@ -13,6 +13,7 @@ use super::exceptions::{narrow, no_weight};
 use super::reads::Reads;
 use super::scaled::Unscaled;
 use super::slot::{Loaded, Slot, Span};
+use super::spool::Packer;
 use super::stored::Short;
 use crate::dtype::Float;
 use crate::error::Result;
@@ -102,6 +103,8 @@ pub(super) struct Worker {
     mark: Tally,
     /// What several outputs of a chunk have in common.
     pub unscaled: Unscaled,
+    /// Buffers for what is kept on the local disk, once they are needed.
+    pub packer: Option<Box<Packer>>,
     /// Reads are not counted: they replace what an earlier attempt of this run had in memory.
     pub rereads: bool,
     /// What is told of reads, where inputs are hashed.
@@ -152,6 +155,7 @@ impl Worker {
             tally: Tally::of(plan.models()),
             mark: Tally::of(plan.models()),
             unscaled: Unscaled::default(),
+            packer: None,
             rereads: false,
             reads: None,
         }
@@ -636,7 +640,7 @@ impl Worker {
 }
 
 /// τ of `piece` into `out`; `base` is the base tile. Returns whether all of it is finite.
-fn subtract(isa: Isa, span: Span<'_>, piece: Piece, base: &[f32], out: &mut [f32]) -> bool {
+pub(super) fn subtract(isa: Isa, span: Span<'_>, piece: Piece, base: &[f32], out: &mut [f32]) -> bool {
     let base_piece = span.data.merge().base.expect("task vectors need a base");
     let (float, bytes) = span.stored(piece);
     let (base_float, base_bytes) = span.stored(base_piece);

@@ -17,6 +17,7 @@ mod params;
 mod request;
 mod schedule;
 mod shares;
+mod spooling;
 mod statistics;
 mod summary;
 mod tokens;
@@ -32,6 +33,7 @@ pub use manifest::{ListedFile, MANIFEST_VERSION, Manifest};
 pub use modules::may_describe;
 pub(crate) use schedule::near_keys;
 pub use schedule::{Chunk, Run, Schedule, Study, Together, Unit, UnitKind};
+pub use spooling::{Spooling, spool_room};
 pub use summary::{InputSummary, PassSummary, PlanSummary, Spread};
 
 pub use vocabulary::TokenizerFiles;

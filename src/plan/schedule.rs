@@ -13,6 +13,7 @@ mod tests;
 use std::time::Duration;
 
 use super::shares::HELD;
+use super::spooling::{SPOOL, SPOOLED_ELEMENTS, Spooling, remote_bytes_of};
 use super::summary::PassSummary;
 use super::upkeep::{account_bytes, catalogue_bytes};
 use super::{Action, Plan, Wanted};
@@ -126,6 +127,8 @@ pub struct Schedule {
     pub ahead_bytes: u64,
     /// Elements of a merged tensor that are held, where its factors are sought; else none.
     pub held_elements: u64,
+    /// What is kept on the local disk between the passes, if anything.
+    pub spool: Option<Spooling>,
     /// The memory sum: (term, bytes).
     pub memory: Vec<(String, u64)>,
     /// The limit asked for.
@@ -141,6 +144,19 @@ impl Schedule {
             return factored.schedule(plan, run);
         }
         Self::cut(plan, run, Demand::of(plan))
+    }
+
+    /// The same for a merge that keeps on the local disk what it downloads, where that spares another download.
+    pub fn with_spool(plan: &Plan, run: Run) -> Result<Self> {
+        let demand = Demand::of(plan);
+        let spool = Spooling::of(plan, &demand.grouped).filter(|spool| spool.is_modest(run.memory_bytes));
+        if let (Some(spool), None) = (spool, &plan.factors)
+            && let Ok(schedule) = Self::cut(plan, run, Demand { spool: Some(spool), ..demand })
+        {
+            return Ok(schedule);
+        }
+        // What helps to read less must not be what fails.
+        Self::new(plan, run)
     }
 
     /// Cuts `plan` for a run that makes other outputs of what it loads; see [`Self::new`].
@@ -211,6 +227,7 @@ impl Schedule {
             keep_after: Duration::from_secs(KEEP_SKETCH_SECONDS),
             ahead_bytes: cut.ahead_bytes,
             held_elements: 0,
+            spool: demand.spool,
             memory: cut.terms,
             memory_limit: run.memory_bytes,
             passes: Vec::new(),
@@ -221,6 +238,10 @@ impl Schedule {
             let bytes = bytes_of(plan, &unit.tensors, Wanted::All);
             let held = held_bytes(bytes, chunks * schedule.widths.len() as u64);
             schedule.memory.push((HELD.into(), held));
+        }
+        // What is held in memory is read once.
+        if !schedule.units.iter().any(|unit| unit.kind == UnitKind::Streamed) {
+            schedule = schedule.without_spool(plan);
         }
         schedule.passes = schedule.passes(plan);
         Ok(schedule)
@@ -296,13 +317,20 @@ impl Schedule {
     pub(super) fn passes(&self, plan: &Plan) -> Vec<PassSummary> {
         let exact = plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact);
         let (mut probe, mut sketch, mut vote, mut merge) = (0, 0, 0, bytes_of(plan, &self.direct, Wanted::All));
+        // Of those, what comes over a network.
+        let (mut far_probe, mut far_sketch, mut far) = (0, 0, remote_bytes_of(plan, &self.direct, Wanted::All));
+        let (mut far_vote, mut far_gather) = (0, 0);
+        // What is there from earlier passes.
+        let (mut spared_vote, mut spared_merge) = (0, 0);
         // Ranks are bracketed by one look and found by a second, at the latest.
         let reads = |look: &Look| if *look == Look::Ranks { 2 } else { 1 };
         let looks: u64 = plan.needs().looks.iter().map(reads).sum();
         let mut gather = 0;
         for unit in &self.units {
             let all = bytes_of(plan, &unit.tensors, Wanted::All);
+            let far_all = remote_bytes_of(plan, &unit.tensors, Wanted::All);
             merge += all;
+            far += far_all;
             if unit.kind != UnitKind::Streamed {
                 continue;
             }
@@ -310,25 +338,40 @@ impl Schedule {
             if models.contains(&true) {
                 let wanted = Wanted::TaskVectors(&models);
                 sketch += bytes_of(plan, &unit.tensors, wanted);
+                far_sketch += remote_bytes_of(plan, &unit.tensors, wanted);
                 if exact {
-                    probe += Self::probe_blocks(plan, unit).map(|c| chunk_bytes(plan, c, wanted)).sum::<u64>();
+                    for block in Self::probe_blocks(plan, unit) {
+                        let [near, far] = chunk_bytes(plan, block, wanted);
+                        (probe, far_probe) = (probe + near + far, far_probe + far);
+                    }
                 }
             }
             if plan.votes() {
-                vote += all;
+                (vote, far_vote) = (vote + all, far_vote + far_all);
             }
-            gather += looks * all;
+            (gather, far_gather) = (gather + looks * all, far_gather + looks * far_all);
+            if let Some(spool) = &self.spool {
+                spared_merge += spool.spared(plan, &unit.tensors, false);
+                spared_vote += if plan.votes() { spool.spared(plan, &unit.tensors, true) } else { 0 };
+            }
         }
         let written = plan.layout.shards.iter().map(|s| s.bytes).sum();
-        let pass = |name, purpose, bytes_read, bytes_written| PassSummary { name, purpose, bytes_read, bytes_written };
+        let pass = |name, purpose, all: u64, far: u64, bytes_spared: u64, bytes_written| PassSummary {
+            name,
+            purpose,
+            bytes_read: all - bytes_spared,
+            bytes_downloaded: far - bytes_spared,
+            bytes_spared,
+            bytes_written,
+        };
         let mut passes = vec![
-            pass("probe", "sample magnitudes to bracket the thresholds", probe, 0),
-            pass("sketch", "count magnitudes to find the thresholds", sketch, 0),
-            pass("vote", "count elected signs for the majority", vote, 0),
-            pass("gather", "sum up or rank what the method needs of each tensor", gather, 0),
-            pass("merge", "merge and write", merge, written),
+            pass("probe", "sample magnitudes to bracket the thresholds", probe, far_probe, 0, 0),
+            pass("sketch", "count magnitudes to find the thresholds", sketch, far_sketch, 0, 0),
+            pass("vote", "count elected signs for the majority", vote, far_vote, spared_vote, 0),
+            pass("gather", "sum up or rank what the method needs of each tensor", gather, far_gather, 0, 0),
+            pass("merge", "merge and write", merge, far, spared_merge, written),
         ];
-        passes.retain(|p| p.bytes_read > 0 || p.name == "merge");
+        passes.retain(|p| p.bytes_read + p.bytes_spared > 0 || p.name == "merge");
         passes
     }
 }
@@ -338,9 +381,14 @@ fn bytes_of(plan: &Plan, tensors: &[u32], wanted: Wanted<'_>) -> u64 {
     tensors.iter().map(|&t| plan.pieces(t, wanted).map(|p| plan.bytes_used(t, p)).sum::<u64>()).sum()
 }
 
-/// Input bytes of `chunk` that a pass loads.
-fn chunk_bytes(plan: &Plan, chunk: Chunk, wanted: Wanted<'_>) -> u64 {
-    plan.pieces(chunk.tensor, wanted).map(|p| plan.float_width(p) * chunk.count).sum()
+/// Input bytes of `chunk` that a pass loads: of files on this machine, and over a network.
+fn chunk_bytes(plan: &Plan, chunk: Chunk, wanted: Wanted<'_>) -> [u64; 2] {
+    let mut bytes = [0; 2];
+    for piece in plan.pieces(chunk.tensor, wanted) {
+        let far = plan.checkpoints[piece.checkpoint as usize].is_remote();
+        bytes[usize::from(far)] += plan.float_width(piece) * chunk.count;
+    }
+    bytes
 }
 
 /// What a plan asks of memory, before the run is known.
@@ -379,6 +427,8 @@ struct Demand {
     remote: bool,
     /// Bins of a sketch, where they are not chosen here.
     fixed_bins: Option<usize>,
+    /// What is kept on the local disk between the passes.
+    spool: Option<Spooling>,
     direct: Vec<u32>,
     /// Tensors that belong to units, in the order of work.
     grouped: Vec<u32>,
@@ -446,6 +496,7 @@ impl Demand {
             shared: plan.checkpoints.iter().filter_map(|c| c.derived.shared.clone()).max(),
             remote: plan.is_remote(),
             fixed_bins: None,
+            spool: None,
             widths,
             direct,
             grouped,
@@ -532,6 +583,10 @@ impl Demand {
         if self.remote {
             terms.push(("ranges from the network, ahead of their use".to_string(), ahead + CONNECTIONS_BYTES));
         }
+        if let Some(spool) = &self.spool {
+            let (thread, table) = spool.held_bytes(slot_elements);
+            terms.push((SPOOL.to_string(), n * thread + table));
+        }
         if self.scratch_bytes > 0 {
             terms.push((format!("computed inputs ({threads} threads)"), n * self.scratch_bytes));
         }
@@ -572,7 +627,8 @@ impl Demand {
         if self.grouped.is_empty() {
             return Vec::new();
         }
-        let streamed_chunk = cut.slot_elements.min(CHUNK_ELEMENTS.max(self.granule));
+        let longest = if self.spool.is_some() { SPOOLED_ELEMENTS } else { CHUNK_ELEMENTS };
+        let streamed_chunk = cut.slot_elements.min(longest.max(self.granule));
         let elements = |tensors: &[u32]| tensors.iter().map(|&t| plan.length(t)).sum::<u64>();
         if !self.tensor_scope {
             let used: u64 = cut.terms.iter().map(|(_, b)| b).sum();

@@ -65,8 +65,25 @@ pub struct PassSummary {
     pub purpose: &'static str,
     /// Input bytes it reads.
     pub bytes_read: u64,
+    /// Those that come over a network.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub bytes_downloaded: u64,
+    /// Input bytes that it does not read, because an earlier pass left on the local disk what matters of them.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub bytes_spared: u64,
     /// Output bytes it writes.
     pub bytes_written: u64,
+}
+
+impl PassSummary {
+    /// Input bytes that it uses, wherever they come from.
+    pub fn bytes_used(&self) -> u64 {
+        self.bytes_read + self.bytes_spared
+    }
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// Everything `tiesmith plan` prints.
@@ -92,6 +109,9 @@ pub struct PlanSummary {
     pub bytes_read: u64,
     /// Bytes written (shards).
     pub bytes_written: u64,
+    /// How much is kept, at most and about, on the local disk between the passes, where that spares downloads.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub spool_bytes: u64,
     /// Output shards: (file name, bytes).
     pub shards: Vec<(String, u64)>,
     /// The memory sum: (term, bytes).
@@ -125,6 +145,7 @@ impl PlanSummary {
             bytes_read: schedule.passes.iter().map(|p| p.bytes_read).sum(),
             bytes_written: schedule.passes.iter().map(|p| p.bytes_written).sum(),
             passes: schedule.passes.clone(),
+            spool_bytes: schedule.spool.as_ref().map_or(0, |spool| spool.bytes),
             shards: plan.layout.shards.iter().map(|s| (s.name.clone(), s.bytes)).collect(),
             memory: schedule.memory.clone(),
             memory_bytes: schedule.memory_bytes(),

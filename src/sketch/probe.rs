@@ -26,6 +26,23 @@ impl Probe {
 
     /// A bracket that holds the value at `fraction` (from the top) of the whole data with high confidence.
     pub fn bracket(&self, fraction: f64, max_bins: usize) -> Bracket {
+        let Some([mut low, middle, mut end]) = self.bounds(fraction) else { return Bracket::COARSE };
+        // Bins wider than a key make another look certain; a narrower bracket only makes it likelier.
+        while (end - low) << COARSE_SHIFT > max_bins && end - low > 1 {
+            if end - middle > middle - low + 1 { end -= 1 } else { low += 1 }
+        }
+        Bracket::over((low as u32) << COARSE_SHIFT, (end as u64) << COARSE_SHIFT, max_bins)
+    }
+
+    /// A key that the value at `fraction` (from the top) of the whole data is not below, with the same confidence, however
+    /// narrow a bracket had to be.
+    pub fn least(&self, fraction: f64) -> u32 {
+        self.bounds(fraction).map_or(0, |[low, ..]| (low as u32) << COARSE_SHIFT)
+    }
+
+    /// The coarse bins about the value at `fraction`: the first, its own, and the one behind the last; `None` if nothing was
+    /// sampled.
+    fn bounds(&self, fraction: f64) -> Option<[usize; 3]> {
         let mut total = vec![0u64; SKETCH_BINS_MIN];
         for group in &self.groups {
             for (sum, &count) in total.iter_mut().zip(group) {
@@ -34,20 +51,15 @@ impl Probe {
         }
         let samples: u64 = total.iter().sum();
         if samples == 0 {
-            return Bracket::COARSE;
+            return None;
         }
         let middle = bin_at(&total, fraction * samples as f64);
         let half = SIGMAS * standard_error(self.shares(middle), fraction, samples as f64);
         let high = bin_at(&total, (fraction - half) * samples as f64);
         let low = bin_at(&total, (fraction + half) * samples as f64);
         // The top bin of a sample says little about the largest value of the data.
-        let mut end = if fraction - half <= 0.0 { SKETCH_BINS_MIN } else { high + 1 };
-        let mut low = low;
-        // Bins wider than a key make another look certain; a narrower bracket only makes it likelier.
-        while (end - low) << COARSE_SHIFT > max_bins && end - low > 1 {
-            if end - middle > middle - low + 1 { end -= 1 } else { low += 1 }
-        }
-        Bracket::over((low as u32) << COARSE_SHIFT, (end as u64) << COARSE_SHIFT, max_bins)
+        let end = if fraction - half <= 0.0 { SKETCH_BINS_MIN } else { high + 1 };
+        Some([low, middle, end])
     }
 
     /// Share of values at or above bin `bin` in each group that is not empty.

@@ -26,6 +26,8 @@ pub struct Selector {
     rank: u64,
     max_bins: usize,
     coarse: bool,
+    /// What the answer is probably not below: looks at what lies above cost less.
+    floor: u32,
     /// Whether a bracket missed.
     missed: bool,
     state: State,
@@ -41,7 +43,7 @@ impl Selector {
     /// Looks for the `rank`-th largest (1-based), starting from bracket `first`, with at most `max_bins` bins a sketch.
     pub fn exact(rank: u64, first: Bracket, max_bins: usize) -> Self {
         debug_assert!(rank > 0);
-        Self { rank, max_bins, coarse: false, missed: false, state: State::Searching(first) }
+        Self { rank, max_bins, coarse: false, floor: 0, missed: false, state: State::Searching(first) }
     }
 
     /// Looks for the coarse bin that holds the `rank`-th largest.
@@ -51,8 +53,22 @@ impl Selector {
             rank,
             max_bins: Bracket::COARSE.bins,
             coarse: true,
+            floor: 0,
             missed: false,
             state: State::Searching(Bracket::COARSE),
+        }
+    }
+
+    /// The same, looking at no key below `floor` before all above it were.
+    pub fn not_below(self, floor: u32) -> Self {
+        Self { floor, ..self }
+    }
+
+    /// The least key that matters to what is left of the search, unless the answer is below the floor.
+    pub fn least(&self) -> u32 {
+        match self.state {
+            State::Searching(bracket) => bracket.low.min(self.floor),
+            State::Found(threshold) => threshold.ties.low,
         }
     }
 
@@ -96,7 +112,11 @@ impl Selector {
             }
             Err(Miss::Below) => {
                 assert!(bracket.low > 0, "fewer values than the rank asked for");
-                let low = if self.missed { 0 } else { bracket.low.saturating_sub(self.max_bins as u32) };
+                let low = match self.missed {
+                    _ if self.floor > 0 && self.floor < bracket.low => self.floor,
+                    true => 0,
+                    false => bracket.low.saturating_sub(self.max_bins as u32),
+                };
                 self.missed = true;
                 State::Searching(Bracket::over(low, u64::from(bracket.low), self.max_bins))
             }
@@ -162,7 +182,10 @@ mod tests {
             let end = (u64::from(low) + width).min(KEYS);
             let expected = sorted_threshold(&values, rank);
             for first in [Bracket::COARSE, Bracket::over(low, end, bins.max(2))] {
-                prop_assert_eq!(run(&values, Selector::exact(rank, first, bins.max(2))).0, expected);
+                for floor in [0, low / 2, low] {
+                    let selector = Selector::exact(rank, first, bins.max(2)).not_below(floor);
+                    prop_assert_eq!(run(&values, selector).0, expected);
+                }
             }
             let mut keys: Vec<u32> = values.iter().map(|v| v.to_bits() & 0x7fff_ffff).collect();
             prop_assert_eq!(select_in_place(&mut keys, rank), expected);

@@ -29,6 +29,7 @@
 //! | `limits` | limits of the system: files, memory, names |
 //! | `resume` | what becomes of an unfinished output |
 //! | `repair` | a manifest makes its output again, and its damaged files |
+//! | `spool` | what is downloaded once and needed twice |
 //! | `sweep` | grids of merges, against merges |
 //! | `torch` | PyTorch checkpoints as inputs |
 //! | `verify` | damage to a finished output is found and named |
@@ -68,6 +69,7 @@ mod regmean;
 mod remote;
 mod repair;
 mod resume;
+mod spool;
 mod sweep;
 mod torch;
 mod verify;

@@ -7,7 +7,7 @@ use std::process::Command;
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::support::family::{Deltas, Saved, Spec, text};
+use crate::support::family::{Deltas, Family, Saved, Spec, text};
 use crate::support::files::read_tree;
 use crate::support::hub::{COMMIT, Fault, Hub, Request};
 use crate::support::oracle::Recipe;
@@ -20,9 +20,9 @@ const HEAD_BYTES: u64 = 64 << 10;
 type Name<'a> = &'a dyn Fn(&str) -> String;
 
 /// A family on disk and on a server.
-struct Remote {
-    saved: Saved,
-    hub: Hub,
+pub struct Remote {
+    pub saved: Saved,
+    pub hub: Hub,
 }
 
 impl Remote {
@@ -37,8 +37,12 @@ impl Remote {
         Self::of(&spec)
     }
 
-    fn of(spec: &Spec) -> Self {
-        let (saved, hub) = (spec.family().save(), Hub::start());
+    pub fn of(spec: &Spec) -> Self {
+        Self::of_family(&spec.family())
+    }
+
+    pub fn of_family(family: &Family) -> Self {
+        let (saved, hub) = (family.save(), Hub::start());
         hub.add("org/base", &saved.base);
         for (index, model) in (1..).zip(&saved.models) {
             hub.add(&format!("org/model{index}"), model);
@@ -47,7 +51,7 @@ impl Remote {
     }
 
     /// The command with the server as its Hub, and an empty cache.
-    fn command(&self) -> Command {
+    pub fn command(&self) -> Command {
         let mut command = command();
         command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", &self.hub.endpoint).env("HF_HUB_DOWNLOAD_TIMEOUT", "1");
         command.env("HF_HOME", self.saved.path("home")).env("HOME", self.saved.path("home"));
@@ -55,18 +59,18 @@ impl Remote {
         command
     }
 
-    fn run(&self, args: &[&str]) -> Outcome {
+    pub fn run(&self, args: &[&str]) -> Outcome {
         let mut command = self.command();
         command.args(args);
         run(command)
     }
 
     /// A merge of models called `name` and their number into `out`.
-    fn merge(&self, verb: &str, name: &dyn Fn(&str) -> String, flags: &[&str]) -> Outcome {
+    pub fn merge(&self, verb: &str, name: &dyn Fn(&str) -> String, flags: &[&str]) -> Outcome {
         self.merge_as_text(verb, name, &[&["--json"], flags].concat())
     }
 
-    fn merge_as_text(&self, verb: &str, name: &dyn Fn(&str) -> String, flags: &[&str]) -> Outcome {
+    pub fn merge_as_text(&self, verb: &str, name: &dyn Fn(&str) -> String, flags: &[&str]) -> Outcome {
         let sources = ["model1", "model2", "model3"].map(name);
         let base = name("base");
         let mut args = vec![verb, "--progress=none", "--base", &base];
@@ -80,18 +84,18 @@ impl Remote {
     }
 }
 
-fn hf(name: &str) -> String {
+pub fn hf(name: &str) -> String {
     format!("hf://org/{name}")
 }
 
 /// What does not depend on how inputs are named.
-fn lasting(out: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+pub fn lasting(out: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut files = read_tree(out);
     files.retain(|path, _| !["tiesmith.json", "README.md"].contains(&path.to_str().unwrap()));
     files
 }
 
-fn content_bytes(log: &[Request]) -> u64 {
+pub fn content_bytes(log: &[Request]) -> u64 {
     log.iter().filter(|request| request.content).map(|request| request.sent).sum()
 }
 
@@ -239,7 +243,7 @@ fn what_is_kept_is_not_downloaded_again() {
         deltas: Deltas::HeavyTailed,
     };
     let remote = Remote::of(&spec);
-    let flags = ["--scope=model", "--memory=52MB", "--threads=2"];
+    let flags = ["--scope=model", "--memory=52MB", "--threads=2", "--spool=none"];
     let local = remote.local(&flags);
     let plan = remote.merge("plan", &hf, &flags).succeeded().json();
     let bytes = |name: &str| {

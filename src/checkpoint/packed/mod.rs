@@ -16,7 +16,7 @@ use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-pub use chunk::{CHUNK, Encoder, checksum};
+pub use chunk::{CHUNK, Decoder, Encoder, checksum};
 pub use format::{Base, Contents, Entry, HEAD_BYTES, Settings, Tensor, head, identify, tail, units};
 
 use super::adapter;
@@ -24,7 +24,7 @@ use super::resolve::{self, Source};
 use super::{Checkpoint, CheckpointFile, Derived, TensorEntry, directory_of};
 use crate::error::{Error, Result, printable};
 use crate::storage::{Identity, InputFile, Storage};
-use chunk::{Decoder, content_bytes};
+use chunk::content_bytes;
 
 /// Decoders that are kept for the next chunk.
 const DECODERS: usize = 2;

@@ -69,6 +69,15 @@ set. It may remove the shard: then the output need not fit on the disk, and four
 remembered. If it fails, the run ends with exit code 1, and the same command goes on with that shard. If the run is killed \
 just then, it runs again: it must be one that may.";
 
+/// Help of `--spool`.
+pub const SPOOL: &str = "\
+Directory for what is downloaded and needed again, or 'none' [default: in --out]
+
+Where thresholds are sought over the whole model (--scope model), inputs are read twice. Of inputs on the network, what the \
+merge needs of them (base, and of each model what may survive the trim) is kept on the disk until the run ends, compressed, so \
+that every byte is downloaded once; 'tiesmith plan' says how much that is. What the disk has no room for is downloaded again. \
+With 'none', or a --cache, nothing is kept.";
+
 /// Inputs and options of `plan`.
 #[derive(Debug, Args)]
 pub struct PlanArgs {

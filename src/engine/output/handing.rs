@@ -1,5 +1,6 @@
 //! What the output directory knows of shards that are handed over to a command: see `hand_over`.
 
+use std::path::PathBuf;
 use std::sync::{MutexGuard, PoisonError};
 
 use serde_json::Value;
@@ -49,6 +50,16 @@ impl OutputDir {
             hand_over(self, &made, (shard, plan.layout.shards.len()), observer)?;
         }
         Ok(())
+    }
+
+    /// Bytes of shards that are on the disk at once, at most.
+    pub(in crate::engine) fn bytes_at_once(&self, plan: &Plan) -> u64 {
+        held_at_once(plan, self.hands_over())
+    }
+
+    /// Where what is downloaded and needed again is kept, and the directory that it is in.
+    pub(in crate::engine) fn spool(&self) -> (PathBuf, PathBuf) {
+        (self.work.join("spool"), self.work.clone())
     }
 
     /// Fails if less than `needed` bytes are free, or than are on the disk at once.

@@ -217,6 +217,7 @@ prop_compose! {
             shared: None,
             remote,
             fixed_bins: None,
+            spool: None,
             direct: Vec::new(),
             grouped: (0..units).collect(),
             study: None,

@@ -1,0 +1,207 @@
+//! What a merge keeps on the local disk of inputs that come over a network, so that no pass downloads what another did.
+//!
+//! - It applies where a pass over the whole model finds exact thresholds: of a model's task vector only what may survive is
+//!   kept, for whatever lies below is trimmed, and trimmed values are alike. Base is kept whole, and so is a model of
+//!   another type than base's.
+//! - What a pass reads first, later passes take from there. What only one pass reads is not kept.
+//!
+//! How it is kept is the engine's business.
+
+use std::path::{Path, PathBuf};
+
+use super::{Action, Goal, Plan, Schedule, ThresholdKind, Unit, Wanted};
+use crate::checkpoint::packed::{CHUNK, Encoder};
+use crate::error::Result;
+use crate::method::Sparsify;
+use crate::storage::Storage;
+
+/// Longest chunk of a unit that is kept: what is compressed at once.
+pub(super) const SPOOLED_ELEMENTS: u64 = CHUNK as u64;
+/// What a chunk has beside what is stored of it, and what the table of chunks has for it.
+const RECORD_BYTES: u64 = 64;
+const PLACE_BYTES: u64 = 8;
+/// Bytes of the disk that are left alone.
+const SPARE_BYTES: u64 = 64_000_000;
+/// What the table may take of the memory allowed.
+const TABLE_SHARE: u64 = 8;
+
+/// See the module's documentation.
+#[derive(Debug, Clone)]
+pub struct Spooling {
+    /// Where; the output's work directory, if `None`.
+    pub dir: Option<PathBuf>,
+    /// About how much that is on the disk, in bytes.
+    pub bytes: u64,
+    /// Per checkpoint: whether it comes over a network.
+    remote: Vec<bool>,
+    /// Per model: whether a pass before the merge reads its task vector.
+    searched: Vec<bool>,
+    /// Whether a pass before the merge reads everything.
+    votes: bool,
+    /// Elements of all tensors, and how many of them there are.
+    elements: u64,
+    tensors: u64,
+    /// Widest element, in bytes.
+    width: u64,
+}
+
+impl Spooling {
+    /// What is worth keeping of a merge by `plan` whose units have the tensors `grouped`; `None` if it needs none.
+    pub(super) fn of(plan: &Plan, grouped: &[u32]) -> Option<Self> {
+        let exact = plan.trim.as_ref().is_some_and(|trim| trim.threshold == ThresholdKind::Exact);
+        let flips = || plan.params.iter().any(|set| matches!(set.merger.sparsify(0), Sparsify::Flip { .. }));
+        if !plan.is_remote() || plan.per_tensor() || !exact || !plan.selects() || flips() || plan.needs().rows {
+            return None;
+        }
+        let unit = Unit {
+            tensors: grouped.to_vec(),
+            elements: grouped.iter().map(|&tensor| plan.length(tensor)).sum(),
+            kind: super::UnitKind::Streamed,
+            chunk_elements: SPOOLED_ELEMENTS,
+        };
+        let goals = plan.goals(&unit);
+        let mut spooling = Self {
+            dir: None,
+            bytes: 0,
+            remote: plan.checkpoints.iter().map(|checkpoint| checkpoint.is_remote()).collect(),
+            searched: plan.searched(&goals),
+            votes: plan.votes(),
+            elements: unit.elements,
+            tensors: grouped.len() as u64,
+            width: 0,
+        };
+        if !spooling.searched.contains(&true) {
+            return None;
+        }
+        let shares: Vec<f64> = (0..plan.models()).map(|model| largest_share(&goals, model, plan.models())).collect();
+        let (mut bytes, mut widest) = (0, 0);
+        for &tensor in grouped {
+            for (piece, model) in spooling.kept(plan, tensor, false) {
+                let (elements, width) = (plan.length(tensor), plan.float_width(piece));
+                let of_base = model.filter(|&model| spooling.searched[model] && is_like_base(plan, tensor, piece));
+                bytes += match of_base {
+                    Some(model) => elements.div_ceil(8) + (elements as f64 * shares[model]) as u64 * width,
+                    None => elements * width,
+                };
+                bytes += (elements / SPOOLED_ELEMENTS + 1) * RECORD_BYTES;
+                widest = widest.max(width);
+            }
+        }
+        (spooling.bytes, spooling.width) = (bytes, widest);
+        (bytes > 0).then_some(spooling)
+    }
+
+    /// Whether anything of checkpoint `index` may be kept.
+    pub fn keeps(&self, index: usize) -> bool {
+        self.remote[index]
+    }
+
+    /// Widest element of what is kept, in bytes.
+    pub fn width(&self) -> usize {
+        self.width as usize
+    }
+
+    /// Pieces of tensor `index` that passes before the merge keep, or the sketch pass alone; of models with their number.
+    fn kept<'a>(
+        &'a self,
+        plan: &'a Plan,
+        index: u32,
+        by_sketch: bool,
+    ) -> impl Iterator<Item = (super::Piece, Option<usize>)> + 'a {
+        let (base, models) = match &plan.tensors[index as usize].action {
+            Action::Merge { base, models, .. } => (*base, &models[..]),
+            Action::Copy { .. } => (None, &[][..]),
+        };
+        let taken = move |model: usize| self.searched[model] || (self.votes && !by_sketch);
+        let models = models.iter().map(|&(model, piece)| (piece, Some(model as usize)));
+        let models = models.filter(move |(_, model)| model.is_none_or(taken));
+        let all = base.into_iter().map(|piece| (piece, None)).chain(models);
+        all.filter(|(piece, _)| self.remote[piece.checkpoint as usize])
+    }
+
+    /// Bytes of `tensors` that a pass over all of them finds on the local disk: the vote, or the merge.
+    pub(super) fn spared(&self, plan: &Plan, tensors: &[u32], votes: bool) -> u64 {
+        let of = |&tensor: &u32| -> u64 {
+            self.kept(plan, tensor, votes).map(|(piece, _)| plan.bytes_used(tensor, piece)).sum()
+        };
+        tensors.iter().map(of).sum()
+    }
+
+    /// Memory of each thread, and of all together where chunks have `chunk_elements`.
+    pub(super) fn held_bytes(&self, chunk_elements: u64) -> (u64, u64) {
+        let chunk = chunk_elements.min(SPOOLED_ELEMENTS);
+        // Compressing, to a record; decompressing from one, and a chunk of which only a part is asked for.
+        let thread = Encoder::held_bytes(self.width()) + 4 * SPOOLED_ELEMENTS * (self.width + 1);
+        let checkpoints = self.remote.iter().filter(|&&remote| remote).count() as u64;
+        let chunks = self.elements / chunk + 2 * self.tensors;
+        (thread, (checkpoints * chunks + 2 * self.tensors) * PLACE_BYTES)
+    }
+
+    /// Whether the table of chunks is in proportion to the memory allowed.
+    pub(super) fn is_modest(&self, limit: u64) -> bool {
+        self.held_bytes(SPOOLED_ELEMENTS).1 <= limit / TABLE_SHARE
+    }
+}
+
+/// Whether the values of `piece` that are not kept can be base's in the merge of tensor `index`: they are of one type.
+fn is_like_base(plan: &Plan, index: u32, piece: super::Piece) -> bool {
+    let Action::Merge { base: Some(base), .. } = plan.tensors[index as usize].action else { return false };
+    plan.source(base).0.dtype == plan.source(piece).0.dtype
+}
+
+/// The largest share of a model's entries that a threshold is sought for.
+fn largest_share(goals: &[Goal], model: usize, models: usize) -> f64 {
+    let share = |goal: &Goal| match *goal {
+        Goal::Keep { keep, elements } => keep as f64 / elements.max(1) as f64,
+        Goal::All => 1.0,
+        Goal::Nothing => 0.0,
+    };
+    goals.iter().skip(model).step_by(models).map(share).fold(0.0, f64::max)
+}
+
+impl Schedule {
+    /// Keeps nothing on the local disk between the passes: what they need is read again.
+    pub fn without_spool(mut self, plan: &Plan) -> Self {
+        if self.spool.take().is_some() {
+            self.memory.retain(|(term, _)| *term != SPOOL);
+            self.passes = self.passes(plan);
+        }
+        self
+    }
+
+    /// Keeps it in `dir` instead of the output's work directory.
+    pub fn spooling_in(mut self, dir: PathBuf) -> Self {
+        if let Some(spool) = &mut self.spool {
+            spool.dir = Some(dir);
+        }
+        self
+    }
+}
+
+/// Bytes that can be kept in `dir`, while an output of which `bytes` bytes are on the disk at once is made in `out`.
+pub fn spool_room(dir: &Path, (out, bytes): (&Path, u64), storage: &dyn Storage) -> Result<u64> {
+    let device = |path: &Path| -> Result<Option<u64>> {
+        for path in path.ancestors() {
+            let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+            if let Some(identity) = storage.identity(path)? {
+                return Ok(Some(identity.device));
+            }
+        }
+        Ok(None)
+    };
+    let reserved = if device(dir)? == device(out)? { bytes } else { 0 };
+    Ok(storage.free_bytes(dir)?.saturating_sub(reserved + SPARE_BYTES))
+}
+
+/// The memory term of what keeping takes.
+pub(super) const SPOOL: &str = "spool of what is downloaded";
+
+/// Input bytes of `tensors` that a pass loads, of inputs on a network.
+pub(super) fn remote_bytes_of(plan: &Plan, tensors: &[u32], wanted: Wanted<'_>) -> u64 {
+    let of = |&tensor: &u32| -> u64 {
+        let pieces = plan.pieces(tensor, wanted);
+        let remote = pieces.filter(|piece| plan.checkpoints[piece.checkpoint as usize].is_remote());
+        remote.map(|piece| plan.bytes_used(tensor, piece)).sum()
+    };
+    tensors.iter().map(of).sum()
+}
