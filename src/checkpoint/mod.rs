@@ -94,6 +94,8 @@ pub struct Derived {
     pub scratch_bytes: u64,
     /// Whether the checkpoint is a packed task vector.
     pub packed: bool,
+    /// Whether it was packed against another base than the one at hand.
+    pub other_base: bool,
     /// Memory that all readers of one share, in bytes, and which takes the most.
     pub shared: Option<(u64, Box<str>)>,
     /// The types in which a model without them would store them.

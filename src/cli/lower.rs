@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use tiesmith::{Error, OutputOptions, Plan, Recipe, Result, Run, Schedule, Statistics, Value};
+use tiesmith::{Error, METHODS, Method, OutputOptions, Plan, Recipe, Result, Run, Schedule, Statistics, Value};
 
 use super::args::{MergeArgs, RunArgs};
 
@@ -21,11 +21,11 @@ pub fn recipe(args: &MergeArgs, verb: &str) -> Result<Recipe> {
         method: args.method.method.clone(),
         base: args.inputs.base.clone(),
         models: args.inputs.models.clone(),
-        scope: args.trim.scope,
-        threshold: args.trim.threshold,
-        trim_ties: args.trim.trim_ties,
-        sign_from: args.method.sign_from.clone(),
-        seed: args.method.seed,
+        scope: args.trim.thresholds.scope,
+        threshold: args.trim.thresholds.threshold,
+        trim_ties: args.trim.thresholds.trim_ties,
+        sign_from: args.method.rules.sign_from.clone(),
+        seed: args.method.rules.seed,
         dtype: args.output.dtype,
         rank: args.output.rank,
         include: args.inputs.include.clone(),
@@ -100,7 +100,7 @@ pub fn output(args: &MergeArgs) -> Result<OutputOptions> {
 /// What the command line says beside a recipe file goes before what the file says.
 pub fn override_recipe(recipe: &mut Recipe, args: &MergeArgs) -> Result<()> {
     let given = |name: &str| args.given.iter().any(|id| id == name);
-    let (trim, method, output, inputs) = (&args.trim, &args.method, &args.output, &args.inputs);
+    let (trim, rules, output, inputs) = (&args.trim.thresholds, &args.method.rules, &args.output, &args.inputs);
     if given("scope") {
         recipe.scope = trim.scope;
     }
@@ -111,11 +111,11 @@ pub fn override_recipe(recipe: &mut Recipe, args: &MergeArgs) -> Result<()> {
         recipe.trim_ties = trim.trim_ties;
     }
     if given("seed") {
-        recipe.seed = method.seed;
+        recipe.seed = rules.seed;
     }
-    recipe.sign_from = method.sign_from.clone();
+    recipe.sign_from = rules.sign_from.clone();
     recipe.dtype = output.dtype.or(recipe.dtype);
-    recipe.rank = output.rank;
+    recipe.rank = output.rank.or(recipe.rank);
     recipe.include = inputs.include.clone();
     recipe.exclude = inputs.exclude.clone();
     recipe.missing = inputs.missing;
@@ -133,6 +133,22 @@ pub fn override_recipe(recipe: &mut Recipe, args: &MergeArgs) -> Result<()> {
     Ok(())
 }
 
+/// What is `given` of options about thresholds, where none of `methods` has any.
+pub fn idle(given: &[String], methods: &[&str]) -> Vec<String> {
+    let all: Vec<&dyn Method> = METHODS.iter().copied().filter(|method| methods.contains(&method.name())).collect();
+    if all.iter().any(|method| method.trims() && !method.draws()) {
+        return Vec::new();
+    }
+    let why = |method: &dyn Method| match method.draws() {
+        true => format!("{} draws what it keeps", method.name()),
+        false => format!("{} does not trim", method.name()),
+    };
+    let why = all.iter().map(|method| why(*method)).collect::<Vec<_>>().join(", ");
+    let idle = [("scope", "scope"), ("threshold", "threshold"), ("trim_ties", "trim-ties")];
+    let idle = idle.into_iter().filter(|(id, _)| given.iter().any(|given| given == id));
+    idle.map(|(_, option)| format!("{why}: --{option} is ignored")).collect()
+}
+
 /// The parameters of the method that options set.
 fn method_params(args: &MergeArgs) -> impl Iterator<Item = (&str, Value)> {
     let word = |word: &Option<String>| word.clone().map(Value::Word);
@@ -141,11 +157,11 @@ fn method_params(args: &MergeArgs) -> impl Iterator<Item = (&str, Value)> {
         ("density", args.trim.density.map(Value::Number)),
         ("fisher_floor", args.statistics.fisher_floor.map(Value::Number)),
         ("alpha", args.statistics.alpha.map(Value::Number)),
-        ("elect", word(&args.method.elect)),
-        ("combine", word(&args.method.combine)),
-        ("zero_sum", word(&args.method.zero_sum)),
+        ("elect", word(&args.method.rules.elect)),
+        ("combine", word(&args.method.rules.combine)),
+        ("zero_sum", word(&args.method.rules.zero_sum)),
     ];
-    let named = args.method.params.iter().map(|(name, value)| (name.as_str(), value.clone()));
+    let named = args.method.rules.params.iter().map(|(name, value)| (name.as_str(), value.clone()));
     given.into_iter().filter_map(|(name, value)| Some((name, value?))).chain(named)
 }
 
@@ -191,6 +207,15 @@ mod tests {
         assert_eq!(run(&args.run).threads, 3);
         let output = output(&args).unwrap();
         assert!(output.force && !output.restart);
+    }
+
+    #[test]
+    fn options_without_a_meaning_for_the_method_are_named() {
+        let given = ["scope", "seed", "trim_ties"].map(String::from);
+        assert!(idle(&given, &["linear", "ties"]).is_empty());
+        let warnings = idle(&given, &["linear", "dare_ties"]);
+        let why = "linear does not trim, dare_ties draws what it keeps";
+        assert_eq!(warnings, [format!("{why}: --scope is ignored"), format!("{why}: --trim-ties is ignored")]);
     }
 
     #[test]

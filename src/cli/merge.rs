@@ -38,7 +38,7 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
     }
     let schedule = lower::schedule(&plan, args)?;
     let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
-    for warning in &report.warnings {
+    for warning in lower::idle(&args.given, &[&last.recipe.method]).iter().chain(&report.warnings) {
         progress.warn(warning);
     }
     drop(progress);

@@ -69,26 +69,23 @@ pub fn run(argv: impl IntoIterator<Item = OsString>) -> u8 {
 }
 
 fn dispatch(command: Command) -> Result<u8> {
-    if let Command::Sweep(args) = command {
-        return sweep::run(*args);
-    }
-    match &command {
-        Command::Sweep(_) => unreachable!("it is dealt with above"),
-        Command::Merge(args) => merge::run(args),
-        Command::Plan(args) => plan::run(args),
-        Command::Perturb(args) => perturb::run(args),
-        Command::Analyze(args) => analyze::run(args),
-        Command::Run(args) => run::run(args),
-        Command::Finish(args) => finish::run(args),
-        Command::Slurm(args) => slurm::run(args),
-        Command::Inspect(args) => inspect::run(args),
-        Command::Diff(args) => diff::run(args),
-        Command::Verify(args) => verify::run(args),
-        Command::Pack(args) => pack::pack(args),
-        Command::Unpack(args) => pack::unpack(args),
-        Command::Methods(args) => methods::run(args),
-        Command::Completions(args) => completions::run(args),
-        Command::Man(args) => man::run(args),
+    match command {
+        Command::Merge(args) => merge::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Sweep(args) => sweep::run(*args),
+        Command::Perturb(args) => perturb::run(&args),
+        Command::Analyze(args) => analyze::run(&args),
+        Command::Run(args) => run::run(&args),
+        Command::Finish(args) => finish::run(&args),
+        Command::Slurm(args) => slurm::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Diff(args) => diff::run(&args),
+        Command::Verify(args) => verify::run(&args),
+        Command::Pack(args) => pack::pack(&args),
+        Command::Unpack(args) => pack::unpack(&args),
+        Command::Methods(args) => methods::run(&args),
+        Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => man::run(&args),
     }
 }
 

@@ -21,9 +21,9 @@ pub fn pack(args: &PackArgs) -> Result<u8> {
     let storage = super::inputs(&args.run)?;
     signals::install();
     let recipe = Recipe {
-        scope: args.scope,
-        threshold: args.threshold,
-        trim_ties: args.trim_ties,
+        scope: args.thresholds.scope,
+        threshold: args.thresholds.threshold,
+        trim_ties: args.thresholds.trim_ties,
         seed: args.seed,
         ..Recipe::packing(&args.checkpoint, &args.base, args.density)
     };

@@ -48,7 +48,8 @@ pub fn run(args: &PlanArgs) -> Result<u8> {
         if let Some(file) = save {
             schedule = job::save(file, args, &plan, &schedule, &*storage)?;
         }
-        let summary = PlanSummary::new(&plan, &schedule);
+        let mut summary = PlanSummary::new(&plan, &schedule);
+        summary.warnings.extend(lower::idle(&args.given, &[&job.recipe.method]));
         if let (true, Some(dir)) = (job.part, &job.out)
             && !tiesmith::is_finished(&plan, dir, &*storage)?
         {

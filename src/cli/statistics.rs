@@ -21,11 +21,11 @@ pub struct StatisticsArgs {
     pub gram: Vec<String>,
 
     /// Smallest Fisher information, for method 'fisher': less counts as this much [default: 1e-6]
-    #[arg(long, value_name = "NUMBER", value_parser = parse::number)]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, value_parser = parse::number)]
     pub fisher_floor: Option<f64>,
 
     /// Factor of Gram matrices off their diagonal, for method 'regmean' [default: 0.9]; largest ratio that counts, for
     /// 'ramplus_tl' [default: 0.2]
-    #[arg(long, value_name = "NUMBER", value_parser = parse::number)]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, value_parser = parse::number)]
     pub alpha: Option<f64>,
 }

@@ -44,6 +44,8 @@ pub fn run(args: SweepArgs) -> Result<u8> {
     let union = plans.next().expect("there is a plan per recipe");
     let progress = Progress::new(report);
     let mut warnings: BTreeSet<String> = job.warnings.into_iter().collect();
+    let methods: BTreeSet<&str> = points.iter().map(|point| &*point.recipe.method).collect();
+    warnings.extend(lower::idle(&args.given, &methods.into_iter().collect::<Vec<_>>()));
     let variants: Vec<Variant> = points
         .into_iter()
         .zip(plans)
@@ -69,15 +71,15 @@ pub fn run(args: SweepArgs) -> Result<u8> {
 
 /// The same request as one of `merge`, without what the grid says.
 fn merge_args(args: SweepArgs) -> MergeArgs {
-    let SweepArgs { recipe, given, inputs, statistics, elect, combine, zero_sum, params, sign_from, seed, .. } = args;
+    let SweepArgs { recipe, given, inputs, statistics, rules, thresholds, .. } = args;
     let method = args.method.into_iter().next().unwrap_or_else(|| Recipe::default().method);
     MergeArgs {
         recipe,
         given,
         inputs,
         statistics,
-        method: MethodArgs { method, lambda: None, elect, combine, zero_sum, params, sign_from, seed },
-        trim: TrimArgs { density: None, scope: args.scope, threshold: args.threshold, trim_ties: args.trim_ties },
+        method: MethodArgs { method, lambda: None, rules },
+        trim: TrimArgs { density: None, thresholds },
         output: args.output,
         hash_inputs: false,
         run: args.run,

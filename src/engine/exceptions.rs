@@ -140,8 +140,10 @@ fn non_finite(span: Span<'_>, party: Piece, index: usize) -> Error {
         None if merge.base == Some(party) => "base".into(),
         None => "the sign checkpoint".into(),
     };
+    let (entry, file) = span.data.plan.source(party);
+    let offset = entry.offset + span.element(index) * span.data.float(party).width() as u64;
     Error::input(format!("{} in {who} at element {}", span.value(party, index), span.element(index)))
-        .at(span.data.plan.source(party).1.path())
+        .at(&file.origin(offset))
         .tensor(span.data.name())
         .help("repair the checkpoint, or use --non-finite copy-base or --non-finite propagate")
 }

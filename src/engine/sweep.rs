@@ -84,7 +84,7 @@ pub struct SweepReport {
     pub outputs: Vec<SweepEntry>,
     /// Tensor bytes read from inputs in this run.
     pub bytes_read: u64,
-    /// Tensor bytes that separate merges of the outputs made in this run would read, by their plans.
+    /// Tensor bytes that separate merges of the outputs made in this run would read: by their plans, or as they did.
     pub separate_bytes_read: u64,
     /// Bytes of shards of the outputs made in this run.
     pub bytes_written: u64,
@@ -131,13 +131,13 @@ fn run_all(
     }
     let open: Vec<usize> = (0..variants.len()).filter(|&at| outputs[at].is_none()).collect();
     sweep.check_space(open.iter().map(|&at| &variants[at]))?;
+    let (shared, alone): (Vec<usize>, Vec<usize>) =
+        open.iter().copied().partition(|&at| fits(&variants[at].plan, union));
     let mut separate = 0u64;
-    for &at in &open {
+    for &at in &shared {
         let planned = Schedule::new(&variants[at].plan, run)?.passes.iter().map(|pass| pass.bytes_read).sum::<u64>();
         separate = separate.saturating_add(planned);
     }
-    let (shared, alone): (Vec<usize>, Vec<usize>) =
-        open.iter().copied().partition(|&at| fits(&variants[at].plan, union));
     if options.packed {
         refuse_unpackable(union, alone.iter().map(|&at| &variants[at]))?;
     }
@@ -162,6 +162,7 @@ fn run_all(
         let schedule = Schedule::new(&variants[at].plan, run)?;
         let report = merge(&variants[at].plan, &schedule, &sweep.options(&variants[at]), storage, observer)?;
         sweep.bytes_read = sweep.bytes_read.saturating_add(report.bytes_read);
+        separate = separate.saturating_add(report.bytes_read);
         outputs[at] = Some(entry(&variants[at], report, false));
     }
     let outputs: Vec<SweepEntry> = outputs.into_iter().flatten().collect();
@@ -336,8 +337,8 @@ fn refuse_unpackable<'v>(union: &Plan, mut alone: impl Iterator<Item = &'v Varia
     }
     match alone.next() {
         Some(Variant { name, .. }) => Err(Error::usage(format!(
-            "{} cannot be packed as it is merged: its method looks at whole tensors first, or its tensors are not those of \
-             the other outputs",
+            "{} cannot be packed as it is merged: its method looks at whole tensors first, its adapters are merged through \
+             their changes, or its tensors are not those of the other outputs",
             printable(name)
         ))
         .help("leave it out, or sweep without --packed")),

@@ -1,6 +1,7 @@
 //! Reconciles names, shapes, types and parameters: from a recipe and headers to a plan.
 
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 use std::sync::Arc;
 
 use super::assembly::{Assembly, Input, Opened, Source, Target};
@@ -176,6 +177,13 @@ fn open(recipe: &Recipe, open_one: Open<'_>) -> Result<Vec<Checkpoint>> {
     let others = recipe.models.iter().map(|m| &m.source).chain(&recipe.sign_from).map(|spec| (spec, beside));
     let statistics = recipe.models.iter().filter_map(|model| Some((model.statistics(kind?)?, None)));
     let others = others.chain(statistics).map(|(spec, beside)| open_one(spec, beside)).collect::<Result<Vec<_>>>()?;
+    // A difference to another base is not what was trimmed and packed.
+    let measured = beside.filter(|_| packed_base.is_some() || recipe.method().is_ok_and(Method::needs_base));
+    if let (Some(base), Some(other)) = (measured, others.iter().find(|other| other.derived.other_base)) {
+        return Err(Error::input(format!("packed against another base than {}", printable(&base.spec)))
+            .at(Path::new(&other.spec))
+            .help("give that one as --base, or unpack the file first to take it as a model like any other"));
+    }
     Ok(base.into_iter().chain(others).collect())
 }
 

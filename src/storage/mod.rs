@@ -63,6 +63,12 @@ pub struct Identity {
 pub trait InputFile: Send + Sync {
     /// The path it was opened by.
     fn path(&self) -> &Path;
+    /// The path of what is to be looked at if what is read at `offset` is wrong: of what is computed from several files, one
+    /// of them.
+    fn origin(&self, offset: u64) -> PathBuf {
+        let _ = offset;
+        self.path().to_path_buf()
+    }
     /// Identity when it was opened.
     fn identity(&self) -> &Identity;
     /// Identity of the open file now, to notice a change during the run.

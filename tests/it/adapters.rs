@@ -191,7 +191,7 @@ fn adapters_that_cannot_be_used_are_one_line_each() {
             let name = format!("{PREFIX}w.lora_A.weight");
             a.tensors.insert(name, Tensor::floats(Dtype::F32, &[2, 2], &[0.0, f32::NAN, 0.0, 0.0]));
         },
-        "w.weight",
+        "nan/adapter_model.safetensors: tensor \"w.weight\"",
     );
     case("newer", &|a| a.config["use_something"] = json!("yes"), "option use_something");
     case(

@@ -193,6 +193,22 @@ fn a_merged_adapter_is_one_like_any_other() {
         .collect();
     tiesmith(args).succeeded();
     tiesmith(["diff", &on("out"), &at("full"), "--atol", "1e-5"]).succeeded();
+    // A recipe file can ask for the same.
+    let list = |method: &str, rank: &str| {
+        let models: String =
+            (0..3).map(|i| format!("- model: {}\n  parameters: {{weight: 1}}\n", at(&format!("adapter{i}")))).collect();
+        fs::write(at("recipe.yml"), format!("merge_method: {method}\nrank: {rank}\nmodels:\n{models}")).unwrap();
+        tiesmith(["merge", &at("recipe.yml"), "--out", &at("listed"), "--force"])
+    };
+    list("linear", "13").succeeded();
+    assert!(fs::read(dir_file(&at("listed"))).unwrap() == fs::read(dir_file(&text(&out))).unwrap());
+    list("ties", "5").succeeded();
+    assert_eq!(read_json(&dir.path().join("listed/adapter_config.json"))["r"], 5);
+    for (rank, said) in [("0", "a rank of 0 holds nothing"), ("x", "rank")] {
+        let outcome = list("ties", rank);
+        let line = outcome.refusal();
+        assert!(line.contains("recipe.yml:2:7") && line.contains(said), "{line}");
+    }
     // A manifest makes it again, and what is damaged can be mended.
     tiesmith(["merge", &text(&out.join("tiesmith.json")), "--out", &at("again")]).succeeded();
     let weights = |dir: &str| fs::read(dir_file(dir)).unwrap();

@@ -257,15 +257,21 @@ fn base_is_the_one_at_hand_or_the_one_named_and_no_other() {
     let saved = saved();
     let file = saved.path("x.tvz");
     pack(&saved.models[0], &saved.base, &file, &[]).succeeded();
-    // Another base at hand: the one named is taken, and the file is a model like any other.
     let expected = saved.path("out");
     unpack(&file, &expected, &[]).succeeded();
-    let other = |model: &Path, name: &str| {
-        let (base, out) = (text(&saved.models[1]), saved.path(name));
-        tiesmith(["merge", "--base", &base, "--model", &text(model), "--out", &text(&out)]).succeeded();
-        read_checkpoint(&out)
+    // Another base is refused where differences to it are asked for, even if the one named is there.
+    let (other, out) = (text(&saved.models[1]), text(&saved.path("a")));
+    let merge = |method: &str, model: &Path| {
+        tiesmith(["merge", "--method", method, "--base", &other, "--model", &text(model), "--out", &out, "--force"])
     };
-    assert_eq!(differences(&other(&expected, "a"), &other(&file, "b")), "");
+    for line in [merge("ties", &file), unpack(&file, &saved.path("a"), &["--base", &other])] {
+        assert!(line.refusal().contains("x.tvz: packed against another base than"), "{}", line.stderr);
+        assert!(!saved.path("a").exists());
+    }
+    // Unpacked it is a model like any other, and so it is to methods that look at no differences.
+    merge("ties", &expected).succeeded();
+    merge("linear", &file).succeeded();
+    assert_eq!(differences(&read_checkpoint(&expected), &read_checkpoint(&saved.path("a"))), "");
     // A moved base is found where it is given.
     let moved = saved.path("moved");
     fs::rename(&saved.base, &moved).unwrap();

@@ -12,7 +12,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::checkpoint::rows::{Part, read_elements};
@@ -230,12 +230,16 @@ impl Adapted {
 
     /// The file that stands for this where only one can: W's, or the adapter's.
     fn file(&self) -> &dyn InputFile {
-        let own = match &self.change {
+        &*self.weight.as_ref().or(self.own()).expect("a view changes something").file
+    }
+
+    /// A part of what the adapter stores of it, if that is more than a number.
+    fn own(&self) -> Option<&Part> {
+        match &self.change {
             Change::Add { left, .. } => Some(&left.part),
             Change::ScaleRows(part) | Change::ScaleColumns(part) => Some(part),
             Change::Scale(_) => None,
-        };
-        &*self.weight.as_ref().or(own).expect("a view changes something").file
+        }
     }
 
     /// Fills `out` with the elements from `first` on.
@@ -389,6 +393,16 @@ impl Adapted {
 impl InputFile for Adapted {
     fn path(&self) -> &Path {
         self.file().path()
+    }
+
+    /// The adapter's where W is finite.
+    fn origin(&self, offset: u64) -> PathBuf {
+        let mut entry = [0.0];
+        let is_finite = |weight: &Part| {
+            self.entries(weight, offset / self.float.width() as u64, &mut entry).is_ok() && entry[0].is_finite()
+        };
+        let own = self.own().filter(|_| self.weight.as_ref().is_none_or(is_finite));
+        own.map_or(self.path(), |own| own.file.path()).to_path_buf()
     }
 
     fn identity(&self) -> &Identity {

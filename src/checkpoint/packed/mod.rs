@@ -42,12 +42,14 @@ pub(super) fn open(
     let file: Arc<dyn InputFile> = Arc::from(storage.open(path)?);
     let index = format::read(&*file).map_err(|e| e.at(path))?;
     let mut base = find_base(path, &index.contents.base, beside, storage)?;
+    let other_base = beside.is_some_and(|beside| beside.spec != base.spec);
     let packed = PackedFile::new(file, index, &base).map_err(|e| e.at(path))?;
     let tensors = packed.entries();
     let derived = Derived {
         held_bytes: packed.held_bytes() + base.derived.held_bytes,
         scratch_bytes: packed.decode_bytes() + base.derived.scratch_bytes,
         packed: true,
+        other_base,
         ..Derived::default()
     };
     let own = CheckpointFile { header_bytes: packed.index_bytes, header_hash: packed.hash, file: Arc::new(packed) };

@@ -1,11 +1,11 @@
 //! The arguments of 'sweep': those of a merge, with lists where a grid is meant.
 
 use clap::Args;
-use tiesmith::{Scope, ThresholdKind, TrimTies, Value};
 
-use super::{InputArgs, OutputArgs, RunArgs, methods, scopes, thresholds, tie_rules, words};
+use super::rules::{RuleArgs, ThresholdArgs};
+use super::{InputArgs, OutputArgs, RunArgs, methods};
 use crate::cli::statistics::StatisticsArgs;
-use crate::cli::{parse, sweep};
+use crate::cli::sweep;
 
 #[derive(Debug, Args)]
 pub struct SweepArgs {
@@ -39,41 +39,10 @@ pub struct SweepArgs {
     #[arg(long, value_name = "SETS", help_heading = "Grid", value_delimiter = ',', value_parser = sweep::subset)]
     pub subset: Vec<sweep::Subset>,
 
-    /// How the sign of each parameter is elected [default: mass]
-    #[arg(long, value_name = "RULE", help_heading = "Method", value_parser = words("elect"))]
-    pub elect: Option<String>,
-
-    /// What becomes of the values that agree with the elected sign [default: mean] (sum in dare_ties and breadcrumbs_ties)
-    #[arg(long, value_name = "RULE", help_heading = "Method", value_parser = words("combine"))]
-    pub combine: Option<String>,
-
-    /// The sign where an election cancels exactly [default: zero]
-    #[arg(long, value_name = "RULE", help_heading = "Method", value_parser = words("zero_sum"))]
-    pub zero_sum: Option<String>,
-
-    /// Any parameter of the methods by its name, as in '--param gamma=0.01'; repeatable
-    #[arg(long = "param", value_name = "NAME=VALUE", help_heading = "Method", allow_hyphen_values = true, value_parser = parse::param)]
-    pub params: Vec<(String, Value)>,
-
-    /// Take the elected signs from this checkpoint's task vector instead (oracle signs)
-    #[arg(long, value_name = "CKPT", help_heading = "Method")]
-    pub sign_from: Option<String>,
-
-    /// Seed of every random draw; equal seeds give equal bytes
-    #[arg(long, value_name = "N", help_heading = "Method", default_value = "0", value_parser = parse::whole)]
-    pub seed: u64,
-
-    /// Where one threshold applies
-    #[arg(long, value_name = "SCOPE", help_heading = "Trim", default_value = "model", value_parser = scopes())]
-    pub scope: Scope,
-
-    /// How the thresholds are found
-    #[arg(long, value_name = "KIND", help_heading = "Trim", default_value = "exact", value_parser = thresholds())]
-    pub threshold: ThresholdKind,
-
-    /// What becomes of magnitudes equal to the threshold
-    #[arg(long, value_name = "RULE", help_heading = "Trim", default_value = "keep", value_parser = tie_rules())]
-    pub trim_ties: TrimTies,
+    #[command(flatten)]
+    pub rules: RuleArgs,
+    #[command(flatten)]
+    pub thresholds: ThresholdArgs,
 
     /// Store each output as what differs from the base, compressed, in a file DIR/NAME.tvz
     ///

@@ -34,6 +34,7 @@ const KEYS: &[&str] = &[
     "threshold",
     "trim_ties",
     "seed",
+    "rank",
     "elect",
     "combine",
     "zero_sum",
@@ -83,7 +84,9 @@ pub(super) fn read(reader: Reader<'_>, node: &Node) -> Result<Document> {
         Some(node) => Some(named(reader, node, "base_model", &mut architectures)?),
         None => None,
     };
-    if method.needs_base() && base.is_none() && !every_slice_has_base(reader, &fields) {
+    // Adapters that are merged with each other have no base, and their rank says that they are.
+    let rank = fields.get("rank").map(|node| rank(reader, node)).transpose()?;
+    if method.needs_base() && base.is_none() && rank.is_none() && !every_slice_has_base(reader, &fields) {
         return Err(reader
             .fail(fields.place, format!("{} works on task vectors and needs 'base_model'", method.name()))
             .help("name the checkpoint that the models were fine-tuned from"));
@@ -96,6 +99,7 @@ pub(super) fn read(reader: Reader<'_>, node: &Node) -> Result<Document> {
         trim_ties: choice(reader, &fields, "trim_ties", TRIM_TIES)?.unwrap_or(TrimTies::Lowest),
         seed: fields.get("seed").map_or(Ok(0), |node| reader.whole(node, "seed"))?,
         dtype: dtype(reader, &fields)?,
+        rank,
         required: settings::required(method).collect(),
         tied_heads: true,
         crop_vocabulary: true,
@@ -173,6 +177,14 @@ fn every_slice_has_base(reader: Reader<'_>, fields: &Fields<'_>) -> bool {
 
 fn choice<T: Copy>(reader: Reader<'_>, fields: &Fields<'_>, key: &str, words: &[(&str, T)]) -> Result<Option<T>> {
     fields.get(key).map(|node| reader.word(node, key, words)).transpose()
+}
+
+/// The rank of the adapter that LoRA adapters are merged into.
+fn rank(reader: Reader<'_>, node: &Node) -> Result<u64> {
+    match reader.whole(node, "rank")? {
+        0 => Err(reader.fail(node.place, "a rank of 0 holds nothing").help("give the output's rank, such as 16")),
+        rank => Ok(rank),
+    }
 }
 
 /// The type of the output: `out_dtype`, or else `dtype`.
