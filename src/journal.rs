@@ -22,6 +22,8 @@ const MARKER: [u8; 4] = *b"TSR\n";
 /// Marker, kind, encoding, two zeros, number, stored length, length.
 const HEAD_BYTES: usize = 24;
 const CHECKSUM_BYTES: usize = 16;
+/// Longest record in the file: a crash leaves no more than a part of one.
+const LONGEST_RECORD_BYTES: u64 = (HEAD_BYTES + MAX_RECORD_BYTES + CHECKSUM_BYTES) as u64;
 /// Shorter payloads are stored as they are.
 const COMPRESSED_FROM_BYTES: usize = 1 << 10;
 const COMPRESSION_LEVEL: i32 = 3;
@@ -97,13 +99,15 @@ pub fn replay(
     } else {
         end = 0;
     }
+    let damaged = |what: String| {
+        let what = format!("the journal is damaged: record {} at byte {end} is unreadable, {what}", number + 1);
+        Err(Error::input(what).at(path).help("use --restart to start over"))
+    };
+    if bytes - end > LONGEST_RECORD_BYTES {
+        return damaged(format!("and {} bytes are no part of one record", bytes - end));
+    }
     if let Some(sound) = next_sound(&*file, end)? {
-        return Err(Error::input(format!(
-            "the journal is damaged: record {} at byte {end} is unreadable, but one at byte {sound} is not",
-            number + 1
-        ))
-        .at(path)
-        .help("use --restart to start over"));
+        return damaged(format!("but one at byte {sound} is not"));
     }
     Ok((number > 0).then_some((end, number)))
 }

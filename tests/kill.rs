@@ -33,7 +33,7 @@ fn family(elements: usize) -> Family {
 
 fn merge(saved: &Saved, out: &Path, extra: &[&str]) -> Command {
     let mut merge = command();
-    merge.arg("merge").args(saved.inputs(&Recipe::default())).args(["--progress=none", "--json", "--out", &text(out)]);
+    merge.arg("merge").args(saved.inputs(&Recipe::default())).args(["--progress=json", "--json", "--out", &text(out)]);
     merge.args(extra).stdout(Stdio::piped()).stderr(Stdio::piped());
     merge
 }
@@ -67,6 +67,50 @@ fn finished_shards(out: &Path) -> BTreeMap<String, (u64, i64, i64)> {
         .collect()
 }
 
+/// What the journal vouched for when a run began, in bytes; `None` if it did not get as far as telling.
+fn vouched(stderr: &str) -> Option<u64> {
+    let events = stderr.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let told = events.filter(|event| event["stage"] == "check" && event["event"] == "stage").last()?;
+    told["bytes"].as_u64()
+}
+
+/// Bytes of shards on the disk, finished or not: files are at their full length from the start, with holes.
+fn on_disk(out: &Path) -> u64 {
+    let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().map(Result::unwrap).collect::<Vec<_>>();
+    let is_shard = |name: &str| name.trim_end_matches(".partial").ends_with(".safetensors");
+    let shards = entries(out).into_iter().chain(entries(&out.join(".tiesmith")));
+    let shards = shards.filter(|entry| is_shard(&entry.file_name().to_string_lossy()));
+    shards.map(|entry| entry.metadata().unwrap().blocks() * 512).sum()
+}
+
+/// What was written in vain: what the runs that were killed had written when nothing vouched for it yet.
+#[derive(Default)]
+struct InFlight {
+    bytes: u64,
+    /// Per run that was killed, until it is known what the journal vouches for: what it wrote, and what was on the disk then.
+    killed: Vec<(u64, u64)>,
+}
+
+impl InFlight {
+    /// Now it is known.
+    fn settle(&mut self, vouched: u64) {
+        for (written, on_disk) in self.killed.drain(..) {
+            self.bytes += written.min(on_disk.saturating_sub(vouched));
+        }
+    }
+}
+
+/// Puts copies in the places of all files of a checkpoint, with their times.
+fn copy_files(dir: &Path) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let (path, copy) = (entry.as_ref().unwrap().path(), dir.join("copy"));
+        fs::copy(&path, &copy).unwrap();
+        let times = fs::FileTimes::new().set_modified(entry.unwrap().metadata().unwrap().modified().unwrap());
+        fs::File::options().append(true).open(&copy).unwrap().set_times(times).unwrap();
+        fs::rename(&copy, &path).unwrap();
+    }
+}
+
 #[test]
 fn killed_at_random_moments_the_output_is_the_same() {
     let wanted: u32 = std::env::var("TIESMITH_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(40);
@@ -75,12 +119,13 @@ fn killed_at_random_moments_the_output_is_the_same() {
     let mut random = Random::new(7);
     let (mut kills, mut runs, mut resumed, mut reused) = (0, 0, 0, 0);
     // By all attempts, and by as many undisturbed runs as there were outputs.
-    let (mut all_bytes, mut clean_bytes) = (0, 0);
-    let cuts: [&[&str]; 4] = [
+    let (mut all_bytes, mut clean_bytes, mut in_flight) = (0, 0, InFlight::default());
+    let cuts: [&[&str]; 5] = [
         &["--max-shard-size=250KB", "--threads=1"],
         &["--max-shard-size=500KB", "--threads=2", "--scope=tensor", "--trim-ties=lowest"],
         &["--threads=2", "--memory=40MB", "--trim-ties=lowest"],
         &["--max-shard-size=1MB", "--threads=1", "--memory=32MB", "--io=mmap"],
+        &["--max-shard-size=500KB", "--threads=2", "--memory=40MB", "--hash-inputs"],
     ];
     for round in 0.. {
         let extra = cuts[round % cuts.len()];
@@ -93,21 +138,30 @@ fn killed_at_random_moments_the_output_is_the_same() {
         clean_bytes += bytes;
         let out = saved.path(&format!("out{round}"));
         loop {
+            if extra.contains(&"--hash-inputs") {
+                // Content is the same, inodes are not.
+                saved.models.iter().chain([&saved.base]).for_each(|dir| copy_files(dir));
+            }
             let finished = finished_shards(&out);
-            let mut child = merge(&saved, &out, extra).spawn().unwrap();
+            let child = merge(&saved, &out, extra).spawn().unwrap();
             std::thread::sleep(whole.mul_f64(f64::from(random.below(1000) as u32) / 900.0));
             signal(&child, "-KILL");
             let attempt = written(&child);
             (runs, all_bytes) = (runs + 1, all_bytes + attempt);
             // No attempt does more than all of the work, and a line more in the journal for what it took over.
             assert!(attempt <= bytes + bytes / 10 + 4096, "{attempt} bytes written, {bytes} undisturbed");
-            let status = child.wait().unwrap();
+            let output = child.wait_with_output().unwrap();
+            let status = output.status;
+            if let Some(vouched) = vouched(&String::from_utf8_lossy(&output.stderr)) {
+                in_flight.settle(vouched);
+            }
             // Whatever the moment: what was finished is not written again.
             for (name, place) in finished {
                 assert_eq!(finished_shards(&out).get(&name), Some(&place), "{name} was written again");
             }
             if status.signal() == Some(9) {
                 kills += 1;
+                in_flight.killed.push((attempt, on_disk(&out)));
                 let index =
                     ["model.safetensors.index.json", "model.safetensors"].iter().any(|name| out.join(name).exists());
                 assert!(!index || read_checkpoint(&out) == read_checkpoint(&clean), "looks like a model");
@@ -119,6 +173,9 @@ fn killed_at_random_moments_the_output_is_the_same() {
                 let child = merge(&saved, &out, extra).spawn().unwrap();
                 (runs, all_bytes) = (runs + 1, all_bytes + written(&child));
                 let output = child.wait_with_output().unwrap();
+                if let Some(vouched) = vouched(&String::from_utf8_lossy(&output.stderr)) {
+                    in_flight.settle(vouched);
+                }
                 if output.status.success() {
                     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
                     resumed += u32::from(report["resumed"] == true);
@@ -130,6 +187,8 @@ fn killed_at_random_moments_the_output_is_the_same() {
                 break;
             }
         }
+        // Whatever was killed last had done everything.
+        in_flight.settle(u64::MAX);
         assert!(lasting(&out) == lasting(&clean), "round {round}");
         fs::remove_dir_all(&out).unwrap();
         fs::remove_dir_all(&clean).unwrap();
@@ -140,13 +199,15 @@ fn killed_at_random_moments_the_output_is_the_same() {
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     let told = format!(
         "{kills} kills in {runs} runs, {resumed} of the last ones went on, with {reused} chunks; {:.1} MB written, {:.1} MB by \
-         undisturbed runs ({:.2} times as much)",
+         undisturbed runs, {:.1} MB in flight when a run was killed: but for these {:.3} times as much",
         megabytes(all_bytes),
         megabytes(clean_bytes),
-        all_bytes as f64 / clean_bytes as f64
+        megabytes(in_flight.bytes),
+        (all_bytes - in_flight.bytes) as f64 / clean_bytes as f64
     );
     // Not lost where tests are run without `--nocapture`.
     let _ = writeln!(std::io::stderr(), "{told}");
+    assert!(all_bytes <= clean_bytes + clean_bytes / 10 + in_flight.bytes, "{told}");
     assert!(resumed > 0, "no run had anything to go on with");
 }
 
