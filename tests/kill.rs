@@ -69,8 +69,8 @@ fn finished_shards(out: &Path) -> BTreeMap<String, (u64, i64, i64)> {
 
 /// What the journal vouched for when a run began, in bytes; `None` if it did not get as far as telling.
 fn vouched(stderr: &str) -> Option<u64> {
-    let events = stderr.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let told = events.filter(|event| event["stage"] == "check" && event["event"] == "stage").last()?;
+    let mut events = stderr.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let told = events.rfind(|event| event["event"] == "stage" && event["stage"] == "check")?;
     told["bytes"].as_u64()
 }
 

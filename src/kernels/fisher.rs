@@ -50,10 +50,8 @@ mod tests {
         fishers[0][..4].copy_from_slice(&[0.0, -0.0, f32::from_bits(1), f32::MAX]);
         fishers[1][..4].copy_from_slice(&[0.0, 1.0, f32::from_bits(1), f32::MAX]);
         let weights = [1.0f32, 0.25, 3.0];
-        let refs = |columns: &[Vec<f32>]| -> Vec<&'static [f32]> {
-            columns.iter().map(|column| &*column.clone().leak()).collect()
-        };
-        let (theta_refs, fisher_refs) = (refs(&thetas), refs(&fishers));
+        let [theta_refs, fisher_refs] =
+            [&thetas, &fishers].map(|columns| columns.iter().map(Vec::as_slice).collect::<Vec<_>>());
         for floor in [1e-6f32, 1.0] {
             let mut first: Option<Vec<u32>> = None;
             for isa in Isa::available() {

@@ -104,19 +104,19 @@ fn faults(ended: &Ended, out: &Path, names: &[&str]) -> Vec<String> {
 }
 
 /// Runs every case and reports all that went wrong.
-struct Corpus {
+pub struct Corpus {
     dir: TempDir,
     cases: usize,
     failures: Vec<String>,
 }
 
 impl Corpus {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self { dir: tempfile::tempdir().unwrap(), cases: 0, failures: Vec::new() }
     }
 
     /// A fresh directory for a case, with two good checkpoints in it.
-    fn place(&mut self) -> PathBuf {
+    pub fn place(&mut self) -> PathBuf {
         self.cases += 1;
         let dir = self.dir.path().join(self.cases.to_string());
         for name in ["good", "bad"] {
@@ -127,13 +127,13 @@ impl Corpus {
     }
 
     /// A merge of `good` and `bad` must be refused.
-    fn refuse(&mut self, what: &str, names: &[&str], spoil: impl FnOnce(&Path)) {
+    pub fn refuse(&mut self, what: &str, names: &[&str], spoil: impl FnOnce(&Path)) {
         let dir = self.place();
         spoil(&dir.join("bad"));
         self.refuse_args(what, names, &dir, &["--base=good", "--model=bad"]);
     }
 
-    fn refuse_args(&mut self, what: &str, names: &[&str], dir: &Path, args: &[&str]) {
+    pub fn refuse_args(&mut self, what: &str, names: &[&str], dir: &Path, args: &[&str]) {
         let all: Vec<String> =
             ["merge", "--progress=none", "--out=out"].iter().chain(args).map(|a| (*a).into()).collect();
         let ended = run(dir, &all);
@@ -151,7 +151,7 @@ impl Corpus {
     }
 
     #[track_caller]
-    fn finish(self, least: usize) {
+    pub fn finish(self, least: usize) {
         let count = self.failures.len();
         println!("{} cases", self.cases);
         assert!(self.failures.is_empty(), "{count} of {} cases failed:\n{}", self.cases, self.failures.join("\n"));
@@ -159,7 +159,7 @@ impl Corpus {
     }
 }
 
-fn file(header: &str, data: &[u8]) -> Vec<u8> {
+pub fn file(header: &str, data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat()
 }
 
@@ -169,7 +169,7 @@ fn good_file() -> Vec<u8> {
     file(GOOD, &[0; 20])
 }
 
-fn entry(dtype: &str, shape: &str, begin: u64, end: u64) -> String {
+pub fn entry(dtype: &str, shape: &str, begin: u64, end: u64) -> String {
     format!(r#"{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{begin},{end}]}}"#)
 }
 

@@ -16,6 +16,7 @@
 //! | `golden` | outputs of the paper's own code and of mergekit |
 //! | `digits` | accuracies of a real, tiny family |
 //! | `analyze` | every number of a report against its definition |
+//! | `hostile` | what stands beside the weights, and where outputs go: as in `corpus` |
 //! | `bad_input` | one line, exit code 2, nothing written |
 //! | `cli` | verbs, help, reports, exit codes |
 //! | `page` | the page of a report in a browser, where one is asked for |
@@ -53,6 +54,7 @@ mod formats;
 mod forms;
 mod golden;
 mod handing;
+mod hostile;
 mod limits;
 mod mergekit;
 mod merges;
