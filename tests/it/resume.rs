@@ -494,7 +494,7 @@ fn sound_records_that_make_no_sense_are_refused() {
     let good = fs::read(&path).unwrap();
     let number = good.windows(4).filter(|bytes| *bytes == b"TSR\n").count() as u64;
     let before = tree(&saved);
-    let nonsense: [(&str, u8, Vec<u8>); 12] = [
+    let nonsense: [(&str, u8, Vec<u8>); 15] = [
         ("an unknown kind", 9, Vec::new()),
         ("a second beginning", 1, b"{}".to_vec()),
         ("an unknown entry", 2, vec![7]),
@@ -506,6 +506,9 @@ fn sound_records_that_make_no_sense_are_refused() {
         ("writes that do not add up", 2, range(3, 0, 10, &[], &[39])),
         ("counts of too few models", 2, range(3, 0, 10, &[1], &[40])),
         ("more survivors than elements", 2, range(3, 0, 10, &[1, u64::MAX, 1], &[40])),
+        ("a read where none are recorded", 2, [&[3][..], &[0; 32]].concat()),
+        ("a search cut off", 2, [&[4][..], &[0; 20], &[9, 0, 0, 0]].concat()),
+        ("inputs that are none", 6, b"{}".to_vec()),
         ("names that are none", 3, b"{}".to_vec()),
     ];
     for (what, kind, payload) in nonsense {
@@ -518,7 +521,9 @@ fn sound_records_that_make_no_sense_are_refused() {
     }
     // A range that is not what was written is done again, and so is one whose bytes are not there.
     let absent = record(number, 2, &range(3, 0, 10, &[], &[40]));
-    fs::write(&path, [good, absent].concat()).unwrap();
+    // So is a search that has counted something else.
+    let search = record(number + 1, 2, &[&[4, 3, 0, 0, 0][..], &[255; 16], &[5, 0, 0, 0, 1, 7, 7, 7, 7]].concat());
+    fs::write(&path, [good, absent, search].concat()).unwrap();
     again(&saved, &[]).succeeded();
     finished(&family, &saved);
 }
