@@ -67,7 +67,7 @@ pub use recipe::{
 };
 pub use report::{Analysis, Line, Remark, remarks};
 pub use storage::{Disk, Identity, InputFile, IoMode, Lock, Online, OutputFile, Pinned, Storage, Window};
-pub use storage::{read_fully, write_fully};
+pub use storage::{is_object, read_fully, write_fully};
 
 /// What the benchmarks measure. No part of the API: it changes without notice.
 #[doc(hidden)]

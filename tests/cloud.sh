@@ -1,6 +1,6 @@
 #!/bin/bash
 # Merges of inputs in an S3-compatible store on this host: the bytes of local inputs, or one clear error. Finished shards
-# are uploaded by a command, which is killed with the merge in between.
+# are uploaded by a command, which is killed with the merge in between, and by the merge itself, killed too.
 #
 #   tests/cloud.sh [TIESMITH]
 #
@@ -49,6 +49,9 @@ if verb == "up":
 elif verb == "put":
     bucket, key, path = args
     s3.upload_file(path, bucket, key)
+elif verb == "names":
+    bucket, prefix = args
+    print(*(entry["Key"] for entry in s3.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])))
 elif verb == "down":
     bucket, prefix, root = args
     os.makedirs(root, exist_ok=True)
@@ -145,4 +148,58 @@ ls "$work"/out/*.safetensors > /dev/null 2>&1 && fail "shards stayed"
 "$python" "$work/s3.py" down models merged/ "$work/back"
 same "$work/local" "$work/back"
 passed "shards uploaded one by one, with a kill in between"
+
+# Uploaded without a command: by the merge itself, which is killed again and again. Files of more than 8 MiB go in parts.
+python3 - "$work/in" <<'PY'
+import json, os, random, struct, sys
+random.seed(4)
+n = 7_000_000
+base = bytearray(random.randbytes(2 * n))
+base[1::2] = bytes(0x3C | (b & 0x80) for b in base[1::2])
+model = bytearray(base)
+model[0::2] = bytes((a + 3) & 0xFF for a in model[0::2])
+for name, data in (("bigbase", base), ("big", model)):
+    os.makedirs(f"{sys.argv[1]}/{name}")
+    text = json.dumps({"w": {"dtype": "BF16", "shape": [n], "data_offsets": [0, 2 * n]}}).encode()
+    with open(f"{sys.argv[1]}/{name}/model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + bytes(data))
+    with open(f"{sys.argv[1]}/{name}/config.json", "w") as file:
+        json.dump({"torch_dtype": "bfloat16"}, file)
+PY
+objects() { "$python" "$work/s3.py" names models "$1"; }
+cd "$work"
+for family in several one; do
+  rm -rf "$work/local" "$work/back" "$work"/*.upload
+  if [ $family = several ]; then
+    again() { merge "$1" "$work/in" --lambda 0.9 "${@:2}"; }
+  else
+    again() {
+      "$TIESMITH" merge --base "$work/in/bigbase" --model "$work/in/big" --out "$1" --progress none --lambda 0.9 "${@:2}"
+    }
+  fi
+  again "$work/local" > /dev/null
+  kills=0
+  for milliseconds in 40 90 140 200 280 380 500 700; do
+    [ -z "$(objects "up-$family/model.safetensors")" ] || break
+    again "s3://models/up-$family" > /dev/null 2>&1 &
+    pid=$!
+    sleep "$(printf '0.%03d' $milliseconds)"
+    kill -9 $pid 2> /dev/null && kills=$((kills + 1))
+    wait $pid 2> /dev/null || true
+  done
+  if [ -z "$(objects "up-$family/tiesmith.json")" ] || [ -d "$work/up-$family.upload" ]; then
+    again "s3://models/up-$family" > /dev/null
+  fi
+  [ ! -e "$work/up-$family.upload" ] || fail "the work directory stayed"
+  "$python" "$work/s3.py" down models "up-$family/" "$work/back"
+  for file in "$work"/local/*; do
+    case $(basename "$file") in tiesmith.json | README.md) ;; *) cmp "$file" "$work/back/$(basename "$file")" ;; esac
+  done
+  [ -e "$work/back/tiesmith.json" ] && [ -e "$work/back/README.md" ] || fail "side files are missing"
+  refused 2 "something is there already" again "s3://models/up-$family"
+  passed "uploaded by the merge itself ($family), with $kills kills in between"
+done
+refused 2 "replaces nothing" again s3://models/up-one --force
+refused 2 "there are none for --on-shard" again s3://models/up-three --on-shard true
+refused 2 "not an address\|access is denied\|no such\|NoSuchBucket" again s3://no-such-bucket/up
 echo "$count passed, 0 failed"

@@ -137,6 +137,7 @@ pub enum Command {
         mut_arg("out", |arg| arg.help("Directory of the outputs, which have a folder each, and of their table")),
         mut_arg("parts", |arg| arg.hide(true)),
         mut_arg("spool", |arg| arg.hide(true)),
+        mut_arg("work", |arg| arg.hide(true)),
     )]
     Sweep(Box<SweepArgs>),
     /// Pack a checkpoint into a file of what differs from its base, trimmed and compressed
@@ -292,9 +293,13 @@ pub struct TrimArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Output")]
 pub struct OutputArgs {
-    /// Directory of the merged checkpoint
-    #[arg(long, value_name = "DIR")]
+    /// Directory of the merged checkpoint, or an address to upload it to, such as s3://bucket/prefix
+    #[arg(long, value_name = "DIR", long_help = parts::OUT)]
     pub out: Option<PathBuf>,
+
+    /// Where an output is made that is uploaded; removed at the end [default: NAME.upload]
+    #[arg(long, value_name = "DIR")]
+    pub work: Option<PathBuf>,
 
     /// Where the documents of a recipe file are made that others use [default: DIR.parts]
     #[arg(long, value_name = "PARTS", requires = "recipe")]

@@ -60,7 +60,7 @@ const NEUTRAL: [&str; 9] = ["recipe", "out", "force", "restart", "memory", "thre
 
 /// The merges that `args` describe, each after those whose outputs it uses. The last one goes to `--out`.
 pub fn read(args: &MergeArgs, verb: &str, storage: &dyn Storage) -> Result<Vec<Job>> {
-    let out = args.output.out.clone();
+    let out = lower::out_dir(args);
     let Some(file) = &args.recipe else {
         let recipe = lower::recipe(args, verb)?;
         let (places, warnings) = (HashMap::new(), Vec::new());
@@ -174,7 +174,7 @@ fn again(args: &MergeArgs, file: &str, storage: &dyn Storage) -> Result<Job> {
     }
     let manifest = Manifest::read(Path::new(file), storage)?;
     let recipe = manifest.recipe(storage);
-    let out = args.output.out.clone();
+    let out = lower::out_dir(args);
     Ok(Job {
         name: None,
         recipe,
@@ -191,7 +191,7 @@ fn parts_dir(args: &MergeArgs) -> PathBuf {
     if let Some(parts) = &args.output.parts {
         return parts.clone();
     }
-    let out = args.output.out.clone().unwrap_or_else(|| "out".into());
+    let out = lower::out_dir(args).unwrap_or_else(|| "out".into());
     let mut name = out.file_name().unwrap_or_default().to_os_string();
     name.push(".parts");
     out.with_file_name(name)

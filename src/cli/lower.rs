@@ -1,10 +1,15 @@
 //! From arguments to the library's terms: a recipe (what), a run (how) and an output (where).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use tiesmith::{Error, METHODS, Method, OutputOptions, Plan, Recipe, Result, Run, Schedule, Statistics, Value};
+use tiesmith::{
+    Error, METHODS, Method, OutputOptions, Plan, Recipe, Result, Run, Schedule, Statistics, Value, is_object,
+};
 
 use super::args::{MergeArgs, RunArgs};
+
+/// What uploading takes: two parts on their way, one that is read, and connections.
+const UPLOAD_BYTES: u64 = 36_000_000;
 
 /// The recipe that `args` describe.
 pub fn recipe(args: &MergeArgs, verb: &str) -> Result<Recipe> {
@@ -69,7 +74,11 @@ pub fn run(args: &RunArgs) -> Run {
 
 /// The same, for a merge by `plan`: what it downloads and needs again is kept on the local disk, unless a cache does that.
 pub fn schedule(plan: &Plan, args: &MergeArgs) -> Result<Schedule> {
-    let schedule = Schedule::with_spool(plan, run(&args.run))?;
+    let run = run(&args.run);
+    let schedule = match address(args) {
+        Some(_) => Schedule::beside(plan, run, ("parts that are uploaded", UPLOAD_BYTES))?,
+        None => Schedule::with_spool(plan, run)?,
+    };
     Ok(match &args.output.spool {
         None if args.run.cache.dir.is_some() => schedule.without_spool(plan),
         None => schedule,
@@ -83,17 +92,53 @@ pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
+/// The address in an object store that the result is uploaded to, if it is.
+pub fn address(args: &MergeArgs) -> Option<&Path> {
+    args.output.out.as_deref().filter(|out| is_object(out))
+}
+
+/// The directory in which the result is made, if it is to be made.
+pub fn out_dir(args: &MergeArgs) -> Option<PathBuf> {
+    let out = args.output.out.as_ref()?;
+    if !is_object(out) {
+        return Some(out.clone());
+    }
+    let mut name = out.file_name().unwrap_or_default().to_os_string();
+    name.push(".upload");
+    Some(args.output.work.clone().unwrap_or_else(|| name.into()))
+}
+
 /// Where the result goes.
 pub fn output(args: &MergeArgs) -> Result<OutputOptions> {
-    let dir: PathBuf = args.output.out.clone().ok_or_else(|| {
+    let dir = out_dir(args).ok_or_else(|| {
         Error::usage("no output directory is given").help("add '--out DIR', or use 'tiesmith plan' to write nothing")
     })?;
+    let mut on_shard = args.output.on_shard.clone();
+    match address(args) {
+        Some(_) if args.output.force => {
+            return Err(Error::usage("--force replaces nothing in an object store")
+                .help("remove what is there first, or use another --out"));
+        }
+        Some(_) if on_shard.is_some() => {
+            return Err(Error::usage("shards are uploaded to --out, so there are none for --on-shard")
+                .help("leave it out, or give a directory for --out"));
+        }
+        Some(address) => on_shard = Some(address.to_string_lossy().into_owned()),
+        None if args.output.work.is_some() => {
+            return Err(Error::usage("--work is where an output is made that is uploaded, and --out is a directory")
+                .help("leave it out, or use an address such as s3://bucket/prefix for --out"));
+        }
+        None if on_shard.as_deref().is_some_and(|command| is_object(Path::new(command))) => {
+            return Err(Error::usage("--on-shard takes a command, and this is an address").help("use it for --out"));
+        }
+        None => {}
+    }
     Ok(OutputOptions {
         dir,
         force: args.output.force,
         restart: args.output.restart,
         hash_inputs: args.hash_inputs,
-        on_shard: args.output.on_shard.clone(),
+        on_shard,
     })
 }
 

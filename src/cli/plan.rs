@@ -25,6 +25,10 @@ pub fn run(args: &PlanArgs) -> Result<u8> {
     let storage = disk(args.run.io);
     let jobs = jobs::read(args, "plan", &*storage)?;
     let alone = jobs.len() == 1;
+    if save.is_some() && lower::address(args).is_some() {
+        return Err(Error::usage("--save takes a directory for --out, which all parts share")
+            .help("upload with --on-shard CMD, which 'tiesmith finish' runs for each shard"));
+    }
     if save.is_some() && !alone {
         return Err(Error::usage("--save takes one merge, and the recipe file holds several")
             .help("merge the documents that others use first, each from a file of its own"));
@@ -63,7 +67,7 @@ pub fn run(args: &PlanArgs) -> Result<u8> {
             text.push_str(&format!("{}\n\n", printable(&name)));
         }
         text.push_str(&render(&summary));
-        let out = job.out.as_deref().or(args.output.out.as_deref());
+        let out = job.out.as_deref();
         let dir = args.output.spool.as_deref().or(out);
         let room = |dir: &Path| spool_room(dir, (out.unwrap_or(dir), summary.bytes_written), &*storage);
         let room = dir.filter(|_| summary.spool_bytes > 0).map(room).transpose()?;

@@ -31,6 +31,9 @@ pub fn run(args: SweepArgs) -> Result<u8> {
     }
     let (report, packed) = (args.run.report.progress, args.packed);
     let args = merge_args(args);
+    if lower::address(&args).is_some() || args.output.work.is_some() {
+        return Err(Error::usage("the outputs of a sweep go to a directory: give one for --out, and no --work"));
+    }
     let options = SweepOptions { output: lower::output(&args)?, packed };
     let mut jobs = jobs::read(&args, "sweep", &*storage)?;
     let (Some(job), true) = (jobs.pop(), jobs.is_empty()) else {

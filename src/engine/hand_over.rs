@@ -1,5 +1,5 @@
-//! Shards handed over to a command of the user's, which may upload them and remove them: so that an output need not fit on
-//! the disk.
+//! Shards handed over to a command of the user's, which may upload them and remove them, or uploaded to an object store: so
+//! that an output need not fit on the disk.
 //!
 //! - The command runs when a shard is durable under its final name, and before the output becomes loadable. One runs at a
 //!   time, while the merge goes on.
@@ -35,6 +35,9 @@ pub(super) struct HandedOver {
     pub blake3: String,
     /// Checksums of its tensors' bytes, in hexadecimal, in the order of the plan.
     pub tensors: Vec<String>,
+    /// The address that it was uploaded to, if it was not a command that had it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
 }
 
 impl HandedOver {
@@ -46,6 +49,7 @@ impl HandedOver {
             bytes: sealed.bytes,
             blake3: sealed.hash.clone(),
             tensors: tensors.collect(),
+            to: None,
         }
     }
 
@@ -88,6 +92,11 @@ pub(super) fn hand_over(
         return Ok(());
     }
     observer.go_on()?;
+    if let Some(address) = output.address() {
+        output.upload(&shard.name, observer)?;
+        output.record_handed_over(&HandedOver { to: Some(address.to_owned()), ..shard.clone() })?;
+        return output.storage.remove_file(&output.dir.join(&shard.name));
+    }
     let path = std::path::absolute(output.dir.join(&shard.name)).unwrap_or_else(|_| output.dir.join(&shard.name));
     let mut child = shell(command, &path)
         .env("TIESMITH_SHARD", &path)

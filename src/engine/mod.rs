@@ -115,7 +115,8 @@ pub struct OutputOptions {
     /// Keep hashes of what is read, so that an interrupted merge can go on after its inputs were copied or touched. For
     /// merges that begin; not for factors of merged adapters.
     pub hash_inputs: bool,
-    /// A command for the shell that each finished shard is handed over to, and that may remove it. For merges.
+    /// A command for the shell that each finished shard is handed over to, and that may remove it; or the address in an object
+    /// store to which the output is uploaded, `dir` being where it is made and that disappears. For merges.
     pub on_shard: Option<String>,
 }
 
@@ -210,8 +211,8 @@ fn can_be_resumed(error: &Error) -> bool {
 
 /// Ends what an earlier attempt had finished but for its traces; the report is the one it left.
 fn tidy_up(plan: &Plan, dir: OutputDir, observer: &dyn Observer) -> Result<Report> {
-    dir.hand_over_rest(plan, observer)?;
     let report = OutputDir::report_in(&dir.dir, &*dir.storage);
+    dir.hand_over_rest(plan, observer)?;
     dir.tidy_up();
     Ok(Report { resumed: true, ..report? })
 }
@@ -280,6 +281,7 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     let mut report = report(plan, schedule, (&dir.dir, dir.resumes()), &tally, &thresholds, warnings);
     report.chunks_reused = reused;
     report.shards_handed_over = if dir.hands_over() { report.shards } else { 0 };
+    report.out = dir.address().map_or(report.out, str::to_owned);
     report.wall_seconds = begin.elapsed().as_secs_f64();
     Ok(Finished { report, written, thresholds })
 }

@@ -12,6 +12,7 @@ mod handing;
 mod inputs;
 mod parts;
 mod repair;
+mod upload;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,13 +24,13 @@ use super::hand_over::{AllHandedOver, HandedOver, hand_over};
 use super::identity::Begin;
 use super::side_files::{Content, SideFile};
 use super::{Observer, OutputOptions, Report};
-use crate::checkpoint::CheckpointFile;
-use crate::error::{Error, Result, printable};
+use crate::error::{Error, Result};
 use crate::journal::{Journal, Record, replay};
 use crate::limits::MAX_MANIFEST_BYTES;
 use crate::plan::Plan;
-use crate::storage::{Identity, Lock, Storage};
+use crate::storage::{Lock, Storage};
 use handing::held_at_once;
+pub(super) use inputs::refuse_inputs;
 
 /// Name of the folder that holds unfinished work.
 pub(super) const WORK_DIR: &str = ".tiesmith";
@@ -224,6 +225,7 @@ impl OutputDir {
             before.admit(dir, options)?;
             if !before.begun() {
                 check_space(held_at_once(plan, options.on_shard.is_some()), dir, &**storage)?;
+                upload::refuse_occupied(options.on_shard.as_deref(), &**storage)?;
             }
             Ok((work, before))
         };
@@ -290,6 +292,7 @@ impl OutputDir {
             let made = manifest["fingerprint"].as_str().unwrap_or_default();
             if begin.is_of(made) && begin.admit(plan).is_ok() {
                 self.published = true;
+                self.refuse_other_address(&log.handed_over)?;
                 self.handed_over = Mutex::new(log.handed_over);
                 self.journal = Mutex::new(journal);
                 return Ok(());
@@ -316,6 +319,7 @@ impl OutputDir {
             begin.admit_touched(plan).map_err(|e| e.at(&self.dir))?;
             self.inputs = Some(begin.clone());
             self.stale = log.stale;
+            self.refuse_other_address(&log.handed_over)?;
             self.handed_over = Mutex::new(log.handed_over);
             self.resumes = true;
             self.untouchable = AtomicBool::new(true);
@@ -507,6 +511,7 @@ impl OutputDir {
             }
             self.storage.sync_dir(&self.dir)?;
         }
+        self.upload_side_files(observer)?;
         if self.hands_over() {
             for shard in 0..plan.layout.shards.len() {
                 hand_over(&self, &made(shard), (shard, plan.layout.shards.len()), observer)?;
@@ -515,13 +520,15 @@ impl OutputDir {
         if let Some(index) = plan.layout.index_json() {
             self.storage.write_small(&self.dir.join(INDEX), index.as_bytes(), &self.work)?;
         }
+        self.upload_last(plan, observer)?;
         self.tidy_up();
         Ok(())
     }
 
     /// Removes the work directory of a published output. What cannot be removed disturbs nobody.
     pub(super) fn tidy_up(mut self) {
-        self.created = false;
+        // What is uploaded leaves nothing here.
+        self.created = self.address().is_some();
         if self.clear_work().is_ok() {
             self.remove_work();
         }
@@ -637,45 +644,6 @@ fn check_space(bytes: u64, dir: &Path, storage: &dyn Storage) -> Result<()> {
     ))
     .at(dir)
     .help("make room, or use another --out"))
-}
-
-/// An output directory that is an input's directory would be overwritten while it is read, and one that holds a file of
-/// an input, by whatever path that was named, would lose it.
-pub(super) fn refuse_inputs(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<()> {
-    let Some(out) = storage.identity(dir)? else { return Ok(()) };
-    let refuse = |what: String| Err(Error::input(what).at(dir).help("choose another --out"));
-    for checkpoint in &plan.checkpoints {
-        let input = storage.identity(&checkpoint.dir)?;
-        if input.is_some_and(|input| is_same(storage, (&checkpoint.dir, &input), (dir, &out))) {
-            return refuse(format!("the output directory is the input {}", printable(&checkpoint.spec)));
-        }
-    }
-    let names = if storage.is_dir(dir) { storage.list(dir).map_err(Error::as_input)? } else { Vec::new() };
-    for path in names.iter().map(|name| dir.join(name)) {
-        let Some(there) = storage.identity(&path)? else { continue };
-        for checkpoint in &plan.checkpoints {
-            let is_it =
-                |file: &&CheckpointFile| is_same(storage, (file.file.path(), file.file.identity()), (&path, &there));
-            if let Some(file) = checkpoint.files.iter().find(is_it) {
-                let (name, input) = (path.file_name().unwrap_or_default().to_string_lossy(), file.file.path());
-                return refuse(format!(
-                    "its {} is a file of the input {} ({})",
-                    printable(&name),
-                    printable(&checkpoint.spec),
-                    printable(&input.to_string_lossy())
-                ));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Whether two paths with their identities are one file. Where inodes are not known, only the resolved paths can tell.
-fn is_same(storage: &dyn Storage, (a, of_a): (&Path, &Identity), (b, of_b): (&Path, &Identity)) -> bool {
-    match of_a.inode {
-        0 => storage.canonical(a) == storage.canonical(b),
-        inode => (of_a.device, inode) == (of_b.device, of_b.inode),
-    }
 }
 
 /// Whether `name` is one that this program gives to a shard of several.

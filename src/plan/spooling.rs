@@ -9,7 +9,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Action, Goal, Plan, Schedule, ThresholdKind, Unit, Wanted};
+use super::{Action, Goal, Plan, Run, Schedule, ThresholdKind, Unit, Wanted};
 use crate::checkpoint::packed::{CHUNK, Encoder};
 use crate::error::Result;
 use crate::method::Sparsify;
@@ -167,6 +167,18 @@ impl Schedule {
             self.passes = self.passes(plan);
         }
         self
+    }
+
+    /// The same as [`Self::with_spool`], with `bytes` of the memory left for what is done beside it, called `term`.
+    pub fn beside(plan: &Plan, run: Run, (term, bytes): (&str, u64)) -> Result<Self> {
+        let rest = Run { memory_bytes: run.memory_bytes.saturating_sub(bytes), ..run };
+        let mut schedule = Self::with_spool(plan, rest).map_err(|error| {
+            let smallest = Self::smallest_memory(plan) + bytes;
+            error.replace_help(format!("use --memory {}MB or more", smallest.div_ceil(1_000_000)))
+        })?;
+        schedule.memory.push((term.to_owned(), bytes));
+        schedule.memory_limit = run.memory_bytes;
+        Ok(schedule)
     }
 
     /// Keeps it in `dir` instead of the output's work directory.

@@ -2,6 +2,7 @@
 //!
 //! - A prefix looks like a directory of the objects right under it.
 //! - The first look tells an object's length and version (ETag); every range demands that version.
+//! - A file is uploaded in parts, and appears when the last one is there.
 //! - Keys, regions and endpoints are told by the variables that `object_store` reads: `AWS_ACCESS_KEY_ID`, `GOOGLE_...`,
 //!   `AZURE_STORAGE_...`.
 //!
@@ -14,7 +15,7 @@ use std::path::Path;
 const SCHEMES: [&str; 8] = ["s3://", "s3a://", "gs://", "az://", "azure://", "adl://", "abfs://", "abfss://"];
 
 /// Whether `path` is in an object store.
-pub(super) fn is_object(path: &Path) -> bool {
+pub fn is_object(path: &Path) -> bool {
     let text = path.as_os_str().as_encoded_bytes();
     SCHEMES.iter().any(|scheme| text.starts_with(scheme.as_bytes()))
 }
@@ -32,6 +33,7 @@ mod absent {
     use std::sync::Arc;
 
     use crate::error::{Error, Result};
+    use crate::storage::InputFile;
     use crate::storage::remote::Far;
 
     /// No object store.
@@ -48,12 +50,21 @@ mod absent {
         pub(in crate::storage) fn open(&self, path: &Path) -> Result<Option<Arc<dyn Far>>> {
             self.list(path).map(|_| None)
         }
+
+        pub(in crate::storage) fn upload(
+            &self,
+            _: &dyn InputFile,
+            to: &Path,
+            _: &dyn Fn() -> Result<()>,
+        ) -> Result<()> {
+            self.list(to).map(drop)
+        }
     }
 }
 
 #[cfg(feature = "cloud")]
 mod stores {
-    use std::collections::HashMap;
+    use std::collections::{HashMap, VecDeque};
     use std::ffi::OsString;
     use std::future::{Future, poll_fn};
     use std::path::{Path, PathBuf};
@@ -65,22 +76,29 @@ mod stores {
     use object_store::gcp::GoogleCloudStorageBuilder;
     use object_store::path::Path as Key;
     use object_store::{
-        ClientOptions, GetOptions, GetRange, ObjectStore, ObjectStoreExt, ObjectStoreScheme, RetryConfig,
+        ClientOptions, GetOptions, GetRange, MultipartUpload, ObjectStore, ObjectStoreExt, ObjectStoreScheme,
+        RetryConfig,
     };
     use tokio::runtime::Runtime;
     use url::Url;
 
     use crate::error::{Error, Result, printable};
-    use crate::storage::Identity;
     use crate::storage::ahead::Source;
     use crate::storage::online::lock;
     use crate::storage::remote::{DEVICE, Far, HEAD_BYTES, hash, ignores_ranges};
+    use crate::storage::{Identity, InputFile};
 
     /// Attempts at one request, and how long they may take together.
     const RETRIES: usize = 5;
     const RETRY_TIME: Duration = Duration::from_secs(90);
     /// A request of the longest range has so long.
     const REQUEST_TIME: Duration = Duration::from_secs(600);
+
+    /// Bytes of a part of an upload, and the most parts that stores take.
+    const PART_BYTES: u64 = 8 << 20;
+    const MOST_PARTS: u64 = 9_000;
+    /// Parts on their way at a time, beside the one that is read.
+    const PARTS_AT_ONCE: usize = 2;
 
     /// The object stores that were asked.
     #[derive(Default)]
@@ -181,6 +199,75 @@ mod stores {
             object.head = head;
             Ok(Some(Arc::new(object)))
         }
+    }
+
+    impl Clouds {
+        /// Copies `file` to `to`.
+        pub(in crate::storage) fn upload(
+            &self,
+            file: &dyn InputFile,
+            to: &Path,
+            go_on: &dyn Fn() -> Result<()>,
+        ) -> Result<()> {
+            let (store, key) = self.find(to)?;
+            let (runtime, bytes) = (self.runtime(), file.identity().bytes);
+            go_on()?;
+            if bytes <= PART_BYTES {
+                let whole = part_of(file, 0, bytes)?;
+                runtime.block_on(store.put(&key, whole.into())).map_err(|e| explained(&e, to))?;
+            } else {
+                let mut upload = runtime.block_on(store.put_multipart(&key)).map_err(|e| explained(&e, to))?;
+                let sent = send(&runtime, &mut *upload, file, to, go_on);
+                let complete = sent.and_then(|()| runtime.block_on(upload.complete()).map_err(|e| explained(&e, to)));
+                if let Err(error) = complete {
+                    // Best effort: parts that nobody completes may be kept, and paid for.
+                    let _ = runtime.block_on(upload.abort());
+                    return Err(error);
+                }
+            }
+            let there = runtime.block_on(store.head(&key)).map_err(|e| explained(&e, to))?.size;
+            if there != bytes {
+                let what = format!("{bytes} bytes were uploaded, and {there} are there");
+                return Err(Error::failed(what).at(to).help("run the same command again"));
+            }
+            Ok(())
+        }
+    }
+
+    fn part_of(file: &dyn InputFile, offset: u64, bytes: u64) -> Result<Vec<u8>> {
+        let mut part = vec![0; bytes as usize];
+        file.read_at(&mut part, offset)?;
+        Ok(part)
+    }
+
+    /// Sends all parts of `file`.
+    fn send(
+        runtime: &Runtime,
+        upload: &mut dyn MultipartUpload,
+        file: &dyn InputFile,
+        to: &Path,
+        go_on: &dyn Fn() -> Result<()>,
+    ) -> Result<()> {
+        let bytes = file.identity().bytes;
+        let length = PART_BYTES.max(bytes.div_ceil(MOST_PARTS));
+        let mut sending = VecDeque::new();
+        let mut result = Ok(());
+        let mut offset = 0;
+        while result.is_ok() && (offset < bytes || !sending.is_empty()) {
+            if offset < bytes && sending.len() < PARTS_AT_ONCE {
+                let part = go_on().and_then(|()| part_of(file, offset, length.min(bytes - offset)));
+                result = part.map(|part| sending.push_back(runtime.spawn(upload.put_part(part.into()))));
+                offset += length;
+                continue;
+            }
+            let Some(part) = sending.pop_front() else { break };
+            result = match runtime.block_on(part) {
+                Ok(sent) => sent.map_err(|e| explained(&e, to)),
+                Err(lost) => Err(Error::failed(format!("the upload got lost: {lost}")).at(to)),
+            };
+        }
+        sending.into_iter().for_each(|part| drop(runtime.block_on(part)));
+        result
     }
 
     fn identity(path: &Path, bytes: u64, tag: Option<&str>) -> Identity {
@@ -314,6 +401,51 @@ mod stores {
 
         fn head(&self) -> &[u8] {
             &self.head
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+        use crate::storage::{Disk, IoMode, Storage};
+        use object_store::memory::InMemory;
+        use std::cell::Cell;
+
+        #[test]
+        fn what_is_uploaded_is_what_is_read() {
+            let (clouds, dir) = (Clouds::default(), tempfile::tempdir().unwrap());
+            lock(&clouds.stores).insert("s3://bucket".into(), Arc::new(InMemory::new()));
+            let disk = Disk::new(IoMode::Read);
+            for bytes in [0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 3 * PART_BYTES + 77] {
+                let content: Vec<u8> = (0..bytes).map(|at| (at % 251) as u8 ^ (at >> 20) as u8).collect();
+                let (from, to) = (dir.path().join("file"), format!("s3://bucket/a/{bytes}"));
+                std::fs::write(&from, &content).unwrap();
+                clouds.upload(&*disk.open(&from).unwrap(), Path::new(&to), &|| Ok(())).unwrap();
+                let there = clouds.open(Path::new(&to)).unwrap().unwrap();
+                assert_eq!(there.identity().bytes, bytes);
+                let mut read = vec![0; content.len()];
+                if bytes > 0 {
+                    there.fetch(&mut read, 0).unwrap();
+                }
+                assert!(read == content, "{bytes} bytes");
+            }
+            assert_eq!(clouds.list(Path::new("s3://bucket/a")).unwrap().len(), 6);
+        }
+
+        #[test]
+        fn an_upload_that_is_stopped_leaves_nothing() {
+            let (clouds, dir) = (Clouds::default(), tempfile::tempdir().unwrap());
+            lock(&clouds.stores).insert("s3://bucket".into(), Arc::new(InMemory::new()));
+            let from = dir.path().join("file");
+            std::fs::write(&from, vec![7; 3 * PART_BYTES as usize]).unwrap();
+            let asked = Cell::new(0);
+            let go_on = || {
+                asked.set(asked.get() + 1);
+                if asked.get() > 2 { Err(Error::interrupted("interrupted")) } else { Ok(()) }
+            };
+            let file = Disk::new(IoMode::Read).open(&from).unwrap();
+            clouds.upload(&*file, Path::new("s3://bucket/a/b"), &go_on).unwrap_err();
+            assert!(clouds.open(Path::new("s3://bucket/a/b")).unwrap().is_none());
         }
     }
 }

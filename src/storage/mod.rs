@@ -20,6 +20,7 @@ mod remote;
 mod system;
 mod transfer;
 
+pub use cloud::is_object;
 pub use disk::Disk;
 pub use mmap::Window;
 pub use online::Online;
@@ -156,6 +157,12 @@ pub trait Storage: Send + Sync {
         let mut content = vec![0; bytes as usize];
         input.read_at(&mut content, 0)?;
         Ok(content)
+    }
+    /// Copies the file at `from` to the address `to` of an object store (see [`is_object`]), where it appears when all of it is
+    /// there. `go_on` is asked between parts, and may end it.
+    fn upload(&self, from: &Path, to: &Path, go_on: &dyn Fn() -> Result<()>) -> Result<()> {
+        let _ = (from, go_on);
+        Err(Error::input("no object store is known here").at(to))
     }
     /// Creates (or truncates) a file of `length` bytes.
     fn create(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>>;

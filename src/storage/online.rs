@@ -163,6 +163,10 @@ impl Storage for Online {
         self.ahead.allow(bytes, sources);
     }
 
+    fn upload(&self, from: &Path, to: &Path, go_on: &dyn Fn() -> Result<()>) -> Result<()> {
+        self.clouds.upload(&*self.disk.open(from)?, to, go_on)
+    }
+
     fn create(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>> {
         if is_remote(path) { Err(read_only(path)) } else { self.disk.create(path, length) }
     }

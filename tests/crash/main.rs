@@ -16,6 +16,7 @@ mod packed;
 mod parts;
 mod repair;
 mod sweep;
+mod upload;
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Write as _};

@@ -10,7 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tiesmith::{Error, Identity, InputFile, Lock, OutputFile, Result, Storage, read_fully, write_fully};
+use tiesmith::{Error, Identity, InputFile, Lock, OutputFile, Result, Storage, is_object, read_fully, write_fully};
 
 /// What happens at one operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,6 +132,8 @@ struct State {
     transfers: u64,
     fault: Option<(u64, Fault)>,
     dead: bool,
+    /// What is in an object store: there when its upload is complete, and durable.
+    objects: BTreeMap<PathBuf, Vec<u8>>,
     /// The files that are locked.
     locked: BTreeSet<PathBuf>,
 }
@@ -289,6 +291,12 @@ impl Memory {
             state.names.insert(name.clone(), Entry::File(copy));
             state.durable_names.insert(name, Entry::File(copy));
         }
+    }
+
+    /// What is in the object store.
+    pub fn objects(&self) -> BTreeMap<String, Vec<u8>> {
+        let state = self.state();
+        state.objects.iter().map(|(path, content)| (path.to_str().unwrap().to_owned(), content.clone())).collect()
     }
 
     /// An independent copy, with an operation to fail at.
@@ -475,6 +483,17 @@ impl Storage for Memory {
         Ok(content)
     }
 
+    fn upload(&self, from: &Path, to: &Path, go_on: &dyn Fn() -> Result<()>) -> Result<()> {
+        let mut state = self.state();
+        let go = state.step(Does::Change, "upload", to)?;
+        unless_dead(&go, (), to)?;
+        go_on()?;
+        let file = state.file(from)?;
+        let content = state.nodes[&file].data.clone();
+        state.objects.insert(to.to_path_buf(), content);
+        Ok(())
+    }
+
     fn create(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>> {
         let mut state = self.state();
         let go = state.step(Does::Change, "create", path)?;
@@ -555,6 +574,10 @@ impl Storage for Memory {
     fn list(&self, path: &Path) -> Result<Vec<OsString>> {
         let mut state = self.state();
         state.step(Does::Look, "list", path)?;
+        if is_object(path) {
+            let here = state.objects.keys().filter(|name| name.parent() == Some(path));
+            return Ok(here.map(|name| name.file_name().unwrap().to_owned()).collect());
+        }
         let here = state.names.keys().filter(|name| name.parent() == Some(path));
         Ok(here.map(|name| name.file_name().unwrap().to_owned()).collect())
     }

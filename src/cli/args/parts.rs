@@ -69,6 +69,14 @@ set. It may remove the shard: then the output need not fit on the disk, and four
 remembered. If it fails, the run ends with exit code 1, and the same command goes on with that shard. If the run is killed \
 just then, it runs again: it must be one that may.";
 
+/// Help of `--out`.
+pub const OUT: &str = "\
+Directory of the merged checkpoint, or an address to upload it to, such as s3://bucket/prefix
+
+An address in an object store (s3://, gs://, az://; keys come from the environment) must have nothing under it. Shards are made \
+in --work, a directory, uploaded one by one, and removed: four of them have to fit on the disk. The index is uploaded last. The same \
+command goes on after an interruption, from the same directory.";
+
 /// Help of `--spool`.
 pub const SPOOL: &str = "\
 Directory for what is downloaded and needed again, or 'none' [default: in --out]

@@ -41,15 +41,16 @@ impl OutputDir {
     /// Hands over what an earlier attempt published without getting so far.
     pub(in crate::engine) fn hand_over_rest(&self, plan: &Plan, observer: &dyn Observer) -> Result<()> {
         let manifest = if self.hands_over() { self.manifest()?.unwrap_or_default() } else { return Ok(()) };
+        self.upload_side_files(observer)?;
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         for (shard, planned) in plan.layout.shards.iter().enumerate() {
             let listed = &manifest["shards"][shard];
             let tensors = listed["tensors"].as_object().into_iter().flatten().map(|(_, hash)| text(hash)).collect();
             let name = planned.name.clone();
-            let made = HandedOver { name, bytes: planned.bytes, blake3: text(&listed["blake3"]), tensors };
+            let made = HandedOver { name, bytes: planned.bytes, blake3: text(&listed["blake3"]), tensors, to: None };
             hand_over(self, &made, (shard, plan.layout.shards.len()), observer)?;
         }
-        Ok(())
+        self.upload_last(plan, observer)
     }
 
     /// Bytes of shards that are on the disk at once, at most.
