@@ -327,6 +327,9 @@ mod stores {
             other => {
                 // What stands behind a ? in an address may be a signature.
                 let text = other.to_string();
+                if text.contains("NoSuchBucket") {
+                    return Error::input("there is no such bucket").at(path).help("check the address, or make it");
+                }
                 let words = text.split_whitespace().map(|word| match word.contains("://") {
                     true => word.split('?').next().unwrap_or_default(),
                     false => word,
