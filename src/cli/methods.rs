@@ -34,7 +34,7 @@ fn describe(method: &dyn Method) -> Value {
         "formula": method.formula(),
         "reference": method.reference(),
         "needs_base": method.needs_base(),
-        "trims": method.trims() && !method.draws(),
+        "trims": method.trims(),
         "draws": method.draws(),
         "statistics": method.statistics().map(Statistics::name),
         "models": {

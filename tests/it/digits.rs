@@ -211,3 +211,45 @@ fn flipped_signs_score_as_in_figure_7() {
         must_be_documented("Figure 7", label, &found);
     }
 }
+
+#[test]
+fn tables_5_and_6_score_as_documented() {
+    let page = std::fs::read_to_string(repository("docs/paper.md")).unwrap();
+    let tables = page.split_once("## Tables 5 and 6\n").unwrap().1;
+    let check = |label: &str, found: f64| {
+        let rows: Vec<&str> = tables.lines().filter(|line| line.starts_with(&format!("| {label} |"))).collect();
+        assert!(!rows.is_empty(), "there is no row {label}");
+        for row in rows {
+            let cell = row.split('|').nth(3).unwrap().trim();
+            assert_eq!(format!("{found:.3}"), cell, "{label}");
+        }
+    };
+    let mean = |network: &Tensors| accuracies(network).values().sum::<f64>() / DOMAINS.len() as f64;
+    let read = |name: &str| read_checkpoint(Path::new(&folder(name)));
+    check("Fine-tuned", mean_accuracy(read));
+    check("Multitask", mean(&read("multitask")));
+    let signs = folder("multitask");
+    let rows: [(&str, bool, &[&str]); 8] = [
+        ("TIES-Merging", true, &["--density", "0.2"]),
+        ("− Trim", true, &["--density", "1"]),
+        ("− Elect", true, &["--density", "0.2", "--elect", "none"]),
+        ("− Disjoint Mean", true, &["--density", "0.2", "--combine", "mean-all"]),
+        ("− Scale", true, &["--density", "0.2", "--lambda", "1"]),
+        ("Averaging", false, &["--method", "linear"]),
+        ("Task vectors", true, &["--method", "task_arithmetic", "--lambda", "0.4"]),
+        ("TIES-Merging (oracle sign)", true, &["--density", "0.2", "--sign-from", &signs]),
+    ];
+    for (label, based, flags) in rows {
+        // The command is the one that the row shows.
+        let command = flags.join(" ").replace(&signs, "MULTITASK");
+        assert!(tables.lines().any(|line| line.starts_with(&format!("| {label} | `{command}`"))), "{label}: {command}");
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let mut args = vec!["merge".to_owned(), "--out".into(), text(&out)];
+        args.extend(based.then(|| ["--base".to_owned(), folder("base")]).into_iter().flatten());
+        args.extend(DOMAINS.iter().flat_map(|domain| ["--model".into(), folder(domain)]));
+        args.extend(flags.iter().map(|flag| (*flag).to_owned()));
+        tiesmith(args).succeeded();
+        check(label, mean(&read_checkpoint(&out)));
+    }
+}
