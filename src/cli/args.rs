@@ -84,9 +84,9 @@ pub enum Command {
     /// Merge models into a new checkpoint
     #[command(after_help = MERGE_EXAMPLES)]
     Merge(Box<MergeArgs>),
-    /// Show what a merge will read, hold in memory and write, and check its inputs; nothing is written
+    /// Show what a merge will read, hold in memory and write, and check its inputs
     ///
-    /// Takes the arguments of 'merge'. Only headers are read.
+    /// Takes the arguments of 'merge'. Only headers are read, and nothing is written but the plan itself, with '--save'.
     #[command(after_help = "Example:\n  tiesmith plan --base llama --model chat --model code --memory 1GiB")]
     Plan(Box<PlanArgs>),
     /// Show how models would get in each other's way, in a report with figures; no model is written
