@@ -12,7 +12,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::identity::other;
 use super::records::ReadDone;
 use super::shard_hash::Digest;
-use super::shards::check_input;
 use crate::error::{Error, Result};
 use crate::plan::{Piece, Plan};
 use crate::storage::InputFile;
@@ -97,11 +96,6 @@ impl Reads {
         }
         let from = read.offset;
         Err(other(file, &format!("bytes {from} to {at} are others")))
-    }
-
-    /// Fails if an input is not what it was when it was opened.
-    pub(super) fn check_inputs(plan: &Plan) -> Result<()> {
-        files(plan).try_for_each(check_input)
     }
 }
 

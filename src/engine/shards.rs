@@ -17,7 +17,6 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
-use super::Observer;
 use super::cut::TieCounts;
 use super::hand_over::{HandedOver, hand_over};
 use super::kept::Kept;
@@ -28,6 +27,7 @@ use super::records::{self, Entry, Piece, RangeDone, SketchDone, UnitDone};
 use super::shard_hash::ShardHash;
 use super::tensor_crc::{Crc, PieceCrc, TensorCrcs};
 use super::worker::Tally;
+use super::{Observer, check_inputs_unchanged};
 use crate::error::{Error, Result};
 use crate::limits::{RECORD_BYTES, WRITE_BEHIND_BYTES, WRITE_BEHIND_SECONDS};
 use crate::plan::{Chunk, Plan, Wanted};
@@ -369,7 +369,7 @@ impl Follower<'_> {
         if let Some(reads) = &self.shards.reads {
             if !entries.is_empty() {
                 // What was read a second time was not hashed again.
-                Reads::check_inputs(self.shards.plan)?;
+                check_inputs_unchanged(self.shards.plan)?;
             }
             // Work that is done here was told of after its reads.
             entries.splice(0..0, reads.take_pending().into_iter().map(Entry::Read));

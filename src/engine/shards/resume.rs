@@ -2,6 +2,7 @@
 //! still what was written.
 
 use super::{Follower, SealedShard, ShardFile};
+use crate::engine::check_inputs_unchanged;
 use crate::engine::kept::Kept;
 use crate::engine::reads::{Reads, files};
 use crate::engine::records::{self, Entry, RangeDone, ReadDone};
@@ -104,7 +105,7 @@ impl Follower<'_> {
                 Ok(())
             })
         })?;
-        Reads::check_inputs(plan)?;
+        check_inputs_unchanged(plan)?;
         observer.warn(&touched);
         output.record_inputs(plan)
     }
