@@ -224,3 +224,28 @@ fn parts_are_handed_over_when_they_are_finished() {
     assert_eq!(place.all(), lasting(&saved.merge(&recipe, &FLAGS).path));
     assert_eq!(place.log().iter().filter(|line| line[1].starts_with("1/")).count(), 1);
 }
+
+/// This program has no object stores; what can be said without one is said.
+#[test]
+#[cfg(not(feature = "cloud"))]
+fn addresses_are_refused_where_they_mean_nothing() {
+    let saved = saved();
+    let place = Place::new();
+    let dir = text(&place.path("merged"));
+    let merge = |flags: &[&str]| saved.run("merge", &Recipe::default(), &[&["--progress=none"], flags].concat());
+    for (flags, words) in [
+        (&["--out=s3://bucket/merged", "--work", &dir][..], "built without object stores"),
+        (&["--out=s3://bucket/merged", "--force"], "--force replaces nothing in an object store"),
+        (&["--out=gs://bucket/merged", "--on-shard=true"], "there are none for --on-shard"),
+        (&["--out", &dir, "--work=elsewhere"], "--out is a directory"),
+        (&["--out", &dir, "--on-shard=s3://bucket/merged"], "use it for --out"),
+    ] {
+        let refused = merge(flags);
+        assert!(refused.refusal().contains(words), "{words}: {}", refused.stderr);
+        assert!(!place.path("merged").exists(), "{words}");
+    }
+    let sweep = saved.run("sweep", &Recipe::default(), &["--out=s3://bucket/merged", "--lambda=1,2"]);
+    assert!(sweep.refusal().contains("go to a directory"), "{}", sweep.stderr);
+    let plan = saved.run("plan", &Recipe::default(), &["--out=s3://bucket/merged", "--save", &dir]);
+    assert!(plan.refusal().contains("--save takes a directory"), "{}", plan.stderr);
+}

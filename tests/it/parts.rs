@@ -312,6 +312,36 @@ fn copies_with_the_same_times_are_the_same_inputs() {
     must_be_alike(&saved.merge(&Recipe::default(), &["--max-shard-size=100KB"]).path, &job.out, "copies");
 }
 
+/// Hosts whose clocks are hours apart leave files of the past and of the future.
+#[test]
+fn clocks_that_differ_change_nothing() {
+    fn set_times(dir: &Path, time: std::time::SystemTime) {
+        for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
+            match entry.file_type().unwrap().is_dir() {
+                true => set_times(&entry.path(), time),
+                false => fs::File::options().write(true).open(entry.path()).unwrap().set_modified(time).unwrap(),
+            }
+        }
+    }
+    let saved = family(Deltas::Stepped).save();
+    let hours = |hours: u64| std::time::Duration::from_secs(3600 * hours);
+    let now = std::time::SystemTime::now();
+    for (recipe, flags) in recipes() {
+        let flags = [flags, &["--max-shard-size=100KB"]].concat();
+        let job = Job::plan(&saved, &recipe, &flags);
+        let plan = fs::File::options().write(true).open(&job.file).unwrap();
+        plan.set_modified(now + hours(100)).unwrap();
+        for (part, time) in [("2/3", now + hours(5)), ("3/3", now - hours(7)), ("1/3", now + hours(24 * 365))] {
+            job.run(part, &[]).succeeded();
+            set_times(&job.out, time);
+        }
+        // One that is run again looks at what the others left.
+        job.run("2/3", &[]).succeeded();
+        job.finish().succeeded();
+        must_be_alike(&saved.merge(&recipe, &flags).path, &job.out, "clocks");
+    }
+}
+
 #[test]
 fn damaged_files_of_parts_are_named() {
     let saved = family(Deltas::Stepped).save();

@@ -128,26 +128,56 @@ fn remote_inputs_give_the_bytes_of_local_ones() {
     }
 }
 
-/// The tests of determinism, with inputs from the network.
+/// Where inputs come from: how a checkpoint is called, and what else is asked for.
+type Kind = (&'static str, Box<dyn Fn(&str) -> String>, Vec<String>);
+
+fn kinds(remote: &Remote, cache: &Path) -> Vec<Kind> {
+    let content = remote.hub.address("org", "");
+    let address = move |name: &str| {
+        let file = if name == "model1" { "model.safetensors" } else { "model.safetensors.index.json" };
+        format!("{}/{name}/{file}", content.trim_end_matches('/'))
+    };
+    let local = remote.saved.dir.path().to_owned();
+    let cached = ["--cache".to_owned(), text(cache), "--cache-size=1GB".to_owned()];
+    vec![
+        ("files", Box::new(move |name: &str| text(&local.join(name))), Vec::new()),
+        ("the Hub", Box::new(hf), Vec::new()),
+        ("a web server", Box::new(address), Vec::new()),
+        ("the Hub with a cache", Box::new(hf), cached.to_vec()),
+        ("the Hub without a spool", Box::new(hf), vec!["--spool=none".to_owned()]),
+    ]
+}
+
+/// The tests of determinism and memory, with inputs from everywhere.
 #[test]
 fn how_a_run_is_done_changes_no_byte_of_remote_inputs_either() {
     let remote = Remote::new();
-    let runs: [&[&str]; 4] =
-        [&["--threads=1"], &["--threads=2", "--memory=56MB"], &["--threads=7", "--memory=2GiB"], &["--io=read"]];
+    let runs: [(&[&str], u64); 4] = [
+        (&["--threads=1"], 2 << 30),
+        (&["--threads=2", "--memory=56MB"], 56_000_000),
+        (&["--threads=7", "--memory=2GiB"], 2 << 30),
+        (&["--io=read"], 2 << 30),
+    ];
+    let cache = tempfile::tempdir().unwrap();
+    let kinds = kinds(&remote, cache.path());
     for (recipe, flags) in crate::determinism::recipes() {
         let flags: Vec<String> = recipe.args().into_iter().chain(flags.iter().map(|&flag| flag.to_owned())).collect();
         let local = lasting(&remote.saved.merge(&recipe, &flags.iter().map(|f| &**f).collect::<Vec<_>>()).path);
-        let name = |name: &str| match name.strip_prefix("model") {
-            Some(number) => hf(name) + &recipe.model_suffix(number.parse::<usize>().unwrap() - 1),
-            None => hf(name),
-        };
-        for run in runs {
-            let out = tempfile::tempdir().unwrap();
-            let merged = text(&out.path().join("merged"));
-            let all: Vec<&str> =
-                flags.iter().map(|f| &**f).chain(run.iter().copied()).chain(["--out", &merged]).collect();
-            let outcome = remote.merge("merge", &name, &all).succeeded();
-            assert_eq!(lasting(Path::new(&merged)), local, "{}", outcome.command);
+        for (kind, name, more) in &kinds {
+            let name = |short: &str| match short.strip_prefix("model") {
+                Some(number) => name(short) + &recipe.model_suffix(number.parse::<usize>().unwrap() - 1),
+                None => name(short),
+            };
+            for (run, memory) in runs {
+                let out = tempfile::tempdir().unwrap();
+                let merged = text(&out.path().join("merged"));
+                let all = flags.iter().chain(more).map(|f| &**f).chain(run.iter().copied()).chain(["--out", &merged]);
+                let outcome = remote.merge("merge", &name, &all.collect::<Vec<_>>()).succeeded();
+                assert_eq!(lasting(Path::new(&merged)), local, "{kind}: {}", outcome.command);
+                if let Some(peak) = outcome.json()["peak_memory_bytes"].as_u64() {
+                    assert!(peak <= memory, "{kind}: {peak} bytes resident: {}", outcome.command);
+                }
+            }
         }
     }
 }
@@ -310,21 +340,30 @@ fn passing_faults_cost_time_and_no_byte() {
         (Fault::Expired, 1),
         (Fault::ShortLived, 1000),
     ];
-    for (fault, times) in faults {
-        for from in [0, opened + 1] {
-            if from == 0
-                && matches!(fault, Fault::WrongRange | Fault::NoContentRange | Fault::Expired | Fault::ShortLived)
-            {
+    let cache = tempfile::tempdir().unwrap();
+    for (kind, name, more) in kinds(&remote, cache.path()).iter().skip(1) {
+        for (fault, times) in faults {
+            // Only what the Hub gives out are addresses that end.
+            if matches!(fault, Fault::Expired | Fault::ShortLived) && *kind == "a web server" {
                 continue;
             }
-            // Before anything is read there is less patience.
-            let times = if from == 0 { times.min(1) } else { times };
-            let out = tempfile::tempdir().unwrap();
-            let merged = out.path().join("merged");
-            remote.hub.misbehave(fault, from, times);
-            let outcome = remote.merge("merge", &hf, &[&flags[..], &["--out", &text(&merged)]].concat());
-            assert_eq!(outcome.code, Some(0), "{fault:?} from {from}: {}", outcome.stderr);
-            assert_eq!(lasting(&merged), local, "{fault:?} from {from}");
+            for from in [0, opened + 1] {
+                if from == 0
+                    && matches!(fault, Fault::WrongRange | Fault::NoContentRange | Fault::Expired | Fault::ShortLived)
+                {
+                    continue;
+                }
+                // Before anything is read there is less patience.
+                let times = if from == 0 { times.min(1) } else { times };
+                let out = tempfile::tempdir().unwrap();
+                let merged = out.path().join("merged");
+                remote.hub.misbehave(fault, from, times);
+                let more: Vec<&str> = more.iter().map(|f| &**f).collect();
+                let path = text(&merged);
+                let outcome = remote.merge("merge", name, &[&flags[..], &more, &["--out", &path]].concat());
+                assert_eq!(outcome.code, Some(0), "{kind}: {fault:?} from {from}: {}", outcome.stderr);
+                assert_eq!(lasting(&merged), local, "{kind}: {fault:?} from {from}");
+            }
         }
     }
 }
@@ -405,6 +444,11 @@ fn what_is_not_there_is_explained() {
     std::fs::create_dir(&bin).unwrap();
     std::fs::write(bin.join("pytorch_model.bin"), b"x").unwrap();
     remote.hub.add("org/bin", &bin);
+    let gguf = remote.saved.path("gguf");
+    std::fs::create_dir(&gguf).unwrap();
+    std::fs::write(gguf.join("model.Q4_K_M.gguf"), b"x").unwrap();
+    std::fs::write(gguf.join("README.md"), b"x").unwrap();
+    remote.hub.add("org/gguf", &gguf);
     let says = |args: &[&str], words: &[&str]| {
         let outcome = remote.run(args);
         let line = outcome.refusal();
@@ -414,6 +458,7 @@ fn what_is_not_there_is_explained() {
     says(&["inspect", "org/nothing"], &["not in the Hub cache", "nor can it be read from the Hub", "no such model"]);
     says(&["inspect", "hf://org/base@v9"], &["there is no revision v9"]);
     says(&["inspect", "hf://org/bin"], &["pytorch_model.bin", "not a PyTorch checkpoint"]);
+    says(&["inspect", "hf://org/gguf"], &["GGUF", "safetensors"]);
     says(&["inspect", "hf://nonsense"], &["not a model of the Hub", "hf://org/name"]);
     says(&["inspect", &remote.hub.address("org/base", "no.safetensors")], &["there is no such file"]);
     says(&["inspect", "http://example.invalid/model.safetensors"], &["not encrypted", "use https://"]);
