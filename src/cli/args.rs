@@ -19,6 +19,7 @@ use tiesmith::{
 };
 
 use super::analyze::AnalyzeArgs;
+use super::make::PlaceArgs;
 use super::parse;
 use super::perturb::PerturbArgs;
 use super::statistics::StatisticsArgs;
@@ -453,21 +454,12 @@ pub struct UnpackArgs {
     #[arg(long, value_name = "BASE")]
     pub base: Option<String>,
 
-    /// Directory of the checkpoint
-    #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
+    #[command(flatten)]
+    pub place: PlaceArgs,
 
     /// Largest output file, in tensor bytes, such as 5GB or 500MB
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse::size)]
     pub max_shard_size: u64,
-
-    /// Replace a finished output
-    #[arg(long)]
-    pub force: bool,
-
-    /// Throw an unfinished run's work away instead of going on with it
-    #[arg(long)]
-    pub restart: bool,
 
     #[command(flatten)]
     pub run: RunArgs,

@@ -16,6 +16,7 @@ mod inspect;
 mod job;
 mod jobs;
 mod lower;
+mod make;
 mod man;
 mod merge;
 mod methods;

@@ -1,10 +1,10 @@
 //! `tiesmith pack` and `tiesmith unpack`: a checkpoint as what differs from its base, and back.
 
-use tiesmith::{OutputOptions, PackOutput, PackReport, Plan, Recipe, Report, Result, Schedule, printable};
+use tiesmith::{PackOutput, PackReport, Plan, Recipe, Report, Result, printable};
 
 use super::args::{PackArgs, UnpackArgs};
 use super::progress::Progress;
-use super::{human, lower, print, print_json, signals};
+use super::{human, lower, make, print, print_json, signals};
 
 /// What the help of `pack` shows.
 pub const EXAMPLES: &str = "\
@@ -43,24 +43,9 @@ pub fn pack(args: &PackArgs) -> Result<u8> {
 
 /// Unpacks.
 pub fn unpack(args: &UnpackArgs) -> Result<u8> {
-    let storage = super::inputs(&args.run)?;
-    signals::install();
     let recipe =
         Recipe { packed_base: args.base.clone(), max_shard_bytes: args.max_shard_size, ..Recipe::copying(&args.file) };
-    let progress = Progress::new(args.run.report.progress);
-    let plan = Plan::new(&recipe, &storage)?;
-    let schedule = Schedule::new(&plan, lower::run(&args.run))?;
-    let output =
-        OutputOptions { dir: args.out.clone(), force: args.force, restart: args.restart, ..OutputOptions::default() };
-    let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
-    for warning in &report.warnings {
-        tiesmith::Observer::warn(&progress, warning);
-    }
-    drop(progress);
-    if args.run.report.json {
-        return print_json(&report);
-    }
-    print(&unpacked(&report))
+    make::run(&recipe, &args.place, &args.run, unpacked)
 }
 
 fn packed(report: &PackReport) -> String {

@@ -1,14 +1,12 @@
 //! `tiesmith perturb`: the signs of a fine-tune's largest or smallest changes, flipped at random.
 
-use std::path::PathBuf;
-
 use clap::Args;
 use clap::ValueEnum;
-use tiesmith::{ModelInput, Observer, OutputOptions, Plan, Recipe, Result, Schedule, Value};
+use tiesmith::{ModelInput, Recipe, Result, Value};
 
 use super::args::RunArgs;
-use super::progress::Progress;
-use super::{human, lower, merge, parse, print, print_json, signals};
+use super::make::PlaceArgs;
+use super::{human, make, merge, parse};
 
 /// What the help shows.
 pub const EXAMPLES: &str = "\
@@ -52,27 +50,14 @@ pub struct PerturbArgs {
     #[arg(long, value_name = "N", default_value = "0", value_parser = parse::whole)]
     pub seed: u64,
 
-    /// Directory of the perturbed checkpoint
-    #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
-
-    /// Replace a finished output
-    #[arg(long)]
-    pub force: bool,
-
-    /// Throw an unfinished run's work away instead of going on with it
-    #[arg(long)]
-    pub restart: bool,
-
+    #[command(flatten)]
+    pub place: PlaceArgs,
     #[command(flatten)]
     pub run: RunArgs,
 }
 
 /// Runs the command.
 pub fn run(args: &PerturbArgs) -> Result<u8> {
-    signals::install();
-    let storage = super::inputs(&args.run)?;
-    let progress = Progress::new(args.run.report.progress);
     let (side, largest) = match args.flip_sign {
         Side::Top => ("top", args.density),
         // What 1 − K loses in binary must not cost an entry.
@@ -90,18 +75,8 @@ pub fn run(args: &PerturbArgs) -> Result<u8> {
     for (name, value) in values.into_iter().chain([("side", Value::Word(side.into()))]) {
         recipe.params.insert(name.into(), value.into());
     }
-    let plan = Plan::new(&recipe, &storage)?;
-    let schedule = Schedule::new(&plan, lower::run(&args.run))?;
-    let output =
-        OutputOptions { dir: args.out.clone(), force: args.force, restart: args.restart, ..OutputOptions::default() };
-    let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
-    for warning in &report.warnings {
-        progress.warn(warning);
-    }
-    drop(progress);
-    if args.run.report.json {
-        return print_json(&report);
-    }
-    let flipped = human::percent(report.kept_fraction.first().copied().unwrap_or(0.0));
-    print(&format!("{}{:<15} {flipped} of the task vector\n", merge::summary(&report, "perturbed into"), "flipped"))
+    make::run(&recipe, &args.place, &args.run, |report| {
+        let flipped = human::percent(report.kept_fraction.first().copied().unwrap_or(0.0));
+        format!("{}{:<15} {flipped} of the task vector\n", merge::summary(report, "perturbed into"), "flipped")
+    })
 }
