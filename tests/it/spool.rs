@@ -212,7 +212,10 @@ fn a_killed_run_goes_on_with_what_it_downloaded() {
     let remote = Remote::of(&spec(37, Dtype::BF16, &[Dtype::BF16; 3], Deltas::HeavyTailed));
     let local = lasting(&remote.saved.merge(&Recipe::default(), &LITTLE).path);
     let plan = remote.merge("plan", &hf, &LITTLE).succeeded().json();
-    let sketch = plan["passes"][1]["bytes_downloaded"].as_u64().unwrap();
+    let undisturbed = tempfile::tempdir().unwrap();
+    remote.hub.log();
+    finish(&remote, &[&LITTLE[..], &["--max-shard-size=2MB", "--out", &text(&undisturbed.path().join("o"))]].concat());
+    let all = content_bytes(&remote.hub.log());
     let spools = tempfile::tempdir().unwrap();
     let elsewhere = text(spools.path());
     // How much of the spool is there when the run is killed, in percent of about what it becomes, and what then happens to it.
@@ -261,7 +264,7 @@ fn a_killed_run_goes_on_with_what_it_downloaded() {
             }
             drop(running);
             remote.hub.slow_down(Duration::ZERO);
-            let Some((spool, _)) = spool_in(&dir) else { continue };
+            let Some((spool, kept)) = spool_in(&dir) else { continue };
             damage(&spool);
             remote.hub.log();
             let second: Vec<&str> = more
@@ -275,7 +278,11 @@ fn a_killed_run_goes_on_with_what_it_downloaded() {
             assert_eq!(lasting(&merged), local, "{what}, {percent} %");
             assert!(!merged.join(".tiesmith").exists() && spool_in(spools.path()).is_none(), "{what}: nothing is left");
             if what == "nothing" && more == LITTLE {
-                assert!(read < sketch, "{percent} %: {read} bytes downloaded again, {sketch} in all");
+                // A record has at most the bytes that it spares; the last one may be torn.
+                assert!(
+                    read + kept * 9 / 10 <= all,
+                    "{percent} %: {read} of {all} bytes downloaded again, {kept} kept"
+                );
                 reused += 1;
             }
         }
