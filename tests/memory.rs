@@ -314,8 +314,8 @@ fn packing_sweeping_and_looking_stay_within_the_budget() {
     run(&["unpack", &packed], &["--threads=4"], &out);
     run(&["merge", "--base", &base, "--model", &packed, "--model", &two], &["--threads=2"], &out);
     let sweep = [&["sweep"][..], &models].concat();
-    run(&sweep, &["--threads=2", "--lambda=0.5,1", "--density=0.2,0.4", "--io=mmap"], &out);
-    run(&sweep, &["--threads=2", "--lambda=1,2", "--scope=tensor", "--packed"], &out);
+    run(&sweep, &["--threads=2", "--lambda=0.5,1,1.5,2", "--density=0.2,0.4", "--io=mmap"], &out);
+    run(&sweep, &["--threads=2", "--lambda=1,1.5,2,3", "--scope=tensor", "--packed"], &out);
     let look = [&["analyze"][..], &models].concat();
     run(&look, &["--threads=2"], &out);
     run(&look, &["--threads=3", "--scope=tensor", "--io=mmap", "--densities=0.1,0.4"], &out);
