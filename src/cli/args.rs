@@ -135,7 +135,10 @@ pub enum Command {
     /// sweep.json list them. The same command goes on after an interruption.
     #[command(
         after_help = SWEEP_EXAMPLES,
-        mut_arg("out", |arg| arg.help("Directory of the outputs, which have a folder each, and of their table")),
+        mut_arg("out", |arg| {
+            let help = "Directory of the outputs, which have a folder each, and of their table";
+            arg.help(help).long_help(help)
+        }),
         mut_arg("parts", |arg| arg.hide(true)),
         mut_arg("spool", |arg| arg.hide(true)),
         mut_arg("work", |arg| arg.hide(true)),
