@@ -278,11 +278,8 @@ fn a_killed_run_goes_on_with_what_it_downloaded() {
             assert_eq!(lasting(&merged), local, "{what}, {percent} %");
             assert!(!merged.join(".tiesmith").exists() && spool_in(spools.path()).is_none(), "{what}: nothing is left");
             if what == "nothing" && more == LITTLE {
-                // A record has at most the bytes that it spares; the last one may be torn.
-                assert!(
-                    read + kept * 9 / 10 <= all,
-                    "{percent} %: {read} of {all} bytes downloaded again, {kept} kept"
-                );
+                // How much a record spares depends on what is fetched ahead together with it.
+                assert!(read + kept / 4 <= all, "{percent} %: {read} of {all} bytes downloaded again, {kept} kept");
                 reused += 1;
             }
         }
