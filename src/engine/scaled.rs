@@ -9,15 +9,14 @@ use super::slot::{Loaded, Span};
 use super::worker::{Known, Sink, Tally, Worker};
 use crate::error::Result;
 use crate::kernels;
+use crate::limits::CHUNK_ELEMENTS;
 use crate::method::Merger;
 
-/// Most elements of a chunk that is held: as many as the longest chunk of a streamed unit has.
-const MAX_ELEMENTS: u64 = 1 << 19;
 /// The key of an infinity; NaN are above it.
 const INFINITY: u32 = f32::INFINITY.to_bits();
 
-/// Memory that a chunk held takes at most, in bytes.
-pub(super) const HELD_BYTES: u64 = MAX_ELEMENTS * size_of::<f32>() as u64;
+/// Memory that a chunk held takes at most, in bytes: longer ones, of units that are not streamed, are not held.
+pub(super) const HELD_BYTES: u64 = CHUNK_ELEMENTS * size_of::<f32>() as u64;
 
 /// A chunk's merged task vector before it is multiplied by λ.
 #[derive(Default)]
@@ -44,7 +43,7 @@ impl Worker {
         let merger = &data.plan.params_of(data.chunk.tensor).merger;
         let mut held = std::mem::take(&mut self.unscaled);
         (held.of, held.least) = (Some(of), None);
-        if merger.lambda().is_some() && data.chunk.count <= MAX_ELEMENTS && data.merge().base.is_some() {
+        if merger.lambda().is_some() && data.chunk.count <= CHUNK_ELEMENTS && data.merge().base.is_some() {
             let before = self.tally.clone();
             let found = self.unscaled_into(&mut held.tau, data, cuts, seen, known);
             let after = std::mem::replace(&mut self.tally, before);

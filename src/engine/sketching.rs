@@ -41,12 +41,9 @@ impl Passes<'_> {
         if let Some(trim) = plan.trim.as_ref().filter(|_| goals.iter().any(Goal::needs_threshold)) {
             begun = self.begun(unit, trim, goals);
             selectors = match &mut begun {
-                Some(begun) => std::mem::take(&mut begun.selectors),
+                Some(begun) => self.not_below_what_is_kept(std::mem::take(&mut begun.selectors)),
                 None => self.selectors(unit, resident, trim, goals)?,
             };
-        }
-        if begun.is_some() {
-            self.not_below_what_is_kept(&mut selectors);
         }
         let mut round = 0;
         loop {

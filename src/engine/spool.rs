@@ -499,14 +499,15 @@ impl<'a> Passes<'a> {
     }
 
     /// Lets a search that an earlier attempt began go on with what that kept.
-    pub(super) fn not_below_what_is_kept(&self, selectors: &mut [Option<Selector>]) {
-        let Some(spool) = self.spool else { return };
+    pub(super) fn not_below_what_is_kept(&self, selectors: Vec<Option<Selector>>) -> Vec<Option<Selector>> {
+        let Some(spool) = self.spool else { return selectors };
         let bounds = spool.bounds_of_models();
-        for (at, selector) in selectors.iter_mut().enumerate() {
+        let not_below = |(selector, bound): (Option<Selector>, &Option<u32>)| {
             let low = selector.as_ref().and_then(Selector::bracket).map_or(0, |bracket| bracket.low);
-            let floor = bounds[at % bounds.len()].filter(|&bound| bound < low).unwrap_or(low);
-            *selector = selector.take().map(|selector| selector.not_below(floor));
-        }
+            let floor = bound.filter(|&bound| bound < low).unwrap_or(low);
+            selector.map(|selector| selector.not_below(floor))
+        };
+        selectors.into_iter().zip(bounds.iter().cycle()).map(not_below).collect()
     }
 
     /// Keeps what matters of each chunk that a look has loaded; `models` are those that it looks at.
