@@ -32,8 +32,19 @@ fn family(elements: usize) -> Family {
 }
 
 fn merge(saved: &Saved, out: &Path, extra: &[&str]) -> Command {
+    merge_telling("none", saved, out, extra)
+}
+
+/// Says on stderr how far it is, as `--progress` takes it.
+fn merge_telling(progress: &str, saved: &Saved, out: &Path, extra: &[&str]) -> Command {
     let mut merge = command();
-    merge.arg("merge").args(saved.inputs(&Recipe::default())).args(["--progress=json", "--json", "--out", &text(out)]);
+    merge.arg("merge").args(saved.inputs(&Recipe::default())).args([
+        "--json",
+        "--progress",
+        progress,
+        "--out",
+        &text(out),
+    ]);
     merge.args(extra).stdout(Stdio::piped()).stderr(Stdio::piped());
     merge
 }
@@ -131,7 +142,7 @@ fn killed_at_random_moments_the_output_is_the_same() {
         let extra = cuts[round % cuts.len()];
         let clean = saved.path(&format!("clean{round}"));
         let begin = Instant::now();
-        let mut child = merge(&saved, &clean, extra).spawn().unwrap();
+        let mut child = merge_telling("json", &saved, &clean, extra).spawn().unwrap();
         let bytes = written(&child);
         assert!(child.wait().unwrap().success());
         let whole = begin.elapsed();
@@ -143,7 +154,7 @@ fn killed_at_random_moments_the_output_is_the_same() {
                 saved.models.iter().chain([&saved.base]).for_each(|dir| copy_files(dir));
             }
             let finished = finished_shards(&out);
-            let child = merge(&saved, &out, extra).spawn().unwrap();
+            let child = merge_telling("json", &saved, &out, extra).spawn().unwrap();
             std::thread::sleep(whole.mul_f64(f64::from(random.below(1000) as u32) / 900.0));
             signal(&child, "-KILL");
             let attempt = written(&child);
@@ -170,7 +181,7 @@ fn killed_at_random_moments_the_output_is_the_same() {
                 break;
             }
             if random.below(3) == 0 {
-                let child = merge(&saved, &out, extra).spawn().unwrap();
+                let child = merge_telling("json", &saved, &out, extra).spawn().unwrap();
                 (runs, all_bytes) = (runs + 1, all_bytes + written(&child));
                 let output = child.wait_with_output().unwrap();
                 if let Some(vouched) = vouched(&String::from_utf8_lossy(&output.stderr)) {
