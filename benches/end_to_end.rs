@@ -445,7 +445,7 @@ fn child_plan(checkpoints: &[String]) -> io::Result<()> {
     let recipe = Recipe { base: Some(base.clone()), models: models.iter().map(model).collect(), ..Recipe::default() };
     let storage: Arc<dyn Storage> = Arc::new(Disk::new(IoMode::Auto));
     let plan = Plan::new(&recipe, &storage).expect("a plan");
-    let schedule = Schedule::new(&plan, Limits { memory_bytes: 2_000_000_000, threads: 2 }).expect("a schedule");
+    let schedule = Schedule::new(&plan, Limits::new(2_000_000_000, 2)).expect("a schedule");
     println!("{}", json!({"passes": schedule.passes, "peak_memory_bytes": child::peak_memory_bytes()}));
     Ok(())
 }

@@ -27,7 +27,7 @@
 //! };
 //! let storage: Arc<dyn Storage> = Arc::new(Disk::new(IoMode::Auto));
 //! let plan = Plan::new(&recipe, &storage)?;
-//! let schedule = Schedule::new(&plan, Run { memory_bytes: 2 << 30, threads: 8 })?;
+//! let schedule = Schedule::new(&plan, Run::new(2 << 30, 8))?;
 //! let output = OutputOptions { dir: "merged".into(), ..OutputOptions::default() };
 //! let report = tiesmith::merge(&plan, &schedule, &output, &storage, &Silent)?;
 //! println!("kept {:?} of each task vector", report.kept_fraction);

@@ -124,10 +124,10 @@ pub const PROBE_REMOTE_ELEMENTS: u64 = 1 << 23;
 pub const WRITE_BEHIND_BYTES: u64 = 128_000_000;
 /// Seconds after which what was written is made durable and journalled, however little it is.
 pub const WRITE_BEHIND_SECONDS: u64 = 5;
-/// Seconds after which the search for the thresholds of a long unit keeps what it has counted.
-pub const KEEP_SKETCH_SECONDS: u64 = 30;
-/// Most bytes of what it has counted that are kept.
-pub const MAX_KEPT_SKETCH_BYTES: usize = 64_000_000;
+/// Seconds after which work that writes nothing keeps what it has found out.
+pub const KEEP_AFTER_SECONDS: u64 = 30;
+/// Bytes of what it has counted that are written at once, or a little more.
+pub const KEPT_AT_ONCE_BYTES: usize = 16_000_000;
 /// Longest record of a journal, in bytes.
 pub const MAX_RECORD_BYTES: usize = 256_000_000;
 /// What a threshold that was found takes, with the numbers of entries about it.

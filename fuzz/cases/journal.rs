@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
 
 use tiesmith::{ModelInput, Observer, OutputOptions, Plan, Recipe, Report, Run, Schedule, Scope};
 
@@ -38,18 +39,37 @@ fn read(dir: &Path) -> Tree {
     tree
 }
 
-fn merge(inputs: &Path, out: &Path, patience: i64) -> tiesmith::Result<Report> {
+/// A merge to interrupt: with hashes of what it reads or not, and with thresholds per tensor, or for the whole model whose
+/// data does not fit into memory and votes on signs.
+#[derive(Clone, Copy)]
+struct Kind {
+    hashes: bool,
+    streams: bool,
+}
+
+/// As little memory as the plan can do with, so that no data stays in it.
+fn smallest(plan: &Plan) -> u64 {
+    let refusal = Schedule::new(plan, Run::new(1, 1)).expect_err("one byte is too little").to_string();
+    let (_, number) = refusal.split_once("at least ").expect("it says how much is needed");
+    number.split(' ').next().and_then(|number| number.parse().ok()).expect("a number")
+}
+
+fn merge(inputs: &Path, out: &Path, kind: Kind, patience: i64) -> tiesmith::Result<Report> {
     let model = |name: &str| ModelInput { source: inputs.join(name).to_string_lossy().into(), ..ModelInput::default() };
-    let recipe = Recipe {
+    let mut recipe = Recipe {
         base: Some(model("base.safetensors").source),
         models: vec![model("one.safetensors"), model("two.safetensors")],
-        scope: Scope::Tensor,
+        scope: if kind.streams { Scope::Model } else { Scope::Tensor },
         ..Recipe::default()
     };
+    if kind.streams {
+        recipe.params.insert("zero_sum".into(), tiesmith::Value::Word("majority".into()).into());
+    }
     let storage = super::storage();
     let plan = Plan::new(&recipe, &storage)?;
-    let schedule = Schedule::new(&plan, Run { memory_bytes: 40 << 20, threads: 1 })?;
-    let output = OutputOptions { dir: out.to_path_buf(), ..OutputOptions::default() };
+    let memory_bytes = if kind.streams { smallest(&plan) } else { 40 << 20 };
+    let schedule = Schedule::new(&plan, Run { keep_after: Duration::ZERO, ..Run::new(memory_bytes, 1) })?;
+    let output = OutputOptions { dir: out.to_path_buf(), hash_inputs: kind.hashes, ..OutputOptions::default() };
     tiesmith::merge(&plan, &schedule, &output, &storage, &StopAfter(AtomicI64::new(patience)))
 }
 
@@ -62,23 +82,31 @@ fn make_inputs(dir: &Path) {
     }
 }
 
-fn interrupted(dir: &Path) -> Interrupted {
+/// Two records at least; of a merge that streams, as many as there are before it writes anything.
+fn interrupted(dir: &Path, kind: Kind) -> Interrupted {
     make_inputs(dir);
     let out = dir.join("out");
     let _ = std::fs::remove_dir_all(&out);
-    merge(dir, &out, i64::MAX).expect("an undisturbed merge succeeds");
+    merge(dir, &out, kind, i64::MAX).expect("an undisturbed merge succeeds");
     let expected = std::fs::read(out.join("model.safetensors")).expect("a shard");
+    let mut last = None;
     for patience in 1.. {
         std::fs::remove_dir_all(&out).expect("it can be removed");
-        let outcome = merge(dir, &out, patience);
-        assert!(outcome.is_err(), "it is never interrupted in the middle");
+        let outcome = merge(dir, &out, kind, patience);
         let tree = read(&out);
+        let writes = tree.keys().any(|name| name.extension().is_some_and(|extension| extension == "partial"));
+        if outcome.is_ok() || kind.streams && writes {
+            break;
+        }
         let journal = tree.get(Path::new(".tiesmith/journal"));
         if journal.is_some_and(|journal| journal.windows(4).filter(|bytes| *bytes == b"TSR\n").count() > 1) {
-            return Interrupted { tree, expected };
+            last = Some(tree);
+            if !kind.streams {
+                break;
+            }
         }
     }
-    unreachable!()
+    Interrupted { tree: last.expect("it is interrupted in the middle"), expected }
 }
 
 /// A record with a right checksum.
@@ -92,23 +120,25 @@ fn record(number: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
     record
 }
 
-/// See the file's documentation.
+/// See the file's documentation. Of the first byte, the two highest bits say which merge it is.
 pub fn run(data: &[u8]) {
     thread_local! {
-        static START: OnceLock<(PathBuf, Interrupted)> = const { OnceLock::new() };
+        static STARTS: [OnceLock<(PathBuf, Interrupted)>; 4] = const { [const { OnceLock::new() }; 4] };
     }
-    START.with(|start| {
-        let (dir, start) = start.get_or_init(|| {
-            let dir = super::place("journal");
-            let start = interrupted(&dir);
+    let Some((&way, data)) = data.split_first() else { return };
+    let kind = Kind { hashes: way & 0x40 != 0, streams: way & 0x80 != 0 };
+    STARTS.with(|starts| {
+        let number = usize::from(way >> 6);
+        let (dir, start) = starts[number].get_or_init(|| {
+            let dir = super::place(&format!("journal-{number}"));
+            let start = interrupted(&dir, kind);
             (dir, start)
         });
-        check(dir, start, data);
+        check(dir, start, kind, way & 0x3f, data);
     });
 }
 
-fn check(dir: &Path, start: &Interrupted, data: &[u8]) {
-    let Some((&way, data)) = data.split_first() else { return };
+fn check(dir: &Path, start: &Interrupted, kind: Kind, way: u8, data: &[u8]) {
     let mut tree = start.tree.clone();
     let journal = tree.get_mut(Path::new(".tiesmith/journal")).expect("a journal");
     let starts: Vec<usize> = (0..journal.len() - 4).filter(|&at| &journal[at..at + 4] == b"TSR\n").collect();
@@ -119,11 +149,11 @@ fn check(dir: &Path, start: &Interrupted, data: &[u8]) {
             journal.extend(data);
         }
         // A sound record more.
-        1 => journal.extend(record(starts.len() as u64, way / 4 % 6, data)),
+        1 => journal.extend(record(starts.len() as u64, way / 4 % 8, data)),
         // A sound record in the place of the second.
         2 => {
             journal.truncate(starts[1]);
-            journal.extend(record(1, way / 4 % 6, data));
+            journal.extend(record(1, way / 4 % 8, data));
         }
         // Bytes changed anywhere: (place, difference) by turns.
         _ => {
@@ -137,10 +167,12 @@ fn check(dir: &Path, start: &Interrupted, data: &[u8]) {
     let _ = std::fs::remove_dir_all(&out);
     std::fs::create_dir_all(out.join(".tiesmith")).expect("it can be made");
     tree.iter().for_each(|(name, content)| std::fs::write(out.join(name), content).expect("it can be written"));
-    match merge(dir, &out, i64::MAX) {
+    match merge(dir, &out, kind, i64::MAX) {
         Ok(_) => {
             let made = std::fs::read(out.join("model.safetensors")).expect("a shard");
-            assert!(made == start.expected, "a wrong output");
+            // Counts of magnitudes that have a right checksum and could be true are believed.
+            let believed = kind.streams && matches!(way % 4, 1 | 2);
+            assert!(made == start.expected || believed && made.len() == start.expected.len(), "a wrong output");
         }
         Err(error) => {
             super::refused(&error);

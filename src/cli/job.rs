@@ -110,10 +110,8 @@ pub fn load(file: &Path, io: Option<IoMode>) -> Result<Planned> {
 /// What a part may use: as planned, unless it is said anew.
 pub fn run(args: &MergeArgs, resources: &ResourceArgs) -> Run {
     let planned = lower::run(&args.run);
-    Run {
-        memory_bytes: resources.memory.unwrap_or(planned.memory_bytes),
-        threads: resources.threads.unwrap_or(planned.threads),
-    }
+    let (memory_bytes, threads) = (planned.memory_bytes, planned.threads);
+    Run::new(resources.memory.unwrap_or(memory_bytes), resources.threads.unwrap_or(threads))
 }
 
 /// What a plan file says, without a look at its inputs.

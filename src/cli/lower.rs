@@ -69,7 +69,7 @@ fn statistics(recipe: &mut Recipe, kind: Statistics, given: &[String]) -> Result
 
 /// How the work is to be done.
 pub fn run(args: &RunArgs) -> Run {
-    Run { memory_bytes: args.memory, threads: args.threads.unwrap_or_else(cores) }
+    Run::new(args.memory, args.threads.unwrap_or_else(cores))
 }
 
 /// The same, for a merge by `plan`: what it downloads and needs again is kept on the local disk, unless a cache does that.

@@ -44,7 +44,7 @@ pub fn run(args: &VerifyArgs) -> Result<u8> {
     let threads = args.threads.unwrap_or_else(lower::cores);
     let mut report = tiesmith::verify(&args.dir, threads, &storage, &progress)?;
     if args.repair && !report.intact {
-        repair(args, &mut report, Run { memory_bytes: args.memory, threads }, &storage, &progress)?;
+        repair(args, &mut report, Run::new(args.memory, threads), &storage, &progress)?;
     }
     drop(progress);
     if args.report.json {

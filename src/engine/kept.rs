@@ -6,7 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::cut::TieCounts;
-use super::records::{RangeDone, SketchDone, UnitDone};
+use super::records::{RangeDone, UnitDone};
+use super::under_way::UnderWay;
 use super::worker::Tally;
 use crate::plan::{Action, Chunk, Goal, Plan, Schedule, Unit};
 
@@ -23,8 +24,8 @@ struct Span {
 #[derive(Debug, Default)]
 pub(super) struct Kept {
     units: HashMap<u32, UnitDone>,
-    /// By first tensor of the unit: the last that was kept.
-    sketches: HashMap<u32, SketchDone>,
+    /// What is known of units whose thresholds are not found.
+    pub under_way: UnderWay,
     /// Per tensor, by start; disjoint.
     spans: BTreeMap<u32, Vec<Span>>,
     /// Per tensor, per model: survivors in the parts that are done; tensors without any are not listed.
@@ -58,18 +59,8 @@ impl Kept {
 
     /// Takes in the thresholds of a unit that fits.
     pub(super) fn add_unit(&mut self, unit: UnitDone) {
-        self.sketches.remove(&unit.tensor);
+        self.under_way.forget(unit.tensor);
         self.units.insert(unit.tensor, unit);
-    }
-
-    /// Takes in what was counted of a unit.
-    pub(super) fn add_sketch(&mut self, sketch: SketchDone) {
-        self.sketches.insert(sketch.tensor, sketch);
-    }
-
-    /// What was counted of the unit that begins with tensor `tensor`.
-    pub(super) fn sketch(&self, tensor: u32) -> Option<&SketchDone> {
-        self.sketches.get(&tensor)
     }
 
     /// Whether `range` can be a part of this plan.

@@ -35,6 +35,7 @@ mod stored;
 mod sweep;
 mod tensor_crc;
 mod turns;
+mod under_way;
 mod verify;
 mod votes;
 mod worker;

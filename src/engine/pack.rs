@@ -283,7 +283,7 @@ impl<'a> Packing<'a> {
         for threads in (1..=run.threads.max(1)).rev() {
             let extra = self.memory(threads);
             let Some(memory_bytes) = run.memory_bytes.checked_sub(extra) else { continue };
-            if let Ok(mut schedule) = Schedule::new(self.plan, Run { memory_bytes, threads }) {
+            if let Ok(mut schedule) = Schedule::new(self.plan, Run { memory_bytes, threads, ..run }) {
                 schedule.memory.push((format!("packing ({threads} threads)"), extra));
                 return Ok(schedule);
             }

@@ -5,18 +5,21 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use super::Observer;
 use super::cut::{Cut, TieChain, TieCounts};
 use super::kept::Kept;
 use super::looks::solo_facts;
 use super::pool;
-use super::records::UnitDone;
+use super::records::{Entry, UnitDone};
 use super::select::{Thresholds, UnitThresholds, cuts, sample_stride, solo_thresholds, tensor_cuts};
+use super::shard_hash::Digest;
 use super::shards::ShardWriter;
 use super::slot::{Loaded, Slot, locate};
 use super::spool::{Spool, Use};
 use super::turns::{Ordered, Pending};
+use super::under_way::{Notes, ProbeDone, Step};
 use super::worker::{Known, Tally, Worker};
 use crate::error::Result;
 use crate::limits::{
@@ -24,7 +27,7 @@ use crate::limits::{
 };
 use crate::plan::ThresholdKind;
 use crate::plan::{Action, Chunk, Goal, PassSummary, Piece, Plan, Schedule, Trim, Unit, UnitKind, Wanted};
-use crate::sketch::{Bracket, Probe, Selector, bounds_of_sample};
+use crate::sketch::{Bracket, MagnitudeSketch, Probe, Selector, bounds_of_sample};
 
 /// Everything that a run shares.
 pub(super) struct Passes<'a> {
@@ -34,6 +37,8 @@ pub(super) struct Passes<'a> {
     /// Where results go; `None` for passes that only look at the data.
     pub writer: Option<&'a ShardWriter<'a>>,
     pub kept: &'a Kept,
+    /// Where what is found out of a unit is kept on the way.
+    pub notes: Option<Notes<'a>>,
     /// Per tensor: ties before it in tensors that other parts of the work deal with.
     pub ties_elsewhere: HashMap<u32, TieCounts>,
     pub workers: Vec<Worker>,
@@ -104,7 +109,11 @@ impl<'a> Passes<'a> {
         kept: &'a Kept,
         workers: Vec<Worker>,
     ) -> Self {
+        // What comes before the merge reads all of a unit again.
+        let more_to_come = plan.votes() || !plan.needs().looks.is_empty();
+        let left = &kept.under_way;
         Self {
+            notes: writer.map(|keeper| Notes { keeper, left, of: Digest::default(), more_to_come }),
             plan,
             schedule,
             observer,
@@ -419,17 +428,20 @@ impl<'a> Passes<'a> {
         self.announce("probe", self.pass_bytes("probe"));
         let models = plan.searched(goals);
         let brackets: Vec<_> = models.iter().map(|wanted| wanted.then_some(Bracket::COARSE)).collect();
-        let probes = Mutex::new(vec![Probe::default(); plan.models()]);
-        let observer = self.observer;
+        let notes = self.notes_of(unit);
+        let mut probes = vec![Probe::default(); plan.models()];
+        let done = self.probed(unit, &models, &mut probes);
+        let probes = Mutex::new((probes, Vec::new(), Instant::now()));
+        let (observer, keep_after) = (self.observer, self.schedule.keep_after);
         let probes_ahead = probes_ahead(self.schedule);
         pool::run(
             &mut self.workers,
-            0..PROBE_GROUPS,
+            (0..PROBE_GROUPS).filter(|&group| !done[group]),
             0,
             |_| (),
             |worker, _, group| {
                 worker.set_brackets(&brackets);
-                let reads = worker.reads.take();
+                let (reads, before) = (worker.reads.take(), worker.tally.bytes_read);
                 let wanted = Wanted::TaskVectors(&models);
                 let blocks = || Schedule::probe_blocks(plan, unit).skip(group).step_by(PROBE_GROUPS);
                 let mut next = blocks();
@@ -440,14 +452,23 @@ impl<'a> Passes<'a> {
                     worker.load(plan, block, pieces, observer, |worker, data| worker.sketch(data, &brackets))?;
                 }
                 worker.reads = reads;
-                let mut probes = lock(&probes);
+                let (probes, entries, kept) = &mut *lock(&probes);
                 for (probe, sketch) in probes.iter_mut().zip(&worker.sketches).filter(|(_, s)| s.bins() > 0) {
                     probe.add_group(sketch);
                 }
-                Ok(())
+                let Some(notes) = notes else { return Ok(()) };
+                let sketches =
+                    worker.sketches.iter().filter(|s| s.bins() > 0).flat_map(MagnitudeSketch::encode).collect();
+                let (tensor, group, bytes_read) = (unit.tensors[0], group as u32, worker.tally.bytes_read - before);
+                entries.push(Entry::Step(Step::Probe(ProbeDone { tensor, of: notes.of, group, bytes_read, sketches })));
+                if kept.elapsed() < keep_after {
+                    return Ok(());
+                }
+                *kept = Instant::now();
+                notes.keeper.keep_entries(std::mem::take(entries))
             },
         )?;
-        Ok(probes.into_inner().unwrap_or_else(PoisonError::into_inner))
+        Ok(probes.into_inner().unwrap_or_else(PoisonError::into_inner).0)
     }
 
     /// Merges what is left of the unit, and records its thresholds with what survived in all of it.

@@ -99,7 +99,7 @@ impl Reads {
     }
 }
 
-fn first_half(hash: &blake3::Hash) -> Digest {
+pub(super) fn first_half(hash: &blake3::Hash) -> Digest {
     *hash.as_bytes().first_chunk().expect("a hash has 32 bytes")
 }
 

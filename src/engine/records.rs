@@ -3,6 +3,7 @@
 //! Integers are little-endian and of fixed width. Decoding accepts any bytes: lengths are checked against what is left.
 
 use super::shard_hash::Digest;
+use super::under_way::Step;
 use crate::kernels::Ties;
 use crate::limits::FOUND_BYTES;
 use crate::sketch::Threshold;
@@ -56,19 +57,6 @@ pub(super) struct Piece {
     pub digest: Digest,
 }
 
-/// What a look at a unit's data has counted of a part of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct SketchDone {
-    /// First tensor of the unit.
-    pub tensor: u32,
-    /// Elements of the unit that were looked at, in its order.
-    pub elements: u64,
-    /// Tensor bytes read for it.
-    pub bytes_read: u64,
-    /// Per goal a byte, 1 if there is a sketch, and that sketch, encoded.
-    pub sketches: Vec<u8>,
-}
-
 /// A range of an input that was read, where inputs are hashed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ReadDone {
@@ -87,7 +75,7 @@ pub(super) enum Entry {
     Unit(UnitDone),
     Range(RangeDone),
     Read(ReadDone),
-    Sketch(SketchDone),
+    Step(Step),
 }
 
 impl Entry {
@@ -102,7 +90,7 @@ impl Entry {
                     + range.pieces.capacity() * size_of::<Piece>()
             }
             Self::Read(_) => 0,
-            Self::Sketch(sketch) => sketch.sketches.len(),
+            Self::Step(step) => step.held_bytes(),
         };
         size_of::<Self>() + lists
     }
@@ -111,7 +99,6 @@ impl Entry {
 const UNIT: u8 = 1;
 const RANGE: u8 = 2;
 const READ: u8 = 3;
-const SKETCH: u8 = 4;
 
 /// The payload of a record that says that `entries` are done.
 pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
@@ -121,7 +108,7 @@ pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
             Entry::Unit(unit) => encode_unit(unit, &mut out),
             Entry::Range(range) => encode_range(range, &mut out),
             Entry::Read(read) => encode_read(read, &mut out),
-            Entry::Sketch(sketch) => encode_sketch(sketch, &mut out),
+            Entry::Step(step) => step.encode(&mut out),
         }
     }
     out
@@ -171,15 +158,6 @@ fn encode_read(read: &ReadDone, out: &mut Vec<u8>) {
     out.extend(read.digest);
 }
 
-fn encode_sketch(sketch: &SketchDone, out: &mut Vec<u8>) {
-    out.push(SKETCH);
-    out.extend(sketch.tensor.to_le_bytes());
-    out.extend(sketch.elements.to_le_bytes());
-    out.extend(sketch.bytes_read.to_le_bytes());
-    out.extend((sketch.sketches.len() as u32).to_le_bytes());
-    out.extend(&sketch.sketches);
-}
-
 /// The entries of a payload; `None` if it is not one.
 pub(super) fn decode(payload: &[u8]) -> Option<Vec<Entry>> {
     let mut rest = Rest(payload);
@@ -189,8 +167,7 @@ pub(super) fn decode(payload: &[u8]) -> Option<Vec<Entry>> {
             UNIT => Entry::Unit(decode_unit(&mut rest)?),
             RANGE => Entry::Range(decode_range(&mut rest)?),
             READ => Entry::Read(decode_read(&mut rest)?),
-            SKETCH => Entry::Sketch(decode_sketch(&mut rest)?),
-            _ => return None,
+            kind => Entry::Step(Step::decode(kind, &mut rest)?),
         });
     }
     Some(entries)
@@ -222,35 +199,38 @@ fn decode_read(rest: &mut Rest<'_>) -> Option<ReadDone> {
     Some(ReadDone { file: rest.u32()?, offset: rest.u64()?, bytes: rest.u32()?, digest: rest.take()? })
 }
 
-fn decode_sketch(rest: &mut Rest<'_>) -> Option<SketchDone> {
-    let (tensor, elements, bytes_read) = (rest.u32()?, rest.u64()?, rest.u64()?);
-    Some(SketchDone { tensor, elements, bytes_read, sketches: rest.list(Rest::byte)? })
-}
-
 /// What is left of a payload.
-struct Rest<'a>(&'a [u8]);
+pub(super) struct Rest<'a>(&'a [u8]);
 
 impl Rest<'_> {
-    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+    pub(super) fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
         let (first, rest) = self.0.split_first_chunk()?;
         self.0 = rest;
         Some(*first)
     }
 
-    fn byte(&mut self) -> Option<u8> {
+    pub(super) fn byte(&mut self) -> Option<u8> {
         self.take::<1>().map(|[byte]| byte)
     }
 
-    fn u32(&mut self) -> Option<u32> {
+    pub(super) fn u32(&mut self) -> Option<u32> {
         self.take().map(u32::from_le_bytes)
     }
 
-    fn u64(&mut self) -> Option<u64> {
+    pub(super) fn u64(&mut self) -> Option<u64> {
         self.take().map(u64::from_le_bytes)
     }
 
+    /// A count and as many bytes.
+    pub(super) fn bytes(&mut self) -> Option<Vec<u8>> {
+        let count = self.u32()? as usize;
+        let (bytes, rest) = self.0.split_at_checked(count)?;
+        self.0 = rest;
+        Some(bytes.to_vec())
+    }
+
     /// A count and as many items, each of at least one byte.
-    fn list<T>(&mut self, mut item: impl FnMut(&mut Self) -> Option<T>) -> Option<Vec<T>> {
+    pub(super) fn list<T>(&mut self, mut item: impl FnMut(&mut Self) -> Option<T>) -> Option<Vec<T>> {
         let count = self.u32()? as usize;
         if count > self.0.len() {
             return None;
@@ -262,12 +242,13 @@ impl Rest<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::under_way;
     use proptest::prelude::*;
 
     fn entries() -> Vec<Entry> {
         let threshold = Threshold { ties: Ties { low: 5, high: 6 }, above: 1 << 40, tied: 3 };
         let pieces = vec![Piece { bytes: 4096, digest: [7; 16] }, Piece { bytes: 1, digest: [8; 16] }];
-        vec![
+        [
             Entry::Unit(UnitDone {
                 tensor: 9,
                 found: vec![None, Some((threshold, 77))],
@@ -289,8 +270,10 @@ mod tests {
             }),
             Entry::Range(RangeDone::default()),
             Entry::Read(ReadDone { file: 3, offset: 1 << 41, bytes: 1 << 20, digest: [9; 16] }),
-            Entry::Sketch(SketchDone { tensor: 2, elements: 1 << 42, bytes_read: 7, sketches: vec![0, 1, 2] }),
         ]
+        .into_iter()
+        .chain(under_way::tests::steps().into_iter().map(Entry::Step))
+        .collect()
     }
 
     #[test]

@@ -23,9 +23,10 @@ use super::kept::Kept;
 use super::output::OutputDir;
 use super::pool::no_thread;
 use super::reads::Reads;
-use super::records::{self, Entry, Piece, RangeDone, SketchDone, UnitDone};
+use super::records::{self, Entry, Piece, RangeDone, UnitDone};
 use super::shard_hash::ShardHash;
 use super::tensor_crc::{Crc, PieceCrc, TensorCrcs};
+use super::under_way::Keeps;
 use super::worker::Tally;
 use super::{Observer, check_inputs_unchanged};
 use crate::error::{Error, Result};
@@ -40,7 +41,7 @@ enum Message {
     /// Work is done: all its bytes are written.
     Done(Entry),
     /// A unit's thresholds, or what was counted for them, took long: they are to be kept at once.
-    Precious(Entry),
+    Precious(Vec<Entry>),
 }
 
 /// What sealing found out about a shard.
@@ -113,14 +114,7 @@ impl ShardWriter<'_> {
 
     /// Keeps the thresholds of a unit before anything is written that depends on them.
     pub(super) fn keep(&self, unit: UnitDone) -> Result<()> {
-        self.shards.output.storage.check_mapped()?;
-        self.send(Message::Precious(Entry::Unit(unit)))
-    }
-
-    /// Keeps what was counted of a unit so far.
-    pub(super) fn keep_sketch(&self, sketch: SketchDone) -> Result<()> {
-        self.shards.output.storage.check_mapped()?;
-        self.send(Message::Precious(Entry::Sketch(sketch)))
+        self.keep_entries(vec![Entry::Unit(unit)])
     }
 
     fn send(&self, message: Message) -> Result<()> {
@@ -129,6 +123,13 @@ impl ShardWriter<'_> {
             let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
             failure.clone().unwrap_or_else(|| Error::failed("writing stopped"))
         })
+    }
+}
+
+impl Keeps for ShardWriter<'_> {
+    fn keep_entries(&self, entries: Vec<Entry>) -> Result<()> {
+        self.shards.output.storage.check_mapped()?;
+        self.send(Message::Precious(entries))
     }
 }
 
@@ -305,14 +306,14 @@ impl Follower<'_> {
                 *range = start..range.end.max(offset + bytes);
                 self.dirty_bytes += bytes;
             }
-            Message::Precious(entry) => {
-                self.push(entry);
+            Message::Precious(entries) => {
+                entries.into_iter().for_each(|entry| self.push(entry));
                 self.flush()?;
             }
             Message::Done(entry) => {
                 let complete = match &entry {
                     Entry::Range(range) => self.count_down(range),
-                    Entry::Unit(_) | Entry::Read(_) | Entry::Sketch(_) => None,
+                    Entry::Unit(_) | Entry::Read(_) | Entry::Step(_) => None,
                 };
                 self.push(entry);
                 if let Some(shard) = complete {

@@ -12,6 +12,7 @@
 mod chunks;
 mod group;
 mod spool;
+mod votes;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -81,7 +81,9 @@ impl Factored {
                 let elements = elements.max(fewest);
                 let extra = search + 4 * elements;
                 let Some(memory_bytes) = run.memory_bytes.checked_sub(extra) else { continue };
-                let Ok(mut schedule) = Schedule::new(&self.merged, Run { memory_bytes, threads }) else { continue };
+                let Ok(mut schedule) = Schedule::new(&self.merged, Run { memory_bytes, threads, ..run }) else {
+                    continue;
+                };
                 schedule.memory.push((format!("factors of a module ({threads} threads)"), search));
                 schedule.memory.push(("changed weights of a module, or a part of them".into(), 4 * elements));
                 schedule.memory_limit = run.memory_bytes;

@@ -20,7 +20,7 @@ use super::{Action, Plan, Wanted};
 use crate::dtype::Float;
 use crate::error::{Error, Result, printable};
 use crate::limits::{
-    AHEAD_BYTES, AHEAD_SHARE, CHUNK_ELEMENTS, CONNECTIONS_BYTES, KEEP_SKETCH_SECONDS, LISTED_BYTES, LISTED_THRESHOLDS,
+    AHEAD_BYTES, AHEAD_SHARE, CHUNK_ELEMENTS, CONNECTIONS_BYTES, KEEP_AFTER_SECONDS, LISTED_BYTES, LISTED_THRESHOLDS,
     MAPPED_BYTES, MIN_CHUNK_ELEMENTS, NEAR_KEYS, NEAR_SHARE, OUT_ELEMENTS, PAGE_BYTES, PROBE_BLOCK, PROBE_GROUPS,
     PROBE_MIN_ELEMENTS, PROBE_REMOTE_ELEMENTS, PROBE_SHARE, PROCESS_BYTES, RESIDENT_BYTES, RESIDENT_WINDOWS,
     SKETCH_BINS_MAX, SKETCH_BINS_MIN, SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS, THREAD_BYTES, TILE_ELEMENTS,
@@ -42,6 +42,15 @@ pub struct Run {
     pub memory_bytes: u64,
     /// Worker threads.
     pub threads: usize,
+    /// How long work goes on before what it has found out is kept, where a kill would cost more than what was written since.
+    pub keep_after: Duration,
+}
+
+impl Run {
+    /// With so much memory and so many threads.
+    pub const fn new(memory_bytes: u64, threads: usize) -> Self {
+        Self { memory_bytes, threads, keep_after: Duration::from_secs(KEEP_AFTER_SECONDS) }
+    }
 }
 
 /// What a look at a family asks of memory beyond what a merge of it does.
@@ -224,7 +233,7 @@ impl Schedule {
             slot_elements: cut.slot_elements,
             widths: demand.widths,
             sketch_bins: cut.bins,
-            keep_after: Duration::from_secs(KEEP_SKETCH_SECONDS),
+            keep_after: run.keep_after,
             ahead_bytes: cut.ahead_bytes,
             held_elements: 0,
             spool: demand.spool,

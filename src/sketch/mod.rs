@@ -186,7 +186,14 @@ impl MagnitudeSketch {
         let (words, []) = raw.as_chunks::<8>() else { return None };
         let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
         let bracket = Bracket { low, shift, bins };
-        (words.len() == bins).then_some(Self { bracket, common: NO_KEY, seen: 0, above, bins: words })
+        let last = u64::from(low) + ((bins as u64).saturating_sub(1) << shift.min(31));
+        let sound = words.len() == bins && shift < 32 && last < KEYS;
+        sound.then_some(Self { bracket, common: NO_KEY, seen: 0, above, bins: words })
+    }
+
+    /// Values counted; `None` if they are more than can be counted.
+    pub fn total(&self) -> Option<u64> {
+        self.bins.iter().try_fold(self.above, |sum, &bin| sum.checked_add(count(bin)))
     }
 
     /// Whether `other` counts in the same bracket, so that both can be added.

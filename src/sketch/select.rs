@@ -59,6 +59,21 @@ impl Selector {
         }
     }
 
+    /// A search for the `rank`-th largest that is over.
+    pub fn found(rank: u64, threshold: Threshold) -> Self {
+        Self { state: State::Found(threshold), ..Self::coarse(rank) }
+    }
+
+    /// The same, if `missed`, after a bracket that missed.
+    pub fn after_a_miss(self, missed: bool) -> Self {
+        Self { missed, ..self }
+    }
+
+    /// Whether a bracket missed.
+    pub fn has_missed(&self) -> bool {
+        self.missed
+    }
+
     /// The same, looking at no key below `floor` before all above it were.
     pub fn not_below(self, floor: u32) -> Self {
         Self { floor, ..self }
@@ -85,6 +100,15 @@ impl Selector {
         match self.state {
             State::Searching(_) => None,
             State::Found(threshold) => Some(threshold),
+        }
+    }
+
+    /// Whether a sketch leaves keys that can be the answer.
+    pub fn can_observe(&self, sketch: &MagnitudeSketch) -> bool {
+        match sketch.locate(self.rank) {
+            Ok(_) => true,
+            Err(Miss::Above) => sketch.bracket.end() < KEYS,
+            Err(Miss::Below) => sketch.bracket.low > 0,
         }
     }
 

@@ -6,7 +6,7 @@ use tiesmith::Study;
 fn look(memory: &Memory, observer: &dyn Observer) -> Result<bool, Error> {
     let storage: Arc<dyn Storage> = Arc::new(memory.clone());
     let plan = Plan::new(&Recipe { scope: Scope::Tensor, ..recipe() }, &storage)?;
-    let study = Study::new(plan, &[0.1, 0.5], Run { memory_bytes: 256 << 20, threads: 1 })?;
+    let study = Study::new(plan, &[0.1, 0.5], Run::new(256 << 20, 1))?;
     let output = OutputOptions { dir: OUT.into(), ..OutputOptions::default() };
     tiesmith::analyze(&study, &output, &storage, observer).map(|report| report.tensors_reused > 0)
 }

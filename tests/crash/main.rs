@@ -16,6 +16,7 @@ mod packed;
 mod parts;
 mod repair;
 mod sweep;
+mod under_way;
 mod upload;
 
 use std::collections::BTreeMap;
@@ -221,9 +222,8 @@ impl Job {
         }
         let storage: Arc<dyn Storage> = Arc::new(memory.clone());
         let plan = Plan::new(&self.recipe, &storage)?;
-        let mut schedule = Schedule::new(&plan, Run { memory_bytes, threads })?;
         // What was counted is kept after every chunk.
-        schedule.keep_after = Duration::ZERO;
+        let schedule = Schedule::new(&plan, Run { keep_after: Duration::ZERO, ..Run::new(memory_bytes, threads) })?;
         let output =
             OutputOptions { dir: OUT.into(), force: self.force, hash_inputs: self.copied, ..OutputOptions::default() };
         tiesmith::merge(&plan, &schedule, &output, &storage, observer)
@@ -464,37 +464,6 @@ fn large_inputs() -> Memory {
         memory.put(&format!("/in/{name}/model.safetensors"), &content);
     }
     memory
-}
-
-/// However soon each attempt is stopped, as long as it does one chunk of anything.
-#[test]
-fn a_run_that_never_gets_far_gets_through() {
-    // Enough for a probe, or a vote, but not for a probe and all of the search.
-    for (votes, patience) in [(false, 45), (true, 62)] {
-        let mut recipe = Recipe { max_shard_bytes: 1 << 30, ..recipe() };
-        if votes {
-            recipe.params.insert("zero_sum".into(), tiesmith::Value::Word("majority".into()).into());
-        }
-        let job = Job { name: "never far", recipe, force: false, copied: false };
-        let before = large_inputs();
-        let whole = before.fork(None);
-        let undisturbed = job.run_with(&whole, 1, 28 << 20, &Silent).unwrap();
-        let expected = lasting(&whole.tree(OUT));
-        let (mut memory, mut stops) = (before.fork(None), 0);
-        let report = loop {
-            match job.run_with(&memory, 1, 28 << 20, &StopAfter(AtomicI64::new(patience))) {
-                Ok(report) => break report,
-                Err(error) => assert_eq!(error.exit_code(), 130, "{error}"),
-            }
-            memory = memory.reboot(Survives::Nothing);
-            stops += 1;
-            assert!(stops < 200, "it does not get through");
-        };
-        say(&format!("{stops} stops"));
-        assert!(stops >= 2, "{stops} stops");
-        assert!(lasting(&memory.tree(OUT)) == expected);
-        assert_eq!(report.bytes_read, undisturbed.bytes_read);
-    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ fn pack(density: f64, memory: &Memory) -> Result<PackReport, Error> {
     let storage: Arc<dyn Storage> = Arc::new(memory.clone());
     let plan = Plan::new(&Recipe::packing("/in/one", "/in/base", density), &storage)?;
     let output = PackOutput { file: format!("{OUT}/one.tvz").into(), force: false };
-    tiesmith::pack(&plan, Run { memory_bytes: 96 << 20, threads: 1 }, &output, &storage, &Silent)
+    tiesmith::pack(&plan, Run::new(96 << 20, 1), &output, &storage, &Silent)
 }
 
 #[test]

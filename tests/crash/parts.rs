@@ -10,7 +10,7 @@ use super::memory::{Fault, Memory, Survives};
 use super::{KINDS, OUT, STEP, Silent, inputs, recipe, say};
 
 const PARTS: usize = 2;
-const RUN: Run = Run { memory_bytes: 40 << 20, threads: 1 };
+const RUN: Run = Run::new(40 << 20, 1);
 
 struct InParts {
     recipe: Recipe,

@@ -18,7 +18,7 @@ fn repair(memory: &Memory) -> Result<bool, Error> {
     let manifest = Manifest::read(format!("{OUT}/tiesmith.json").as_ref(), &*storage)?;
     let mut plan = Plan::new(&manifest.recipe(&*storage), &storage)?;
     manifest.admit(&mut plan)?;
-    let schedule = Schedule::new(&plan, Run { memory_bytes: 40 << 20, threads: 1 })?;
+    let schedule = Schedule::new(&plan, Run::new(40 << 20, 1))?;
     let damaged: Vec<String> = report.damaged.into_iter().map(|file| file.name).collect();
     tiesmith::repair(&manifest, &damaged, &plan, &schedule, OUT.as_ref(), &storage, &Silent).map(|()| true)
 }

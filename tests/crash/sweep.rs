@@ -24,7 +24,7 @@ fn sweep(base: &Recipe, packed: bool, memory: &Memory) -> Result<SweepReport, Er
     let variants: Vec<Variant> = plans.enumerate().map(variant).collect();
     let output = OutputOptions { dir: OUT.into(), ..OutputOptions::default() };
     let options = SweepOptions { output, packed };
-    tiesmith::sweep(union, &variants, Run { memory_bytes: 96 << 20, threads: 1 }, &options, &storage, &Silent)
+    tiesmith::sweep(union, &variants, Run::new(96 << 20, 1), &options, &storage, &Silent)
 }
 
 /// What does not depend on how often a run was disturbed.

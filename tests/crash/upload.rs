@@ -13,7 +13,7 @@ const ADDRESS: &str = "s3://bucket/merged";
 fn upload(recipe: &Recipe, address: &str, memory: &Memory) -> Result<Report, Error> {
     let storage: Arc<dyn Storage> = Arc::new(memory.clone());
     let plan = Plan::new(recipe, &storage)?;
-    let schedule = Schedule::new(&plan, Run { memory_bytes: 28 << 20, threads: 1 })?;
+    let schedule = Schedule::new(&plan, Run::new(28 << 20, 1))?;
     let output = OutputOptions { dir: OUT.into(), on_shard: Some(address.into()), ..OutputOptions::default() };
     tiesmith::merge(&plan, &schedule, &output, &storage, &Silent)
 }

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use super::measures::Measures;
 use super::study::Study;
 use super::work::WorkDir;
+use crate::engine::records;
+use crate::engine::under_way::{Step, UnderWay};
 use crate::error::{Error, Result};
 use crate::kernels::Ties;
 use crate::limits::WRITE_BEHIND_SECONDS;
@@ -22,10 +24,13 @@ pub(super) enum Entry {
     Thresholds(Vec<Option<Threshold>>),
     /// All of one tensor: its place in the study's order, its own thresholds (none in model scope), its numbers.
     Tensor { place: u32, found: Vec<Option<Threshold>>, measures: Measures },
+    /// How far the search for thresholds is.
+    Step(Step),
 }
 
 const THRESHOLDS: u8 = 1;
 const TENSOR: u8 = 2;
+const STEP: u8 = 3;
 
 impl Entry {
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
@@ -40,6 +45,13 @@ impl Entry {
                 encode_found(found, out);
                 measures.counts.iter().for_each(|count| out.extend(count.to_le_bytes()));
                 measures.sums.iter().for_each(|sum| out.extend(sum.to_le_bytes()));
+            }
+            Self::Step(step) => {
+                let mut entry = Vec::new();
+                step.encode(&mut entry);
+                out.push(STEP);
+                out.extend((entry.len() as u32).to_le_bytes());
+                out.extend(entry);
             }
         }
     }
@@ -57,6 +69,15 @@ impl Entry {
                 let counts = (0..counts).map(|_| take(rest).map(u64::from_le_bytes)).collect::<Option<_>>()?;
                 let sums = (0..sums).map(|_| take(rest).map(f64::from_le_bytes)).collect::<Option<_>>()?;
                 Some(Self::Tensor { place, found, measures: Measures { counts, sums } })
+            }
+            [STEP] => {
+                let length = u32::from_le_bytes(take(rest)?) as usize;
+                let (entry, after) = rest.split_at_checked(length)?;
+                *rest = after;
+                match &records::decode(entry)?[..] {
+                    [records::Entry::Step(step)] => Some(Self::Step(step.clone())),
+                    _ => None,
+                }
             }
             _ => None,
         }
@@ -122,6 +143,8 @@ pub(super) struct Gathered {
     pub thresholds: Option<Vec<Option<Threshold>>>,
     /// Tensors that are done: the first so many of the study's order.
     pub done: usize,
+    /// What is known of units whose thresholds are not found.
+    pub under_way: UnderWay,
 }
 
 impl Gathered {
@@ -133,6 +156,7 @@ impl Gathered {
             kinds: study.kinds.names.iter().map(|_| new()).collect(),
             thresholds: None,
             done: 0,
+            under_way: UnderWay::default(),
         }
     }
 
@@ -150,9 +174,14 @@ impl Gathered {
                     && self.done < study.tensors.len()
                     && found.len() == if study.plan.per_tensor() { goals } else { 0 };
                 if fits {
+                    self.under_way.forget(study.tensors[place as usize]);
                     self.add(study, &measures);
                 }
                 fits
+            }
+            Entry::Step(step) => {
+                self.under_way.take(step);
+                true
             }
         }
     }
@@ -237,7 +266,9 @@ mod tests {
     fn entries_survive_the_journal_and_nonsense_is_noticed() {
         let found = vec![None, Some(Threshold { ties: Ties { low: 3, high: 4 }, above: 5, tied: 6 })];
         let measures = Measures { counts: vec![1, 2, 3], sums: vec![0.5, -0.0] };
+        let steps = crate::engine::under_way::tests::steps().into_iter().map(Entry::Step);
         let entries = [Entry::Thresholds(found.clone()), Entry::Tensor { place: 7, found, measures }];
+        let entries: Vec<Entry> = entries.into_iter().chain(steps).collect();
         let mut bytes = Vec::new();
         entries.iter().for_each(|entry| entry.encode(&mut bytes));
         let mut rest = &bytes[..];
@@ -247,7 +278,7 @@ mod tests {
         assert!(rest.is_empty());
         for cut in 1..bytes.len() {
             let mut rest = &bytes[..cut];
-            let whole = (0..2).all(|_| Entry::decode(&mut rest, 3, 2).is_some());
+            let whole = entries.iter().all(|_| Entry::decode(&mut rest, 3, 2).is_some());
             assert!(!whole, "{cut}");
         }
         assert_eq!(Entry::decode(&mut &[TENSOR, 0, 0, 0, 0, 255, 255, 255, 255][..], 3, 2), None);

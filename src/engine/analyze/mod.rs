@@ -26,6 +26,7 @@ use super::passes::{Passes, lookahead, prefetch, units_ahead};
 use super::pool;
 use super::select::solo_thresholds;
 use super::turns::{Ordered, Pending, Turns};
+use super::under_way::Notes;
 use super::worker::Worker;
 use super::{Observer, OutputOptions, check_inputs_unchanged, check_memory, peak_memory_bytes};
 use crate::error::{ErrorKind, Result};
@@ -104,9 +105,12 @@ fn run(
     storage: &Arc<dyn Storage>,
     observer: &dyn Observer,
 ) -> Result<(AnalysisReport, Vec<String>)> {
-    let gathered = taken_over(study, work)?;
-    let reused = gathered.done;
-    let mut looker = Looker::new(study, observer);
+    let mut gathered = taken_over(study, work)?;
+    let (reused, left) = (gathered.done, std::mem::take(&mut gathered.under_way));
+    // All of a tensor is read again before its thresholds are recorded.
+    let more_to_come = study.plan.per_tensor();
+    let mut looker =
+        Looker::new(study, observer, Notes { keeper: work, left: &left, of: Default::default(), more_to_come });
     let (mut gatherer, outcome) = looker.look(Gatherer::new(study, work, &**storage, gathered));
     // What was finished is kept, whatever ended the look.
     let flushed = gatherer.flush();
@@ -200,17 +204,18 @@ struct Hand {
 struct Looker<'a> {
     study: &'a Study,
     observer: &'a dyn Observer,
+    notes: Notes<'a>,
     hands: Vec<Hand>,
 }
 
 impl<'a> Looker<'a> {
-    fn new(study: &'a Study, observer: &'a dyn Observer) -> Self {
+    fn new(study: &'a Study, observer: &'a dyn Observer, notes: Notes<'a>) -> Self {
         let hand = |_| Hand {
             worker: Some(Worker::new(&study.plan, &study.schedule)),
             meter: Meter::new(&study.aim.shape),
             blocks: Vec::new(),
         };
-        Self { study, observer, hands: (0..study.schedule.threads).map(hand).collect() }
+        Self { study, observer, notes, hands: (0..study.schedule.threads).map(hand).collect() }
     }
 
     fn bytes_read(&self) -> u64 {
@@ -278,6 +283,7 @@ impl<'a> Looker<'a> {
         let kept = Kept::new(&study.plan);
         let workers = self.hands.iter_mut().filter_map(|hand| hand.worker.take()).collect();
         let mut passes = Passes::with_workers(&study.plan, &study.schedule, self.observer, None, &kept, workers);
+        passes.notes = Some(self.notes);
         let found = passes.shared_thresholds(unit, goals, &mut None);
         self.hands.iter_mut().zip(passes.workers).for_each(|(hand, worker)| hand.worker = Some(worker));
         found

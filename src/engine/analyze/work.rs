@@ -14,6 +14,9 @@ use serde_json::Value;
 use super::super::OutputOptions;
 use super::super::identity::Begin;
 use super::super::output::{JOURNAL, LOCK, WORK_DIR, refuse_inputs, work_dir};
+use super::super::records;
+use super::super::under_way::Keeps;
+use super::gather::Entry;
 use super::study::Study;
 use crate::error::{Error, Result};
 use crate::journal::{Journal, Record, replay};
@@ -22,7 +25,7 @@ use crate::storage::{Lock, OutputFile, Storage};
 /// The file that marks a finished look.
 pub(super) const REPORT: &str = "report.json";
 /// Version of the journal's records of a look.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Kinds of journal records.
 mod kind {
@@ -142,6 +145,17 @@ impl WorkDir {
         journal.as_mut().expect("an open directory has a journal").append(kind::DONE, payload)
     }
 
+    /// Makes sure that what was read so far is what it seemed, then records how far searches are.
+    fn record_steps(&self, entries: Vec<records::Entry>) -> Result<()> {
+        self.storage.check_mapped()?;
+        let mut payload = Vec::new();
+        for entry in entries {
+            let records::Entry::Step(step) = entry else { unreachable!("a search has nothing but steps") };
+            Entry::Step(step).encode(&mut payload);
+        }
+        self.record(&payload)
+    }
+
     /// Shows the payloads of all records of work that is done to `each`.
     pub(super) fn each_done(&self, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let each = |record: Record| if record.kind == kind::DONE { each(&record.payload) } else { Ok(()) };
@@ -219,6 +233,12 @@ impl WorkDir {
                 let _ = self.storage.remove_dir(&self.dir);
             }
         }
+    }
+}
+
+impl Keeps for WorkDir {
+    fn keep_entries(&self, entries: Vec<records::Entry>) -> Result<()> {
+        self.record_steps(entries)
     }
 }
 

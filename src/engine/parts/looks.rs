@@ -14,8 +14,11 @@ use super::super::passes::{Passes, lock, prefetch, probed_selectors, probes_ahea
 use super::super::pool;
 use super::super::records::{self, Entry, UnitDone};
 use super::super::select::{UnitThresholds, cuts, observe, tensor_cuts};
+use super::super::shard_hash::Digest;
+use super::super::under_way::Notes;
 use super::super::worker::Known;
-use super::{Desk, files_of};
+use super::page::Page;
+use super::{Desk, file_of, files_of};
 use crate::error::{Error, Result};
 use crate::limits::PROBE_GROUPS;
 use crate::plan::{Goal, Schedule, ThresholdKind, Unit, Wanted};
@@ -73,9 +76,8 @@ impl<'a> Looks<'a> {
         }
         self.with_passes(|passes| {
             let selectors = self.first_selectors(passes, unit, goals)?;
-            let brackets = brackets(&selectors);
             // Parts that began earlier may be at work on it already.
-            board.share(&[name], 0, self.desk.observer, |_| self.sketch(passes, part.index, &brackets))
+            board.share(&[name], 0, self.desk.observer, |_| self.sketch(passes, part.index, (0, &selectors)))
         })
     }
 
@@ -176,7 +178,8 @@ impl<'a> Looks<'a> {
                 break;
             }
             let names = files_of(&sketch_name(round), parts);
-            desk.board.share(&names, desk.part.index, desk.observer, |part| self.sketch(passes, part, &brackets))?;
+            let search = (round, &selectors[..]);
+            desk.board.share(&names, desk.part.index, desk.observer, |part| self.sketch(passes, part, search))?;
             observe(&mut selectors, &self.sum(&names, &brackets)?);
         }
         Ok(selectors.iter().map(|s| s.as_ref().and_then(Selector::threshold)).collect())
@@ -239,12 +242,45 @@ impl<'a> Looks<'a> {
     }
 
     /// The counts of one part.
-    fn sketch(&self, passes: &mut Passes<'_>, part: usize, brackets: &[Option<Bracket>]) -> Result<Vec<u8>> {
-        let (unit, _) = self.shared.as_ref().expect("there is something to look for");
+    fn sketch(
+        &self,
+        passes: &mut Passes<'_>,
+        part: usize,
+        (round, selectors): (u32, &[Option<Selector>]),
+    ) -> Result<Vec<u8>> {
+        let (unit, goals) = self.shared.as_ref().expect("there is something to look for");
         self.desk.observer.stage("sketch", self.bytes_of(part, "sketch"));
-        let before = passes.tally().bytes_read;
-        let sketches = passes.sketch_all(&self.unit_of(part, unit), &mut None, brackets)?;
-        Ok(encoded(passes.tally().bytes_read - before, &sketches))
+        let name = file_of(&sketch_name(round), part, self.desk.part.count);
+        self.noting(passes, &name, |passes| {
+            let sketches = passes.sketch_part(&self.unit_of(part, unit), goals, (round, selectors))?;
+            Ok(encoded(passes.tally().bytes_read, &sketches))
+        })
+    }
+
+    /// Runs `work`, which makes file `name`, on passes that keep beside it what they find out on the way. They have
+    /// read nothing yet.
+    fn noting<R>(
+        &self,
+        passes: &mut Passes<'_>,
+        name: &str,
+        work: impl FnOnce(&mut Passes<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let (desk, kept) = (self.desk, Kept::new(self.desk.plan));
+        let page = Page::open(&desk.board, name);
+        let left = page.left()?;
+        let read_before: Vec<u64> =
+            passes.workers.iter_mut().map(|w| std::mem::take(&mut w.tally.bytes_read)).collect();
+        let workers = std::mem::take(&mut passes.workers);
+        let mut noting = Passes::with_workers(desk.plan, passes.schedule, desk.observer, None, &kept, workers);
+        noting.ties_elsewhere = std::mem::take(&mut passes.ties_elsewhere);
+        noting.notes = Some(Notes { keeper: &page, left: &left, of: Digest::default(), more_to_come: false });
+        let result = work(&mut noting);
+        passes.workers = noting.workers;
+        passes.workers.iter_mut().zip(read_before).for_each(|(worker, before)| worker.tally.bytes_read += before);
+        if result.is_ok() {
+            page.clear()?;
+        }
+        result
     }
 
     /// What the parts' counts add up to.
@@ -329,10 +365,11 @@ impl<'a> Looks<'a> {
         desk.board.share(&names, desk.part.index, desk.observer, |part| {
             let ties = self.ties_elsewhere(passes, unit, cuts, part)?;
             desk.observer.stage("vote", self.bytes_of(part, "vote"));
-            let before = passes.tally().bytes_read;
             passes.ties_elsewhere = ties;
-            let votes = passes.votes(&self.unit_of(part, unit), &mut None, cuts, &[])?;
-            Ok([(passes.tally().bytes_read - before).to_le_bytes(), votes.to_le_bytes()].concat())
+            self.noting(passes, &names[part], |passes| {
+                let votes = passes.votes(&self.unit_of(part, unit), &mut None, cuts, &[])?;
+                Ok([passes.tally().bytes_read.to_le_bytes(), votes.to_le_bytes()].concat())
+            })
         })?;
         let mut sum = 0i64;
         for name in &names {
@@ -395,7 +432,7 @@ pub(super) fn listed(parts: &[usize], count: usize) -> String {
     format!("{} {} of {count}", if parts.len() == 1 { "part" } else { "parts" }, text.join(", "))
 }
 
-fn sketch_name(round: usize) -> String {
+fn sketch_name(round: u32) -> String {
     if round == 0 { "sketch".into() } else { format!("sketch{}", round + 1) }
 }
 

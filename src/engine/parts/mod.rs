@@ -11,6 +11,7 @@ mod board;
 mod done;
 mod finish;
 mod looks;
+mod page;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

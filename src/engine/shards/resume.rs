@@ -41,15 +41,15 @@ impl Follower<'_> {
         let mut buffer = Vec::new();
         output.each_done(|payload| {
             for entry in decode(payload)? {
-                observer.go_on()?;
                 observer.advance(bytes_of(&entry));
                 match entry {
                     Entry::Read(read) if self.shards.reads.as_ref().is_some_and(|r| r.know(&read).is_some()) => {}
-                    Entry::Sketch(sketch) => kept.add_sketch(sketch),
+                    Entry::Step(step) => kept.under_way.take(step),
                     Entry::Unit(unit) if Kept::fits_unit(plan, &unit) => kept.add_unit(unit),
                     Entry::Range(range)
                         if Kept::fits(plan, &range) && plan.is_within(range.tensor, &self.shards.own) =>
                     {
+                        observer.go_on()?;
                         if kept.is_new(&range) && self.is_intact(&range, &left, &mut buffer)? {
                             self.count_down(&range);
                             kept.add_range(plan, range);
@@ -198,6 +198,6 @@ impl Follower<'_> {
 fn bytes_of(entry: &Entry) -> u64 {
     match entry {
         Entry::Range(range) => range.pieces.iter().map(|piece| u64::from(piece.bytes)).sum(),
-        Entry::Unit(_) | Entry::Read(_) | Entry::Sketch(_) => 0,
+        Entry::Unit(_) | Entry::Read(_) | Entry::Step(_) => 0,
     }
 }

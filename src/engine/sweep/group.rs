@@ -1,7 +1,7 @@
 //! Outputs that are made together: unit by unit, chunk by chunk.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -9,15 +9,19 @@ use super::chunks::{Search, left};
 use super::spool::{self, Framer, Spool};
 use super::{Sweep, Variant, families, places};
 use crate::engine::cut::{Cut, TieChain, TieCounts};
+use crate::engine::identity::Begin;
 use crate::engine::kept::Kept;
 use crate::engine::output::OutputDir;
 use crate::engine::passes::{Passes, Resident, lock, lookahead, prefetch_pieces, ties_before, units_ahead, whole};
 use crate::engine::pool;
-use crate::engine::records::UnitDone;
+use crate::engine::reads::first_half;
+use crate::engine::records::{Entry, UnitDone};
 use crate::engine::select::{Thresholds, UnitThresholds, cuts, solo_thresholds, tensor_cuts};
+use crate::engine::shard_hash::Digest;
 use crate::engine::shards::{ShardWriter, Written, write_shards};
 use crate::engine::slot::{Loaded, Slot, locate};
 use crate::engine::turns::Pending;
+use crate::engine::under_way::{Keeps, Notes};
 use crate::engine::worker::{Known, Sink, Tally, Worker};
 use crate::engine::{
     Finished, Observer, Report, check_inputs_unchanged, differing_warning, publish, report, side_files, tidy_up,
@@ -69,14 +73,23 @@ enum Target<'a> {
     Packed(&'a Spool<'a>),
 }
 
+impl<'a> Target<'a> {
+    fn keeper(&self) -> &'a dyn Keeps {
+        match *self {
+            Self::Shards(writer) => writer,
+            Self::Packed(spool) => spool,
+        }
+    }
+}
+
 /// What an output needs to merge a unit.
-struct Ready {
-    cuts: Vec<Cut>,
-    known: Known,
+pub(super) struct Ready {
+    pub cuts: Vec<Cut>,
+    pub known: Known,
     thresholds: UnitThresholds,
     /// Ties of what earlier attempts did, before each tensor.
     kept_ties: HashMap<u32, TieCounts>,
-    chain: TieChain,
+    pub chain: TieChain,
 }
 
 /// What was counted for an output in this run.
@@ -87,16 +100,18 @@ struct Counts {
 }
 
 /// The work on a group.
-struct Group<'a> {
-    union: &'a Plan,
-    schedule: &'a Schedule,
-    observer: &'a dyn Observer,
-    outs: &'a [Out<'a>],
+pub(super) struct Group<'a> {
+    pub union: &'a Plan,
+    pub schedule: &'a Schedule,
+    pub observer: &'a dyn Observer,
+    pub outs: &'a [Out<'a>],
     counts: Vec<Mutex<Counts>>,
     /// Buffers for packing that no thread uses.
     framers: Mutex<Vec<Framer>>,
     /// Bytes of base that were read to be compared with.
     compared: AtomicU64,
+    /// What the union is, its inputs as they are now: searches are for all models together.
+    of: Digest,
 }
 
 /// What a group found out.
@@ -181,7 +196,7 @@ impl Sweep<'_> {
         }
         join_families(&mut outs);
         schedule.allow_ahead(self.union, &**self.storage);
-        let (made, read) = Group::new(self.union, schedule, self.observer, &outs).run()?;
+        let (made, read) = Group::new(self.union, schedule, self.observer, &outs)?.run()?;
         self.bytes_read = self.bytes_read.saturating_add(read);
         self.storage.check_mapped()?;
         check_inputs_unchanged(self.union)?;
@@ -218,7 +233,7 @@ impl Sweep<'_> {
                 outs.push(Out { plan, kept, target: Target::Shards(writer), places, family: None });
             }
             join_families(&mut outs);
-            (made, read) = Group::new(union, schedule, observer, &outs).run()?;
+            (made, read) = Group::new(union, schedule, observer, &outs)?.run()?;
             Ok(())
         })?;
         self.bytes_read = self.bytes_read.saturating_add(read);
@@ -258,14 +273,15 @@ fn with_writers(
 }
 
 impl<'a> Group<'a> {
-    fn new(union: &'a Plan, schedule: &'a Schedule, observer: &'a dyn Observer, outs: &'a [Out<'a>]) -> Self {
+    fn new(union: &'a Plan, schedule: &'a Schedule, observer: &'a dyn Observer, outs: &'a [Out<'a>]) -> Result<Self> {
         let counts = outs.iter().map(|out| {
             let thresholds = Thresholds::new(out.plan.models(), out.plan.selects());
             let differing = out.kept.differing.clone();
             Mutex::new(Counts { tally: out.kept.tally.clone(), thresholds, differing })
         });
         let (counts, framers, compared) = (counts.collect(), Mutex::default(), AtomicU64::new(0));
-        Self { union, schedule, observer, outs, counts, framers, compared }
+        let of = first_half(&blake3::hash(&Begin::of(union)?.encode()?));
+        Ok(Self { union, schedule, observer, outs, counts, framers, compared, of })
     }
 
     /// Does everything; returns what each output's report is made of, and the tensor bytes read.
@@ -287,7 +303,7 @@ impl<'a> Group<'a> {
         }
         self.solo_units(&solo, &mut passes)?;
         self.direct(&mut passes)?;
-        let read = passes.tally().bytes_read + self.compared.load(Ordering::Relaxed);
+        let read = passes.read_here() + self.compared.load(Ordering::Relaxed);
         let made = self.outs.iter().zip(self.counts).map(|(out, counts)| {
             let Counts { tally, thresholds, differing } = counts.into_inner().unwrap_or_else(|e| e.into_inner());
             let warnings = differing_warning(out.plan, &differing).into_iter().collect();
@@ -318,13 +334,29 @@ impl<'a> Group<'a> {
         }
     }
 
+    /// Where what is found out of `unit` is kept until its thresholds are: with the first of those that lack them, whose
+    /// thresholds are kept last. Earlier attempts may have begun with another one.
+    fn notes(&self, unit: &Unit, new: &[usize]) -> Option<Notes<'a>> {
+        let outs = self.outs;
+        let progress = |out: &&usize| outs[**out].kept.under_way.progress(unit.tensors[0], &self.of);
+        // The first of those that are furthest.
+        let (&first, furthest) = (new.first()?, new.iter().rev().max_by_key(progress)?);
+        let more_to_come = new.iter().any(|&out| outs[out].plan.votes());
+        let left = &outs[*furthest].kept.under_way;
+        Some(Notes { keeper: outs[first].target.keeper(), left, of: self.of, more_to_come })
+    }
+
     /// A unit that all workers share.
-    fn shared_unit(&self, unit: &Unit, passes: &mut Passes<'_>) -> Result<()> {
+    fn shared_unit<'p>(&self, unit: &Unit, passes: &mut Passes<'p>) -> Result<()>
+    where
+        'a: 'p,
+    {
         let mut ready = self.outs.iter().map(|out| self.known(out, unit)).collect::<Result<Vec<_>>>()?;
         let new: Vec<usize> = (0..ready.len()).filter(|&out| ready[out].is_none()).collect();
         // Chunks that are held are those of a run that begins.
         let begins = new.len() == ready.len();
         let mut resident = if begins { passes.hold(unit) } else { None };
+        passes.notes = self.notes(unit, &new);
         if !new.is_empty() {
             let searching: Vec<&Out<'_>> = new.iter().map(|&out| &self.outs[out]).collect();
             let search = Search::new(self.union, &searching, unit);
@@ -336,17 +368,14 @@ impl<'a> Group<'a> {
         }
         let mut ready: Vec<Ready> = ready.into_iter().flatten().collect();
         self.vote(unit, passes, &mut resident, &new, &mut ready)?;
-        for &out in &new {
-            let done = ready[out].done(0);
-            match self.outs[out].target {
-                Target::Shards(writer) => writer.keep(done)?,
-                Target::Packed(spool) => spool.keep(done)?,
-            }
+        for &out in new.iter().rev() {
+            self.outs[out].target.keeper().keep_entries(vec![Entry::Unit(ready[out].done(0))])?;
         }
         passes.announce("merge", passes.pass_bytes("merge"));
         let before: Vec<Vec<u64>> = self.counts.iter().map(|counts| lock(counts).tally.kept.clone()).collect();
         let all: Vec<usize> = (0..self.outs.len()).collect();
-        self.each_chunk((unit, &all), passes, &mut resident, &ready, |worker, ordinal, chunk, slot, out| {
+        let chunks = left(self.union, self.outs, &unit.tensors, unit.chunk_elements);
+        self.each_chunk((unit, &all), chunks, passes, &mut resident, &ready, |worker, ordinal, chunk, slot, out| {
             let (own, ready) = (&self.outs[out], &ready[out]);
             let data = Loaded { plan: own.plan, chunk, slot };
             let cuts = tensor_cuts(own.plan, chunk, &ready.cuts, &[]);
@@ -367,41 +396,11 @@ impl<'a> Group<'a> {
         Ok(())
     }
 
-    /// The majority's sign of the outputs `new` that ask for it.
-    fn vote(
-        &self,
-        unit: &Unit,
-        passes: &mut Passes<'_>,
-        resident: &mut Option<Resident>,
-        new: &[usize],
-        ready: &mut [Ready],
-    ) -> Result<()> {
-        let voters: Vec<usize> = new.iter().copied().filter(|&out| self.outs[out].plan.votes()).collect();
-        if voters.is_empty() {
-            return Ok(());
-        }
-        passes.announce("vote", passes.pass_bytes("vote"));
-        let sums: Vec<AtomicI64> = self.outs.iter().map(|_| AtomicI64::new(0)).collect();
-        let shown = &*ready;
-        self.each_chunk((unit, &voters), passes, resident, shown, |worker, ordinal, chunk, slot, out| {
-            let (own, ready) = (&self.outs[out], &shown[out]);
-            let data = Loaded { plan: own.plan, chunk, slot };
-            let cuts = tensor_cuts(own.plan, chunk, &ready.cuts, &[]);
-            let (mut seen, _) = ready.ties(own, worker, ordinal, data, &cuts)?;
-            sums[out].fetch_add(worker.vote(data, &cuts, &mut seen, &[])?, Ordering::Relaxed);
-            Ok(())
-        })?;
-        for out in voters {
-            ready[out].known.majority = sums[out].load(Ordering::Relaxed).signum() as f32;
-            ready[out].chain = TieChain::of(ready[out].cuts.len());
-        }
-        Ok(())
-    }
-
-    /// Runs `work` on every chunk of `unit` that some of `outs` lack, loaded, once for each of these.
-    fn each_chunk(
+    /// Runs `work` on each of `chunks` of `unit`, loaded, once for each of `outs` that lack it.
+    pub(super) fn each_chunk(
         &self,
         (unit, outs): (&Unit, &[usize]),
+        chunks: impl Iterator<Item = (Chunk, Arc<[usize]>)>,
         passes: &mut Passes<'_>,
         resident: &mut Option<Resident>,
         ready: &[Ready],
@@ -409,13 +408,6 @@ impl<'a> Group<'a> {
     ) -> Result<()> {
         let loaded = resident.as_ref().is_some_and(Resident::is_loaded);
         let mut slots = resident.as_mut().map(Resident::slots);
-        let chunks = left(self.union, self.outs, &unit.tensors, unit.chunk_elements);
-        let chunks = chunks.map(|(chunk, mut lacking)| {
-            if outs.len() < self.outs.len() {
-                lacking = lacking.iter().copied().filter(|out| outs.contains(out)).collect();
-            }
-            (chunk, lacking)
-        });
         let items = chunks.map(move |(chunk, lacking)| (chunk, lacking, slots.as_mut().and_then(Iterator::next)));
         let ahead = |(chunk, lacking, _): &(Chunk, Arc<[usize]>, Option<&mut Slot>)| {
             if !loaded {
@@ -672,7 +664,7 @@ impl Ready {
     }
 
     /// Ties before the chunk, and in it.
-    fn ties(
+    pub(super) fn ties(
         &self,
         out: &Out<'_>,
         worker: &mut Worker,

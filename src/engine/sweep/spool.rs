@@ -20,6 +20,7 @@ use crate::engine::kept::Kept;
 use crate::engine::pack::{mark_all, mark_differing};
 use crate::engine::records::{self, Piece as Written, RangeDone, UnitDone};
 use crate::engine::slot::Slot;
+use crate::engine::under_way::Keeps;
 use crate::engine::worker::Tally;
 use crate::engine::{Observer, cut::TieCounts};
 use crate::error::{Error, Result};
@@ -215,13 +216,6 @@ impl<'a> Spool<'a> {
         }
     }
 
-    /// Keeps the thresholds of a unit before anything is written that depends on them.
-    pub(super) fn keep(&self, unit: UnitDone) -> Result<()> {
-        self.storage.check_mapped()?;
-        self.lock().done.entries.push(records::Entry::Unit(unit));
-        self.flush()
-    }
-
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -327,6 +321,14 @@ impl<'a> Spool<'a> {
     }
 }
 
+impl Keeps for Spool<'_> {
+    fn keep_entries(&self, entries: Vec<records::Entry>) -> Result<()> {
+        self.storage.check_mapped()?;
+        self.lock().done.entries.extend(entries);
+        self.flush()
+    }
+}
+
 /// What an earlier attempt left.
 struct Left {
     chunks: Vec<Spooled>,
@@ -375,6 +377,7 @@ impl Left {
             for entry in done.entries {
                 match entry {
                     records::Entry::Unit(unit) if Kept::fits_unit(plan, &unit) => self.kept.add_unit(unit),
+                    records::Entry::Step(step) => self.kept.under_way.take(step),
                     records::Entry::Range(range) if Kept::fits(plan, &range) => {
                         if self.kept.is_new(&range) && self.has(plan, places, &range) {
                             self.kept.add_range(plan, range);

@@ -56,12 +56,12 @@ fn number(value: f64) -> Setting {
 }
 
 fn schedule(plan: &Plan, memory_bytes: u64, threads: usize) -> Schedule {
-    Schedule::new(plan, Run { memory_bytes, threads }).unwrap()
+    Schedule::new(plan, Run::new(memory_bytes, threads)).unwrap()
 }
 
 /// The least memory for which `plan` has a schedule, as the refusal of less says.
 fn least(plan: &Plan) -> u64 {
-    let refusal = Schedule::new(plan, Run { memory_bytes: 1, threads: 4 }).unwrap_err().to_string();
+    let refusal = Schedule::new(plan, Run::new(1, 4)).unwrap_err().to_string();
     refusal.split("at least ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap()
 }
 
@@ -77,7 +77,7 @@ fn the_least_that_is_named_is_enough_and_no_less_is() {
         let least = least(&plan);
         for threads in [1, 4] {
             assert!(schedule(&plan, least, threads).memory_bytes() <= least);
-            assert!(Schedule::new(&plan, Run { memory_bytes: least - 1, threads }).is_err());
+            assert!(Schedule::new(&plan, Run::new(least - 1, threads)).is_err());
         }
     }
 }
