@@ -494,7 +494,7 @@ fn sound_records_that_make_no_sense_are_refused() {
     let good = fs::read(&path).unwrap();
     let number = good.windows(4).filter(|bytes| *bytes == b"TSR\n").count() as u64;
     let before = tree(&saved);
-    let nonsense: [(&str, u8, Vec<u8>); 15] = [
+    let nonsense: [(&str, u8, Vec<u8>); 17] = [
         ("an unknown kind", 9, Vec::new()),
         ("a second beginning", 1, b"{}".to_vec()),
         ("an unknown entry", 2, vec![7]),
@@ -508,6 +508,8 @@ fn sound_records_that_make_no_sense_are_refused() {
         ("more survivors than elements", 2, range(3, 0, 10, &[1, u64::MAX, 1], &[40])),
         ("a read where none are recorded", 2, [&[3][..], &[0; 32]].concat()),
         ("a search cut off", 2, [&[4][..], &[0; 20], &[9, 0, 0, 0]].concat()),
+        ("votes cut off", 2, [&[6][..], &[0; 36], &[9, 0, 0, 0]].concat()),
+        ("a group of a probe cut off", 2, [&[5][..], &[0; 32], &[9, 0, 0, 0]].concat()),
         ("inputs that are none", 6, b"{}".to_vec()),
         ("names that are none", 3, b"{}".to_vec()),
     ];
@@ -522,7 +524,10 @@ fn sound_records_that_make_no_sense_are_refused() {
     // A range that is not what was written is done again, and so is one whose bytes are not there.
     let absent = record(number, 2, &range(3, 0, 10, &[], &[40]));
     // So is a search that has counted something else.
-    let search = record(number + 1, 2, &[&[4, 3, 0, 0, 0][..], &[255; 16], &[5, 0, 0, 0, 1, 7, 7, 7, 7]].concat());
+    let numbers =
+        [&[0; 20][..], &5u64.to_le_bytes(), &7u64.to_le_bytes(), &[1, 0, 0, 0, 0, 0, 0, 0], &9u64.to_le_bytes()];
+    let state = [0, 5, 0, 0, 0, 1, 7, 7, 7, 7];
+    let search = record(number + 1, 2, &[&[4, 3, 0, 0, 0][..], &numbers.concat(), &state].concat());
     fs::write(&path, [good, absent, search].concat()).unwrap();
     again(&saved, &[]).succeeded();
     finished(&family, &saved);
