@@ -485,6 +485,35 @@ fn signals_stop_a_run_soon_and_the_same_command_goes_on() {
     }
 }
 
+#[test]
+fn a_command_that_has_a_shard_does_not_hold_up_a_run_that_is_to_stop() {
+    let saved = family(60_000).save();
+    let (clean, out) = (saved.path("clean"), saved.path("out"));
+    let extra = ["--threads=1", "--scope=tensor", "--max-shard-size=500KB"];
+    assert!(merge(&saved, &clean, &extra).status().unwrap().success());
+    let started = saved.path("started");
+    for command in ["sleep 30", "trap '' TERM; sleep 30 & wait; wait", "sleep 30 & exec sleep 30"] {
+        let on_shard = format!("--on-shard=touch '{}'; {command}", started.display());
+        let child = merge(&saved, &out, &[&extra[..], &[&*on_shard]].concat()).spawn().unwrap();
+        while !started.exists() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let begin = Instant::now();
+        signal(&child, "-TERM");
+        let output = child.wait_with_output().unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(2), "{command}: {:?}", begin.elapsed());
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(143), "{command}: {stderr}");
+        assert!(stderr.lines().count() == 1 && stderr.contains("run the same command again"), "{command}: {stderr}");
+        fs::remove_file(&started).unwrap();
+    }
+    let log = saved.path("log");
+    let on_shard = format!("--on-shard=echo {{}} >> '{}'", log.display());
+    run(merge(&saved, &out, &[&extra[..], &[&*on_shard]].concat())).succeeded();
+    assert!(read_checkpoint(&out) == read_checkpoint(&clean));
+    assert_eq!(fs::read_to_string(log).unwrap().lines().count(), finished_shards(&out).len());
+}
+
 /// Runs a shell script that has the program and its arguments as `"$@"`.
 fn shell(script: &str, merge: &Command) -> ExitStatus {
     let mut shell = Command::new("sh");

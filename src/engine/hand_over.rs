@@ -6,16 +6,20 @@
 //! - That it succeeded is recorded with the shard's hash and checksums: the shard need not be there any more. If the process ends
 //!   between the command's success and the record, it runs again; if it had removed the shard, that is made again first.
 //! - A command that fails ends the run; the same run goes on with it.
+//! - A run that is to stop asks the command to end, and does not wait for it for long.
 
 use std::collections::HashMap;
 use std::io::Read;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
+use crossbeam_channel::Receiver;
 use serde::{Deserialize, Serialize};
 
 use super::Observer;
 use super::output::OutputDir;
+use super::pool::no_thread;
 use super::shards::{SealedShard, Written};
 use super::tensor_crc::{self, Crc};
 use crate::error::{Error, Result, printable};
@@ -23,6 +27,10 @@ use crate::plan::Plan;
 
 /// What of a command's complaint is kept for the message.
 const COMPLAINT_BYTES: usize = 4096;
+/// How long a command has to end when the run is to stop.
+const GRACE: Duration = Duration::from_millis(1000);
+/// Between looks whether it has ended.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// A shard that the command has had.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,11 +119,14 @@ pub(super) fn hand_over(
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|e| failed(&path, &format!("cannot run the command of --on-shard: {e}")))?;
-    let complaint = complaint_of(&mut child);
-    let status = child.wait().map_err(|e| failed(&path, &format!("the command of --on-shard got lost: {e}")))?;
+    let complaint = complaint_of(&mut child)?;
+    let status = wait_for(&mut child, observer)
+        .map_err(|e| failed(&path, &format!("the command of --on-shard got lost: {e}")))?;
+    let Some(status) = status else { return observer.go_on() };
     if !status.success() {
         // An interrupt from the keyboard reaches the command too.
         observer.go_on()?;
+        let complaint = complaint.recv_timeout(GRACE).unwrap_or_default();
         let said = if complaint.is_empty() { String::new() } else { format!(": {}", printable(&complaint)) };
         return Err(failed(&path, &format!("the command of --on-shard failed ({status}){said}")));
     }
@@ -126,18 +137,69 @@ fn failed(path: &Path, what: &str) -> Error {
     Error::failed(what).at(path).help("mend what is wrong and run the same command again: it goes on with this shard")
 }
 
-/// The last line that the command wrote to its standard error, which is read to the end.
-fn complaint_of(child: &mut Child) -> String {
-    let mut tail = Vec::new();
-    if let Some(mut stderr) = child.stderr.take() {
-        let mut buffer = [0; COMPLAINT_BYTES];
-        while let Ok(count @ 1..) = stderr.read(&mut buffer) {
-            tail.extend_from_slice(&buffer[..count]);
-            tail.drain(..tail.len().saturating_sub(COMPLAINT_BYTES));
+/// Waits for the command to end; `None` if the run is to stop and the command did not end of its own accord.
+fn wait_for(child: &mut Child, observer: &dyn Observer) -> std::io::Result<Option<ExitStatus>> {
+    let mut stopping: Option<Instant> = None;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        match stopping {
+            None if observer.stopped() => {
+                terminate(child);
+                stopping = Some(Instant::now());
+            }
+            Some(since) if since.elapsed() >= GRACE => {
+                child.kill()?;
+                return Ok(None);
+            }
+            _ => {}
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// Asks the command to end.
+#[cfg(unix)]
+fn terminate(child: &Child) {
+    use rustix::process::{Pid, Signal, kill_process};
+
+    if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+        // It may have ended just now.
+        let _ = kill_process(pid, Signal::TERM);
+    }
+}
+
+/// Where there is no way to ask, it has until it is ended.
+#[cfg(not(unix))]
+fn terminate(_: &Child) {}
+
+/// The last line that the command writes to its standard error, which is read to the end by a thread: whoever the command
+/// started may hold it open for longer.
+fn complaint_of(child: &mut Child) -> Result<Receiver<String>> {
+    let stderr = child.stderr.take();
+    let (sender, receiver) = crossbeam_channel::bounded(1);
+    let listen = move || {
+        let mut tail = Vec::new();
+        if let Some(mut stderr) = stderr {
+            let mut buffer = [0; COMPLAINT_BYTES];
+            while let Ok(count @ 1..) = stderr.read(&mut buffer) {
+                tail.extend_from_slice(&buffer[..count]);
+                tail.drain(..tail.len().saturating_sub(COMPLAINT_BYTES));
+            }
+        }
+        let text = String::from_utf8_lossy(&tail);
+        let last = text.lines().rev().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default();
+        // Nobody may want to know.
+        let _ = sender.send(last.to_owned());
+    };
+    match std::thread::Builder::new().name("complaint".into()).spawn(listen) {
+        Ok(_) => Ok(receiver),
+        Err(error) => {
+            let _ = child.kill();
+            Err(no_thread(&error))
         }
     }
-    let text = String::from_utf8_lossy(&tail);
-    text.lines().rev().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default().to_owned()
 }
 
 /// `command` for the shell, with the shard's path, quoted, for every `{}`.
@@ -196,7 +258,7 @@ mod tests {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        assert_eq!(complaint_of(&mut child), "the end");
+        assert_eq!(complaint_of(&mut child).unwrap().recv().unwrap(), "the end");
         assert!(child.wait().unwrap().success());
     }
 }
