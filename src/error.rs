@@ -116,6 +116,13 @@ impl Error {
         self
     }
 
+    /// The same facts, seen as a problem of the work, which goes on when it is mended.
+    #[must_use]
+    pub fn as_failed(mut self) -> Self {
+        self.kind = ErrorKind::Failed;
+        self
+    }
+
     /// What the failure means.
     pub fn kind(&self) -> ErrorKind {
         self.kind

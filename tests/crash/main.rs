@@ -506,6 +506,36 @@ fn a_resumed_run_may_have_other_threads_and_memory() {
     assert!(stops > 40 / STEP && reused > 20 / STEP as u64, "{stops} {reused}");
 }
 
+/// A job repeats what failed, and nothing that is wrong: a disk that is still full is no reason to give up.
+#[test]
+fn a_run_that_was_begun_waits_for_room() {
+    for job in jobs().into_iter().filter(|job| !job.force) {
+        let Undisturbed { before, expected, .. } = undisturbed(&job);
+        let memory = before.fork(None);
+        memory.set_free(Some(1000));
+        let error = job.run(&memory).unwrap_err();
+        assert!(error.exit_code() == 2 && error.to_string().contains("disk space"), "{}: {error}", job.name);
+        assert!(memory.tree(OUT).is_empty(), "{}", job.name);
+        memory.set_free(None);
+        let begun = (1..).map(|patience| {
+            let memory = memory.fork(None);
+            let outcome = job.run_with(&memory, 1, 28 << 20, &StopAfter(AtomicI64::new(patience)));
+            (outcome.is_ok(), memory.reboot(Survives::All))
+        });
+        let stopped = begun.take_while(|(done, _)| !done).map(|(_, memory)| memory);
+        let Some(memory) = stopped.filter(|memory| memory.tree(OUT).contains_key(".tiesmith/journal")).last() else {
+            panic!("{}: it cannot be stopped", job.name)
+        };
+        memory.set_free(Some(1000));
+        let error = job.run(&memory).unwrap_err();
+        let line = error.to_string();
+        assert!(error.exit_code() == 1 && line.contains("run the same command again"), "{}: {line}", job.name);
+        memory.set_free(None);
+        job.run(&memory).unwrap();
+        assert!(lasting(&memory.tree(OUT)) == expected, "{}", job.name);
+    }
+}
+
 /// What the directory holds is decided on under the lock: a run that ends in between is seen, and keeps its result.
 #[test]
 fn a_run_that_ends_before_the_lock_is_taken_keeps_its_result() {

@@ -136,6 +136,8 @@ struct State {
     objects: BTreeMap<PathBuf, Vec<u8>>,
     /// The files that are locked.
     locked: BTreeSet<PathBuf>,
+    /// What it says is free, if that is not everything.
+    free_bytes: Option<u64>,
 }
 
 /// See the module's documentation. Clones share everything.
@@ -304,6 +306,11 @@ impl Memory {
         let (state, locked) = (self.state().clone(), BTreeSet::new());
         let state = State { operations: 0, changes: 0, transfers: 0, fault, dead: false, locked, ..state };
         Self(Arc::new(Mutex::new(state)), Arc::default())
+    }
+
+    /// Says that so many bytes are free, or that there is no limit.
+    pub fn set_free(&self, bytes: Option<u64>) {
+        self.state().free_bytes = bytes;
     }
 
     /// Lets `hook` happen right before the next lock is taken.
@@ -593,8 +600,9 @@ impl Storage for Memory {
     }
 
     fn free_bytes(&self, path: &Path) -> Result<u64> {
-        self.state().step(Does::Look, "examine", path)?;
-        Ok(u64::MAX)
+        let mut state = self.state();
+        state.step(Does::Look, "examine", path)?;
+        Ok(state.free_bytes.unwrap_or(u64::MAX))
     }
 
     fn identity(&self, path: &Path) -> Result<Option<Identity>> {

@@ -65,7 +65,10 @@ impl Follower<'_> {
         }
         // What was written without being recorded takes up room already.
         let missing = self.remaining.iter().sum::<u64>().saturating_sub(2 * WRITE_BEHIND_BYTES);
-        output.check_space_for(plan, missing)?;
+        // What was begun is not wrong for lack of room, and a job may wait for it.
+        output
+            .check_space_for(plan, missing)
+            .map_err(|e| e.as_failed().replace_help("make room and run the same command again"))?;
         output.taken_over();
         for (shard, leftover) in left.iter().enumerate() {
             self.settle(shard, leftover)?;
