@@ -485,6 +485,46 @@ fn signals_stop_a_run_soon_and_the_same_command_goes_on() {
     }
 }
 
+/// Factors of a large matrix are not looked away from.
+#[test]
+fn long_computations_do_not_hold_up_a_run_that_is_to_stop() {
+    use std::os::unix::fs::FileExt as _;
+
+    const N: u64 = 6000;
+    let dir = tempfile::tempdir().unwrap();
+    let create = |name: &str, rows: u64| {
+        let bytes = 4 * rows * N;
+        let header = format!(r#"{{"w.weight":{{"dtype":"F32","shape":[{rows},{N}],"data_offsets":[0,{bytes}]}}}}"#);
+        let path = dir.path().join(name);
+        let file = fs::File::create(&path).unwrap();
+        file.write_all_at(&[&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat(), 0).unwrap();
+        file.set_len(8 + header.len() as u64 + bytes).unwrap();
+        (file, 8 + header.len() as u64, path)
+    };
+    let [base, one, two] = ["base", "one", "two"].map(|name| create(&format!("{name}.safetensors"), 8).2);
+    let (gram, start, gram_path) = create("gram.safetensors", N);
+    (0..N).for_each(|i| gram.write_all_at(&1f32.to_le_bytes(), start + 4 * i * (N + 1)).unwrap());
+    let mut merge = Command::new(env!("CARGO_BIN_EXE_tiesmith"));
+    merge.args(["merge", "--method=regmean", "--memory=2GiB", "--threads=1", "--progress=none", "--out"]);
+    merge.arg(dir.path().join("out")).arg("--base").arg(base);
+    for (model, gram) in [(one, &gram_path), (two, &gram_path)] {
+        merge.arg("--model").arg(model).arg("--gram").arg(gram);
+    }
+    let child = merge.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(1500));
+    let begin = Instant::now();
+    signal(&child, "-TERM");
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    if output.status.success() {
+        eprintln!("skipped: the run was over before the signal arrived");
+        return;
+    }
+    assert!(begin.elapsed() < Duration::from_millis(2500), "{:?}", begin.elapsed());
+    assert_eq!((output.status.code(), stderr.lines().count()), (Some(143), 1), "{stderr}");
+    assert!(stderr.contains("run the same command again"), "{stderr}");
+}
+
 #[test]
 fn a_command_that_has_a_shard_does_not_hold_up_a_run_that_is_to_stop() {
     let saved = family(60_000).save();

@@ -57,6 +57,7 @@ pub fn run(argv: impl IntoIterator<Item = OsString>) -> u8 {
         Err(error) if !error.use_stderr() => print(&error.render().to_string()),
         Err(error) => Err(usage::flatten(&error, &argv)),
     };
+    signals::settle();
     match outcome {
         Ok(code) => code,
         Err(error) => {
