@@ -231,16 +231,18 @@ pub fn is_finished(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<boo
     Ok(holds_output(plan, dir, storage)? && !OutputDir::is_begun(dir, storage)?)
 }
 
-/// Whether what makes `dir` loadable is the output of `plan`.
+/// Whether what makes `dir` loadable is the output of `plan`, or was handed over as the one shard that it is.
 fn holds_output(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<bool> {
     let path = dir.join(output::MANIFEST);
     let loadable = output::LOADABLE.iter().any(|name| storage.is_file(&dir.join(name)));
-    if !loadable || !storage.is_file(&path) {
+    let may_be_away = plan.layout.shards.len() == 1 && !storage.is_dir(&OutputDir::parts_dir(dir, storage)?);
+    if !(loadable || may_be_away) || !storage.is_file(&path) {
         return Ok(false);
     }
     let manifest = storage.read_small(&path, MAX_SIDE_FILE_BYTES)?;
     let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap_or_default();
-    Ok(manifest["fingerprint"] == *plan.fingerprint)
+    let away = manifest["report"]["shards_handed_over"].as_u64().is_some_and(|count| count > 0);
+    Ok(manifest["fingerprint"] == *plan.fingerprint && (loadable || away))
 }
 
 fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observer, begin: Instant) -> Result<Finished> {

@@ -138,7 +138,7 @@ impl Found {
     /// The manifest is written before what makes the directory loadable, so both together are a finished output, even if
     /// a killed run left its work directory beside it. What makes it loadable may be elsewhere by now.
     fn finished(&self) -> bool {
-        self.has(MANIFEST) && (self.loadable() || self.work.is_empty())
+        self.has(MANIFEST) && (self.loadable() || self.work.iter().all(|name| name == LOCK))
     }
 
     fn begun(&self) -> bool {
@@ -464,7 +464,8 @@ impl OutputDir {
 
     /// A journal whose records are sound but make no sense.
     pub(super) fn senseless_journal(&self) -> Error {
-        Error::input("the journal does not fit this merge").at(&self.journal_path).help("use --restart to start over")
+        let help = if self.in_parts { "remove it and run the part again" } else { "use --restart to start over" };
+        Error::input("the journal does not fit this merge").at(&self.journal_path).help(help)
     }
 
     /// Fails if less than `needed` bytes are free.
@@ -505,8 +506,13 @@ impl OutputDir {
             for shard in &plan.layout.shards {
                 let partial = self.partial(&shard.name);
                 // Unless an earlier attempt got as far.
-                if self.storage.identity(&partial)?.is_some() {
-                    self.storage.rename(&partial, &self.dir.join(&shard.name))?;
+                if self.storage.identity(&partial)?.is_none() {
+                    continue;
+                }
+                match self.was_handed_over(&shard.name) {
+                    // Made again for nothing, by a part that had lost its journal.
+                    true => self.storage.remove_file(&partial)?,
+                    false => self.storage.rename(&partial, &self.dir.join(&shard.name))?,
                 }
             }
             self.storage.sync_dir(&self.dir)?;

@@ -225,6 +225,86 @@ fn parts_are_handed_over_when_they_are_finished() {
     assert_eq!(place.log().iter().filter(|line| line[1].starts_with("1/")).count(), 1);
 }
 
+/// A planned merge in two parts, its shards handed over by `command`.
+fn plan_parts(saved: &Saved, place: &Place, command: &str, flags: &[&str]) -> String {
+    let (out, job) = (text(&place.path("merged")), text(&place.path("job")));
+    let all = [&["--out", &out, "--save", &job, "--on-shard", command], &FLAGS[..], flags].concat();
+    saved.run("plan", &Recipe::default(), &all).succeeded();
+    job
+}
+
+fn run_parts(job: &str) {
+    for part in ["1/2", "2/2"] {
+        tiesmith(["run", job, "--part", part, "--progress=none"]).succeeded();
+    }
+}
+
+#[test]
+fn a_finish_that_is_killed_between_the_command_and_the_record_hands_over_nothing_twice_but_that_shard() {
+    let saved = saved();
+    let local = lasting(&saved.merge(&Recipe::default(), &FLAGS).path);
+    let shards = local.keys().filter(|name| name.extension().is_some_and(|e| e == "safetensors")).count();
+    for killed in [1, 3, shards] {
+        for again in [true, false] {
+            let place = Place::new();
+            let marker = text(&place.path("killed"));
+            let kill = format!(
+                "if [ $TIESMITH_SHARD_NUMBER = {killed} ] && [ ! -e {marker} ]; then touch {marker}; rm {{}}; kill -9 $PPID; exit; fi;"
+            );
+            let job = plan_parts(&saved, &place, &place.command(&kill), &[]);
+            run_parts(&job);
+            assert_eq!(tiesmith(["finish", &job, "--progress=none"]).code, None);
+            std::thread::sleep(std::time::Duration::from_millis(200));
+            let refused = tiesmith(["finish", &job, "--progress=none"]);
+            let line = refused.error_line(1);
+            let lacking = line.split("--part ").nth(1).expect(&line).to_owned();
+            // What is asked for, or everything: shards that are elsewhere are not made again.
+            if again {
+                run_parts(&job);
+            } else {
+                tiesmith(["run", &job, "--part", &lacking, "--progress=none"]).succeeded();
+            }
+            let made = read_tree(&place.path("merged"));
+            let made = made.keys().filter(|name| name.to_str().unwrap().contains(".safetensors"));
+            let made: Vec<_> = made.filter(|name| !name.to_str().unwrap().ends_with(".json")).collect();
+            assert_eq!(made.len(), shards - (killed - 1), "{made:?}");
+            tiesmith(["finish", &job, "--progress=none"]).succeeded();
+            assert_eq!(place.all(), local, "killed at {killed}");
+            for number in 1..=shards {
+                let times = place.log().iter().filter(|line| line[1].starts_with(&format!("{number}/"))).count();
+                assert_eq!(times, 1 + usize::from(number == killed), "shard {number}, killed at {killed}");
+            }
+            let report = tiesmith(["finish", &job, "--progress=none", "--json"]).succeeded().json();
+            assert_eq!(report["shards_handed_over"], shards as u64);
+        }
+    }
+}
+
+#[test]
+fn one_shard_in_parts_that_is_handed_over_by_a_finish_that_is_killed() {
+    let saved = saved();
+    let local = lasting(&saved.merge(&Recipe::default(), &["--exclude=d*"]).path);
+    let place = Place::new();
+    let marker = text(&place.path("killed"));
+    let kill = format!("if [ ! -e {marker} ]; then touch {marker}; rm {{}}; kill -9 $PPID; exit; fi;");
+    let job = plan_parts(&saved, &place, &place.command(&kill), &["--max-shard-size=5GB"]);
+    run_parts(&job);
+    assert_eq!(tiesmith(["finish", &job, "--progress=none"]).code, None);
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    tiesmith(["finish", &job, "--progress=none"]).error_line(1);
+    run_parts(&job);
+    tiesmith(["finish", &job, "--progress=none"]).succeeded();
+    assert_eq!(place.all(), local);
+    // It is finished, though what makes it loadable is elsewhere.
+    assert_eq!(tiesmith(["finish", &job, "--progress=none", "--json"]).succeeded().json()["shards_handed_over"], 1);
+    assert!(tiesmith(["run", &job, "--part=1/2", "--progress=none"]).succeeded().stdout.contains("was done before"));
+    assert_eq!(place.all(), local);
+    let plain = ["--max-shard-size=5GB", "--lambda=2"];
+    let merge = |force: &[&str]| place.merge(&saved, &Recipe::default(), &place.command(""), &[&plain[..], force].concat());
+    assert!(merge(&[]).refusal().contains("a finished merge is already there"));
+    merge(&["--force"]).succeeded();
+}
+
 /// This program has no object stores; what can be said without one is said.
 #[test]
 #[cfg(not(feature = "cloud"))]

@@ -4,14 +4,16 @@
 //!   other merge takes the directory.
 //! - Finished shards keep their unfinished names until all parts are there. Then one process publishes them, as it would
 //!   its own.
+//! - Parts look into that process's journal: a shard that it handed over is done, though it is not there any more.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::{Found, JOURNAL, LOCK, Log, OutputDir, check_space, finished_already, kind, refuse_inputs, work_dir};
+use crate::engine::hand_over::AllHandedOver;
 use crate::engine::identity::Begin;
 use crate::error::{Error, Result};
-use crate::journal::Journal;
+use crate::journal::{Journal, replay};
 use crate::plan::Plan;
 use crate::storage::{Lock, Storage};
 
@@ -85,6 +87,7 @@ impl OutputDir {
         storage: &Arc<dyn Storage>,
     ) -> Result<Self> {
         let mut output = Self::bare(dir, journal_path, lock, storage);
+        output.handed_over = Mutex::new(output.handed_over_by_the_end()?);
         if storage.identity(&output.journal_path)?.is_some() {
             let mut log = Log::default();
             // A journal that cannot be read is no loss but of time: the part is done again.
@@ -98,6 +101,27 @@ impl OutputDir {
         }
         output.begin_journal(plan)?;
         Ok(output)
+    }
+
+    /// Decides with `decide` what of a part is to be done again, while nobody publishes: then no shard is gone that is not
+    /// known to be handed over.
+    pub(in crate::engine) fn while_nobody_ends<T>(&self, decide: impl FnOnce() -> Result<T>) -> Result<T> {
+        let at_work = |e: Error| e.replace_help("wait until 'tiesmith finish' ends, then run the part again if it asks for it");
+        let _lock = self.storage.lock(&self.work.join(LOCK)).map_err(at_work)?;
+        *self.handed_over() = self.handed_over_by_the_end()?;
+        decide()
+    }
+
+    /// The shards that whoever publishes handed over, so far.
+    fn handed_over_by_the_end(&self) -> Result<AllHandedOver> {
+        let path = self.work.join(JOURNAL);
+        let mut log = Log::default();
+        if self.storage.identity(&path)?.is_some() {
+            let take = |record| log.take(&record).ok_or_else(|| self.senseless_journal());
+            replay(&path, &*self.storage, take)
+                .map_err(|e| e.replace_help("remove the directory's .tiesmith folder to start over"))?;
+        }
+        Ok(log.handed_over)
     }
 
     /// The directory, with all parts in it, to be published.
@@ -115,9 +139,12 @@ impl OutputDir {
         let found = Found::look(dir, &work, &**storage)?;
         let mut log = Log::default();
         let journal = if found.begun() { output.read_log(&mut log)? } else { None };
-        output.handed_over = Mutex::new(std::mem::take(&mut log.handed_over));
+        // What makes it loadable may have been handed over too.
+        let all_away = || plan.layout.shards.iter().all(|shard| log.handed_over.contains_key(&shard.name));
+        let is_whole = found.finished() || !found.in_parts() && all_away();
         output.published =
-            found.finished() && log.committed && log.begin.as_ref().is_some_and(|begin| begin.is_of(&plan.fingerprint));
+            is_whole && log.committed && log.begin.as_ref().is_some_and(|begin| begin.is_of(&plan.fingerprint));
+        output.handed_over = Mutex::new(std::mem::take(&mut log.handed_over));
         if output.published {
             return Ok(output);
         }

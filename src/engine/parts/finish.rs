@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::super::select::Thresholds;
 use super::super::worker::Tally;
 use super::super::{
-    Finished, Observer, Report, differing_warning, holds_output, peak_memory_bytes, publish, report, side_files,
+    Finished, Observer, Report, differing_warning, holds_output, is_finished, peak_memory_bytes, publish, report, side_files,
     tidy_up,
 };
 use super::board::Board;
@@ -73,7 +73,7 @@ fn published_before(plan: &Plan, job: &Job, storage: &Arc<dyn Storage>) -> Resul
 
 /// The report of what was finished before, if it was.
 fn finished_before(plan: &Plan, job: &Job, storage: &Arc<dyn Storage>) -> Result<Report> {
-    if !holds_output(plan, &job.out, &**storage)? {
+    if !is_finished(plan, &job.out, &**storage)? {
         return Err(Error::input("no part of this merge was run yet")
             .at(&job.out)
             .help("run its parts first: tiesmith run JOB --part 1/N and so on"));

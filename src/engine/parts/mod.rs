@@ -278,11 +278,12 @@ impl Desk<'_> {
         let journal = board.path(&part.file("journal"));
         let dir = OutputDir::of_part(plan, &self.job.out, journal, lock, &board.storage)?;
         if let Some(done) = PartDone::read(board, part)? {
-            if done.is_there(plan, &dir)? {
+            let is_there = || done.is_there(plan, &dir);
+            let undone = || if is_there()? { Ok(true) } else { board.remove(&part.file("done")).map(|()| false) };
+            if is_there()? || dir.while_nobody_ends(undone)? {
                 report.done_before = report.bytes_read == 0;
                 return Ok(());
             }
-            board.remove(&part.file("done"))?;
         }
         if !dir.resumes() {
             dir.check_space(report.bytes_written)?;
