@@ -53,13 +53,15 @@ pub use checkpoint::Checkpoint;
 pub use dtype::{Dtype, Float, dtype_name};
 pub use engine::{
     AnalysisReport, Change, Damage, DamagedFile, DiffOptions, DiffReport, DtypeTotal, FactorReport, InspectReport, Job,
-    Observer, Octave, OutputOptions, PackOutput, PackReport, Part, PartReport, Report, Stage, Study, SweepEntry,
-    SweepOptions, SweepReport, TensorDiff, TensorStats, ValueStats, Variant, VerifyReport, analyze, diff, finish,
-    inspect, is_finished, merge, pack, repair, run_part, sweep, verify,
+    Observer, Octave, OnShard, OutputOptions, PackOutput, PackReport, Part, PartReport, Report, Stage, Study,
+    SweepEntry, SweepOptions, SweepReport, TensorDiff, TensorStats, ValueStats, Variant, VerifyReport, analyze, diff,
+    finish, inspect, is_finished, merge, pack, repair, run_part, sweep, verify,
 };
 pub use error::{Error, ErrorKind, Result, printable};
 pub use method::{METHODS, Method, ParamKind, ParamSpec, Statistics, Value};
-pub use plan::{InputSummary, ListedFile, Manifest, PassSummary, Plan, PlanSummary, Run, Schedule, Spread, spool_room};
+pub use plan::{
+    Downloads, InputSummary, ListedFile, Manifest, PassSummary, Plan, PlanSummary, Run, Schedule, Spread, spool_room,
+};
 pub use recipe::mergekit;
 pub use recipe::{
     BaseLayers, Case, ChatTemplate, Filter, LayerSource, Missing, ModelInput, Module, ModuleModel, NonFinite, Overflow,

@@ -119,6 +119,12 @@ pub const CONNECTIONS_BYTES: u64 = 8_000_000;
 pub const PROBES_AHEAD: usize = 64;
 /// Most elements of a probe that is fetched from a network: each block costs a request, and more would say little more.
 pub const PROBE_REMOTE_ELEMENTS: u64 = 1 << 23;
+/// Bytes of a part of an upload, unless that makes more parts than stores take.
+pub const UPLOAD_PART_BYTES: u64 = 8 << 20;
+/// Most parts of an upload.
+pub const UPLOAD_PARTS: u64 = 9_000;
+/// Parts on their way at a time, beside the one that is read.
+pub const UPLOAD_PARTS_AT_ONCE: usize = 2;
 /// Written bytes that may wait for the disk before writers pause. When they are durable, the journal says so: a kill
 /// costs at most what was written since.
 pub const WRITE_BEHIND_BYTES: u64 = 128_000_000;
@@ -141,6 +147,11 @@ pub const HASH_LEAF_BYTES: u64 = 1 << 14;
 pub const MAPPED_BYTES: usize = 1 << 16;
 /// What pages add to a mapped range at both ends, on systems with the largest pages that are usual.
 pub const PAGE_BYTES: u64 = 16_384;
+
+/// Length of the parts in which a file of `bytes` bytes is uploaded.
+pub fn upload_part_bytes(bytes: u64) -> u64 {
+    UPLOAD_PART_BYTES.max(bytes.div_ceil(UPLOAD_PARTS))
+}
 
 const _: () = {
     assert!(MIN_CHUNK_ELEMENTS >= TILE_ELEMENTS as u64 && CHUNK_ELEMENTS >= MIN_CHUNK_ELEMENTS);

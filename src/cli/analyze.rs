@@ -109,6 +109,14 @@ pub fn run(args: &AnalyzeArgs) -> Result<u8> {
     let progress = Progress::new(args.run.report.progress);
     let plan = Plan::new(&recipe, &storage)?;
     let study = Study::new(plan, &args.look.densities, lower::run(&args.run))?;
+    let again = study.schedule.downloaded_again();
+    if again > 0 && args.run.cache.dir.is_none() {
+        progress.warn(&format!(
+            "{} are downloaded twice: with --cache DIR --cache-size {}GB they are kept for the second time",
+            human::bytes(again),
+            again.div_ceil(1_000_000_000)
+        ));
+    }
     let output = OutputOptions { dir, force: args.look.force, restart: args.look.restart, ..OutputOptions::default() };
     let report = tiesmith::analyze(&study, &output, &storage, &progress)?;
     for warning in &report.analysis.warnings {

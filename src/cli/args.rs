@@ -19,7 +19,7 @@ use tiesmith::{
 };
 
 use super::analyze::AnalyzeArgs;
-use super::make::PlaceArgs;
+use super::make::{EarlierArgs, PlaceArgs};
 use super::parse;
 use super::perturb::PerturbArgs;
 use super::statistics::StatisticsArgs;
@@ -140,7 +140,6 @@ pub enum Command {
             arg.help(help).long_help(help)
         }),
         mut_arg("parts", |arg| arg.hide(true)),
-        mut_arg("spool", |arg| arg.hide(true)),
         mut_arg("work", |arg| arg.hide(true)),
     )]
     Sweep(Box<SweepArgs>),
@@ -333,13 +332,8 @@ pub struct OutputArgs {
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse::size)]
     pub max_shard_size: u64,
 
-    /// Replace a finished output
-    #[arg(long)]
-    pub force: bool,
-
-    /// Throw an unfinished run's work away instead of going on with it
-    #[arg(long)]
-    pub restart: bool,
+    #[command(flatten)]
+    pub earlier: EarlierArgs,
 
     /// Command for each finished shard, such as 'rclone copy {} remote:merged && rm {}'
     #[arg(long, value_name = "CMD", long_help = parts::ON_SHARD)]

@@ -58,7 +58,8 @@ impl Rates {
         let all = self.passes(passes, spool_bytes).iter().map(|pass| pass.network_bytes).sum::<u64>();
         let sample = passes.iter().filter(|pass| pass.name == "probe").map(|pass| pass.bytes_downloaded).sum();
         let again = self.downloaded_again(passes, spool_bytes);
-        let mut text = format!("\nNetwork\n  {} are downloaded", human::bytes(all));
+        let requests = human::grouped(self.requests(passes, spool_bytes));
+        let mut text = format!("\nNetwork\n  {} are downloaded in about {requests} range requests", human::bytes(all));
         let sampled = if sample > 0 { format!(" but a sample of {}", human::bytes(sample)) } else { String::new() };
         if again == 0 {
             text.push_str(&format!(", nothing of them twice{sampled}\n"));
@@ -83,6 +84,19 @@ impl Rates {
             }
         }
         text
+    }
+
+    /// How many requests that takes, beside those that open the files.
+    fn requests(self, passes: &[PassSummary], spool_bytes: u64) -> u64 {
+        // What comes again because there is no room for it comes in ranges like those of the first pass.
+        let first = passes.iter().find(|pass| pass.name != "probe" && pass.requests > 0);
+        let usual = first.map_or(0.0, |pass| pass.requests as f64 / pass.bytes_downloaded.max(1) as f64);
+        let of = |(pass, shown): (&PassSummary, &Pass)| {
+            let missing = shown.network_bytes.saturating_sub(pass.bytes_downloaded) as f64;
+            let share = shown.network_bytes.min(pass.bytes_downloaded) as f64 / pass.bytes_downloaded.max(1) as f64;
+            (pass.requests as f64 * share + missing * usual).ceil() as u64
+        };
+        passes.iter().zip(&self.passes(passes, spool_bytes)).map(of).sum()
     }
 
     /// What a pass downloads that another did, but for the sample.
@@ -157,6 +171,7 @@ mod tests {
             purpose: "",
             bytes_read,
             bytes_downloaded,
+            requests: bytes_downloaded / 8_000_000,
             bytes_spared,
             bytes_written,
         };
@@ -174,7 +189,7 @@ mod tests {
             let (text, passes) = shown(room);
             assert_eq!(
                 text,
-                "\nNetwork\n  1.01 TB are downloaded, nothing of them twice but a sample of 10 GB\n  at most about 200 GB \
+                "\nNetwork\n  1.01 TB are downloaded in about 126,250 range requests, nothing of them twice but a sample of 10 GB\n  at most about 200 GB \
                  are kept on the disk until the end (--spool DIR says where)\n"
             );
             // What is kept is written in one pass and read in the other.
@@ -182,7 +197,12 @@ mod tests {
             assert_eq!(disk, [0, 200_000_000_000, 300_000_000_000]);
         }
         let (text, passes) = shown(Some(50_000_000_000));
-        assert!(text.contains("1.76 TB are downloaded, 750 GB (12 min 30 s) of them again\n"), "{text}");
+        assert!(
+            text.contains(
+                "1.76 TB are downloaded in about 220,000 range requests, 750 GB (12 min 30 s) of them again\n"
+            ),
+            "{text}"
+        );
         assert!(text.ends_with("(--spool DIR says where), where there is room for 50 GB\n"), "{text}");
         assert_eq!((passes[2].disk_bytes, passes[2].network_bytes), (150_000_000_000, 750_000_000_000));
     }

@@ -44,8 +44,11 @@ pub fn save(
     schedule: &Schedule,
     storage: &dyn Storage,
 ) -> Result<Schedule> {
-    let mut output = lower::output(args)
-        .map_err(|e| e.replace_help("add '--out DIR': all parts write there, and the plan file says where"))?;
+    if lower::out_dir(args).is_none() {
+        return Err(Error::usage("no output directory is given")
+            .help("add '--out DIR': all parts write there, and the plan file says where"));
+    }
+    let mut output = lower::output(args)?;
     if output.hash_inputs {
         return Err(Error::usage("--hash-inputs is not for merges in parts")
             .help("leave it out; copies of inputs will do for parts if they keep their times (cp -p)"));
@@ -58,7 +61,10 @@ pub fn save(
     })?;
     let directory = std::env::current_dir()
         .map_err(|e| Error::failed(format!("cannot tell the current directory: {e}")).help("change to another one"))?;
-    let job = Job::new(plan, schedule, &output)?;
+    let mut job = Job::new(plan, schedule, &output)?;
+    job.downloads = lower::downloads(args);
+    // What is wrong with the address is known before parts have worked for it.
+    job.address().map(|address| storage.list(address)).transpose()?;
     let in_parts = job.schedule(plan, lower::run(&args.run))?;
     let file_content = PlanFile { tiesmith_plan: VERSION, directory, arguments, job };
     let json = serde_json::to_string_pretty(&file_content)

@@ -3,13 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use tiesmith::{
-    Error, METHODS, Method, OutputOptions, Plan, Recipe, Result, Run, Schedule, Statistics, Value, is_object,
+    Downloads, Error, METHODS, Method, OnShard, OutputOptions, Plan, Recipe, Result, Run, Schedule, Statistics, Value,
+    is_object,
 };
 
 use super::args::{MergeArgs, RunArgs};
-
-/// What uploading takes: two parts on their way, one that is read, and connections.
-const UPLOAD_BYTES: u64 = 36_000_000;
+use super::make::EarlierArgs;
 
 /// The recipe that `args` describe.
 pub fn recipe(args: &MergeArgs, verb: &str) -> Result<Recipe> {
@@ -76,15 +75,20 @@ pub fn run(args: &RunArgs) -> Run {
 pub fn schedule(plan: &Plan, args: &MergeArgs) -> Result<Schedule> {
     let run = run(&args.run);
     let schedule = match address(args) {
-        Some(_) => Schedule::beside(plan, run, ("parts that are uploaded", UPLOAD_BYTES))?,
+        Some(_) => Schedule::with_upload(plan, run)?,
         None => Schedule::with_spool(plan, run)?,
     };
-    Ok(match &args.output.spool {
-        None if args.run.cache.dir.is_some() => schedule.without_spool(plan),
-        None => schedule,
-        Some(dir) if dir.as_os_str() == "none" => schedule.without_spool(plan),
-        Some(dir) => schedule.spooling_in(dir.clone()),
-    })
+    Ok(schedule.keeping(plan, &downloads(args)))
+}
+
+/// What becomes of what is downloaded and needed again.
+pub fn downloads(args: &MergeArgs) -> Downloads {
+    match &args.output.spool {
+        None if args.run.cache.dir.is_some() => Downloads::Forgotten,
+        None => Downloads::Beside,
+        Some(dir) if dir.as_os_str() == "none" => Downloads::Forgotten,
+        Some(dir) => Downloads::In(dir.clone()),
+    }
 }
 
 /// The number of threads where none is given.
@@ -113,33 +117,27 @@ pub fn output(args: &MergeArgs) -> Result<OutputOptions> {
     let dir = out_dir(args).ok_or_else(|| {
         Error::usage("no output directory is given").help("add '--out DIR', or use 'tiesmith plan' to write nothing")
     })?;
-    let mut on_shard = args.output.on_shard.clone();
-    match address(args) {
-        Some(_) if args.output.force => {
+    let on_shard = match (address(args), &args.output.on_shard) {
+        (Some(_), _) if args.output.earlier.force => {
             return Err(Error::usage("--force replaces nothing in an object store")
                 .help("remove what is there first, or use another --out"));
         }
-        Some(_) if on_shard.is_some() => {
+        (Some(_), Some(_)) => {
             return Err(Error::usage("shards are uploaded to --out, so there are none for --on-shard")
                 .help("leave it out, or give a directory for --out"));
         }
-        Some(address) => on_shard = Some(address.to_string_lossy().into_owned()),
-        None if args.output.work.is_some() => {
+        (Some(address), None) => Some(OnShard::Upload(address.to_string_lossy().into_owned())),
+        (None, _) if args.output.work.is_some() => {
             return Err(Error::usage("--work is where an output is made that is uploaded, and --out is a directory")
                 .help("leave it out, or use an address such as s3://bucket/prefix for --out"));
         }
-        None if on_shard.as_deref().is_some_and(|command| is_object(Path::new(command))) => {
+        (None, Some(command)) if is_object(Path::new(command)) => {
             return Err(Error::usage("--on-shard takes a command, and this is an address").help("use it for --out"));
         }
-        None => {}
-    }
-    Ok(OutputOptions {
-        dir,
-        force: args.output.force,
-        restart: args.output.restart,
-        hash_inputs: args.hash_inputs,
-        on_shard,
-    })
+        (None, command) => command.clone().map(OnShard::Command),
+    };
+    let EarlierArgs { force, restart } = args.output.earlier;
+    Ok(OutputOptions { dir, force, restart, hash_inputs: args.hash_inputs, on_shard })
 }
 
 /// What the command line says beside a recipe file goes before what the file says.

@@ -15,6 +15,13 @@ pub struct PlaceArgs {
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 
+    #[command(flatten)]
+    pub earlier: EarlierArgs,
+}
+
+/// What becomes of what an earlier run left.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct EarlierArgs {
     /// Replace a finished output
     #[arg(long)]
     pub force: bool,
@@ -31,8 +38,8 @@ pub fn run(recipe: &Recipe, place: &PlaceArgs, run: &RunArgs, shown: impl FnOnce
     let progress = Progress::new(run.report.progress);
     let plan = Plan::new(recipe, &storage)?;
     let schedule = Schedule::new(&plan, lower::run(run))?;
-    let PlaceArgs { out, force, restart } = place.clone();
-    let output = OutputOptions { dir: out, force, restart, ..OutputOptions::default() };
+    let EarlierArgs { force, restart } = place.earlier;
+    let output = OutputOptions { dir: place.out.clone(), force, restart, ..OutputOptions::default() };
     let report = tiesmith::merge(&plan, &schedule, &output, &storage, &progress)?;
     for warning in &report.warnings {
         progress.warn(warning);

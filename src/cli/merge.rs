@@ -7,6 +7,7 @@ use tiesmith::{Error, Manifest, Observer, OutputOptions, Plan, Report, Result, S
 
 use super::args::MergeArgs;
 use super::jobs::{self, Job};
+use super::make::EarlierArgs;
 use super::progress::Progress;
 use super::{human, lower, print, print_json, signals};
 
@@ -123,8 +124,8 @@ fn part(args: &MergeArgs, mut job: Job, storage: &Arc<dyn Storage>) -> Result<()
         return Ok(());
     }
     let schedule = lower::schedule(&plan, args)?;
-    let (force, restart, hash_inputs) = (args.output.force, args.output.restart, args.hash_inputs);
-    let output = OutputOptions { dir, force, restart, hash_inputs, on_shard: None };
+    let EarlierArgs { force, restart } = args.output.earlier;
+    let output = OutputOptions { dir, force, restart, hash_inputs: args.hash_inputs, on_shard: None };
     let report = tiesmith::merge(&plan, &schedule, &output, storage, &progress)?;
     for warning in &report.warnings {
         progress.warn(&format!("{name}: {warning}"));

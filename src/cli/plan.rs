@@ -25,10 +25,6 @@ pub fn run(args: &PlanArgs) -> Result<u8> {
     let storage = disk(args.run.io);
     let jobs = jobs::read(args, "plan", &*storage)?;
     let alone = jobs.len() == 1;
-    if save.is_some() && lower::address(args).is_some() {
-        return Err(Error::usage("--save takes a directory for --out, which all parts share")
-            .help("upload with --on-shard CMD, which 'tiesmith finish' runs for each shard"));
-    }
     if save.is_some() && !alone {
         return Err(Error::usage("--save takes one merge, and the recipe file holds several")
             .help("merge the documents that others use first, each from a file of its own"));
@@ -227,7 +223,15 @@ mod tests {
     }
 
     fn pass(name: &'static str, purpose: &'static str, read: u64, written: u64) -> PassSummary {
-        PassSummary { name, purpose, bytes_read: read, bytes_downloaded: 0, bytes_spared: 0, bytes_written: written }
+        PassSummary {
+            name,
+            purpose,
+            bytes_read: read,
+            bytes_downloaded: 0,
+            requests: 0,
+            bytes_spared: 0,
+            bytes_written: written,
+        }
     }
 
     fn example() -> PlanSummary {

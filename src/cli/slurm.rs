@@ -17,7 +17,8 @@ pub fn run(args: &SlurmArgs) -> Result<u8> {
     let threads = args.resources.threads.or(threads).unwrap_or(4);
     let file = std::path::absolute(&args.job)
         .map_err(|e| Error::usage(format!("{}: {e}", args.job.display())).help("give the plan file by its path"))?;
-    let script = Script { file: &file, out: &planned.out, parts: args.parts, memory, threads, sbatch: &args.sbatch };
+    let out = planned.address().unwrap_or(&planned.out);
+    let script = Script { file: &file, out, parts: args.parts, memory, threads, sbatch: &args.sbatch };
     print(&script.text())
 }
 

@@ -23,9 +23,6 @@ pub fn run(args: SweepArgs) -> Result<u8> {
         densities: args.density.iter().flat_map(|list| list.0.clone()).collect(),
         lambdas: args.lambda.iter().flat_map(|list| list.0.clone()).collect(),
     };
-    if args.output.spool.is_some() {
-        return Err(Error::usage("--spool has no meaning in a sweep: use --cache DIR --cache-size SIZE"));
-    }
     if args.output.parts.is_some() {
         return Err(Error::usage("--parts has no meaning in a sweep: its recipe file has one document"));
     }
@@ -34,7 +31,7 @@ pub fn run(args: SweepArgs) -> Result<u8> {
     if lower::address(&args).is_some() || args.output.work.is_some() {
         return Err(Error::usage("the outputs of a sweep go to a directory: give one for --out, and no --work"));
     }
-    let options = SweepOptions { output: lower::output(&args)?, packed };
+    let options = SweepOptions { output: lower::output(&args)?, packed, downloads: lower::downloads(&args) };
     let mut jobs = jobs::read(&args, "sweep", &*storage)?;
     let (Some(job), true) = (jobs.pop(), jobs.is_empty()) else {
         return Err(Error::usage("a sweep takes a recipe file of one document")

@@ -32,7 +32,18 @@ const GRACE: Duration = Duration::from_millis(1000);
 /// Between looks whether it has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
-/// A shard that the command has had.
+/// What becomes of finished shards.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnShard {
+    /// The shell runs this command for each, and it may remove it.
+    Command(String),
+    /// Each is uploaded to this address in an object store and removed, and so is in the end everything else in the output
+    /// directory, and the directory.
+    Upload(String),
+}
+
+/// A shard that has been handed over.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct HandedOver {
     /// Its name.
@@ -95,16 +106,32 @@ pub(super) fn hand_over(
     (index, count): (usize, usize),
     observer: &dyn Observer,
 ) -> Result<()> {
-    let Some(command) = &output.on_shard else { return Ok(()) };
+    let Some(on_shard) = &output.on_shard else { return Ok(()) };
     if output.was_handed_over(&shard.name) {
         return Ok(());
     }
     observer.go_on()?;
-    if let Some(address) = output.address() {
-        output.upload(&shard.name, observer)?;
-        output.record_handed_over(&HandedOver { to: Some(address.to_owned()), ..shard.clone() })?;
-        return output.storage.remove_file(&output.dir.join(&shard.name));
+    match on_shard {
+        OnShard::Command(command) => {
+            run_command(command, output, shard, (index, count), observer)?;
+            output.record_handed_over(shard)
+        }
+        OnShard::Upload(address) => {
+            output.upload(&shard.name, observer)?;
+            output.record_handed_over(&HandedOver { to: Some(address.clone()), ..shard.clone() })?;
+            output.storage.remove_file(&output.dir.join(&shard.name))
+        }
     }
+}
+
+/// Runs `command` for `shard`; an error says what it complained of.
+fn run_command(
+    command: &str,
+    output: &OutputDir,
+    shard: &HandedOver,
+    (index, count): (usize, usize),
+    observer: &dyn Observer,
+) -> Result<()> {
     let path = std::path::absolute(output.dir.join(&shard.name)).unwrap_or_else(|_| output.dir.join(&shard.name));
     let mut child = shell(command, &path)
         .env("TIESMITH_SHARD", &path)
@@ -130,7 +157,7 @@ pub(super) fn hand_over(
         let said = if complaint.is_empty() { String::new() } else { format!(": {}", printable(&complaint)) };
         return Err(failed(&path, &format!("the command of --on-shard failed ({status}){said}")));
     }
-    output.record_handed_over(shard)
+    Ok(())
 }
 
 fn failed(path: &Path, what: &str) -> Error {

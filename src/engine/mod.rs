@@ -43,6 +43,7 @@ mod worker;
 pub use analyze::{AnalysisReport, Study, analyze};
 pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};
 pub use factor::FactorReport;
+pub use hand_over::OnShard;
 pub use inspect::{DtypeTotal, InspectReport, Octave, TensorStats, ValueStats, inspect};
 pub use pack::{PackOutput, PackReport, pack};
 pub use parts::{Job, Part, PartReport, Stage, finish, run_part};
@@ -71,7 +72,7 @@ use crate::limits::MAX_SIDE_FILE_BYTES;
 use crate::method::{Inputs, Sparsify};
 use crate::plan::{Goal, Plan, Schedule, Unit};
 use crate::plan::{ThresholdKind, TrimTies};
-use crate::storage::{Storage, address_space_is_limited};
+use crate::storage::{Storage, address_space_is_limited, is_object};
 
 /// Receives progress from worker threads. Every method must be quick and must not fail.
 pub trait Observer: Sync {
@@ -116,9 +117,8 @@ pub struct OutputOptions {
     /// Keep hashes of what is read, so that an interrupted merge can go on after its inputs were copied or touched. For
     /// merges that begin; not for factors of merged adapters.
     pub hash_inputs: bool,
-    /// A command for the shell that each finished shard is handed over to, and that may remove it; or the address in an object
-    /// store to which the output is uploaded, `dir` being where it is made and that disappears. For merges.
-    pub on_shard: Option<String>,
+    /// What becomes of each finished shard, if it is not to stay. For merges.
+    pub on_shard: Option<OnShard>,
 }
 
 /// What a merge did: printed with `--json`, kept in the manifest.
@@ -212,7 +212,9 @@ fn can_be_resumed(error: &Error) -> bool {
 
 /// Ends what an earlier attempt had finished but for its traces; the report is the one it left.
 fn tidy_up(plan: &Plan, dir: OutputDir, observer: &dyn Observer) -> Result<Report> {
-    let report = OutputDir::report_in(&dir.dir, &*dir.storage);
+    let there = dir.address().map(Path::new);
+    let report = OutputDir::report_in(&dir.dir, &*dir.storage)
+        .or_else(|error| there.map_or(Err(error), |there| OutputDir::report_in(there, &*dir.storage)));
     dir.hand_over_rest(plan, observer)?;
     dir.tidy_up();
     Ok(Report { resumed: true, ..report? })
@@ -235,7 +237,8 @@ pub fn is_finished(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<boo
 fn holds_output(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<bool> {
     let path = dir.join(output::MANIFEST);
     let loadable = output::LOADABLE.iter().any(|name| storage.is_file(&dir.join(name)));
-    let may_be_away = plan.layout.shards.len() == 1 && !storage.is_dir(&OutputDir::parts_dir(dir, storage)?);
+    let may_be_away =
+        plan.layout.shards.len() == 1 && !is_object(dir) && !storage.is_dir(&OutputDir::parts_dir(dir, storage)?);
     if !(loadable || may_be_away) || !storage.is_file(&path) {
         return Ok(false);
     }

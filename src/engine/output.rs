@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 
-use super::hand_over::{AllHandedOver, HandedOver, hand_over};
+use super::hand_over::{AllHandedOver, HandedOver, OnShard, hand_over};
 use super::identity::Begin;
 use super::side_files::{Content, SideFile};
 use super::{Observer, OutputOptions, Report};
@@ -31,6 +31,7 @@ use crate::plan::Plan;
 use crate::storage::{Lock, Storage};
 use handing::held_at_once;
 pub(super) use inputs::refuse_inputs;
+pub(super) use upload::address;
 
 /// Name of the folder that holds unfinished work.
 pub(super) const WORK_DIR: &str = ".tiesmith";
@@ -92,7 +93,7 @@ pub(super) struct OutputDir {
     /// What the journal says of the inputs. Nothing in parts and in repairs.
     inputs: Option<Begin>,
     /// See [`OutputOptions::on_shard`].
-    pub on_shard: Option<String>,
+    pub on_shard: Option<OnShard>,
     /// Shards that it has had.
     handed_over: Mutex<AllHandedOver>,
     /// None while the directory is being opened, and in a repair.
@@ -225,7 +226,7 @@ impl OutputDir {
             before.admit(dir, options)?;
             if !before.begun() {
                 check_space(held_at_once(plan, options.on_shard.is_some()), dir, &**storage)?;
-                upload::refuse_occupied(options.on_shard.as_deref(), &**storage)?;
+                upload::refuse_occupied(options.on_shard.as_ref(), &**storage)?;
             }
             Ok((work, before))
         };

@@ -56,6 +56,8 @@ pub(super) struct Passes<'a> {
     pub looked: bool,
     /// Per model, the least key that matters to what is sought, where something is kept.
     pub least: Vec<Option<u32>>,
+    /// Per model, a key from which on everything matters, whatever is sought.
+    pub floors: Vec<Option<u32>>,
 }
 
 /// A chunk to work on, with its slot if it is held in memory.
@@ -128,6 +130,7 @@ impl<'a> Passes<'a> {
             spool: None,
             looked: false,
             least: Vec::new(),
+            floors: Vec::new(),
         }
     }
 
@@ -374,7 +377,12 @@ impl<'a> Passes<'a> {
         let keep = |goal: &Goal| if let Goal::Keep { keep, elements } = *goal { Some((keep, elements)) } else { None };
         let share = |(keep, elements): (u64, u64)| keep as f64 / elements as f64;
         if trim.threshold == ThresholdKind::Sketch {
-            return Ok(goals.iter().map(|goal| keep(goal).map(|(keep, _)| Selector::coarse(keep))).collect());
+            // What is to be kept for the merge is all that a bracket is for.
+            let probes = if self.spool.is_some() { self.probe(unit, goals)? } else { Vec::new() };
+            let least =
+                |at, goal| probes.get(at % self.plan.models()).map_or(0, |probe: &Probe| probe.least(share(goal)));
+            let selector = |(at, goal)| keep(goal).map(|goal| Selector::coarse(goal.0).not_below(least(at, goal)));
+            return Ok(goals.iter().enumerate().map(selector).collect());
         }
         let brackets: Vec<Bracket> = if resident.is_some() {
             let mut samples = self.sample(unit, resident, goals)?;
@@ -388,15 +396,9 @@ impl<'a> Passes<'a> {
             goals.iter().enumerate().map(&mut bracket).collect()
         } else {
             let probes = self.probe(unit, goals)?;
-            let mut selectors = probed_selectors(&probes, goals, bins);
-            if self.spool.is_some() {
-                // What a bracket missed by little is found in what was kept.
-                for (at, goal) in goals.iter().enumerate() {
-                    let least = keep(goal).map(|goal| probes[at % probes.len()].least(share(goal)));
-                    selectors[at] = selectors[at].take().zip(least).map(|(selector, least)| selector.not_below(least));
-                }
-            }
-            return Ok(selectors);
+            let selectors = probed_selectors(&probes, goals, bins);
+            let keeps = self.spool.is_some();
+            return Ok(if keeps { not_below_what_is_likely(&probes, goals, selectors) } else { selectors });
         };
         let start = |(goal, bracket)| keep(goal).map(|(keep, _)| Selector::exact(keep, bracket, bins));
         Ok(goals.iter().zip(brackets).map(start).collect())
@@ -587,6 +589,20 @@ pub(super) fn probed_selectors(probes: &[Probe], goals: &[Goal], bins: usize) ->
         Goal::All | Goal::Nothing => None,
     };
     probes.iter().cycle().zip(goals).map(selector).collect()
+}
+
+/// Lets the searches look for what their brackets missed where it is likely first: in what is kept of what was downloaded.
+pub(super) fn not_below_what_is_likely(
+    probes: &[Probe],
+    goals: &[Goal],
+    selectors: Vec<Option<Selector>>,
+) -> Vec<Option<Selector>> {
+    let least = |(probe, goal): (&Probe, &Goal)| match *goal {
+        Goal::Keep { keep, elements } => probe.least(keep as f64 / elements as f64),
+        Goal::All | Goal::Nothing => 0,
+    };
+    let least = probes.iter().cycle().zip(goals).map(least);
+    selectors.into_iter().zip(least).map(|(selector, least)| selector.map(|s| s.not_below(least))).collect()
 }
 
 /// Adds the ties before the chunk's tensor to `seen`; tells if any are listed.

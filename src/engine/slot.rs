@@ -80,12 +80,14 @@ impl Slot {
             Action::Merge { base, .. } => base.filter(|base| base != piece),
             Action::Copy { .. } => None,
         };
+        let mut first = None;
         for piece in pieces {
             let (at, mut kept) = (piece.checkpoint as usize, false);
+            // Base comes first, if it comes.
+            let first = *first.get_or_insert(piece);
             if spool.holds(chunk, piece) {
-                // Base comes first, and is there.
                 let mut window = std::mem::take(&mut self.windows[at]);
-                let base = base_of(&piece).map(|base| self.bytes(base));
+                let base = base_of(&piece).filter(|&base| base == first).map(|base| self.bytes(base));
                 let length = locate(plan, chunk, piece).2;
                 let filled = window.fill(length as usize, |out| {
                     kept = spool.get(chunk, piece, base, packer, out);

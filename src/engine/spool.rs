@@ -7,7 +7,7 @@
 //!   damaged is downloaded again. A run that goes on takes over what records it finds.
 //! - When the disk has no more room, the rest is downloaded again too.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
@@ -16,7 +16,7 @@ use super::identity::Begin;
 use super::output::OutputDir;
 use super::pack::mark_all;
 use super::passes::Passes;
-use super::slot::Loaded;
+use super::slot::{Loaded, Slot};
 use super::worker::{Worker, subtract};
 use crate::checkpoint::packed::{CHUNK, Decoder, Encoder, checksum};
 use crate::error::{Error, Result};
@@ -163,11 +163,30 @@ impl<'a> Spool<'a> {
         (searches, hashes): (bool, bool),
         observer: &'a dyn Observer,
     ) -> Result<Option<Self>> {
+        let site = Site {
+            own: output.spool(),
+            name: String::new(),
+            out: &output.dir,
+            at_once: output.bytes_at_once(plan),
+            takes_over: output.resumes() && !(searches && hashes),
+            storage: &*output.storage,
+        };
+        Self::open_at(plan, schedule, &site, searches, observer)
+    }
+
+    /// The same at `site`.
+    pub(super) fn open_at(
+        plan: &'a Plan,
+        schedule: &'a Schedule,
+        site: &Site<'a>,
+        searches: bool,
+        observer: &'a dyn Observer,
+    ) -> Result<Option<Self>> {
         let (Some(spooling), [unit]) = (&schedule.spool, &schedule.units[..]) else { return Ok(None) };
-        let storage = &*output.storage;
-        let (path, dir) = place(plan, spooling, output)?;
+        let storage = site.storage;
+        let (path, dir) = site.place(plan, spooling)?;
         let begin = blake3::hash(&Begin::of(plan)?.encode()?);
-        let left = match output.resumes() && !(searches && hashes) && storage.is_file(&path) {
+        let left = match site.takes_over && storage.is_file(&path) {
             true => Some(storage.open(&path)?),
             false => None,
         };
@@ -180,7 +199,7 @@ impl<'a> Spool<'a> {
             None => storage.create(&path, 0),
         };
         let file = file.map_err(|e| e.help("choose a --spool that you may write to"))?;
-        let room = spool_room(&dir, (&output.dir, output.bytes_at_once(plan)), storage)?;
+        let room = spool_room(&dir, (site.out, site.at_once), storage)?;
         let mut spool = Self {
             plan,
             spooling,
@@ -484,30 +503,24 @@ impl<'a> Spool<'a> {
 impl<'a> Passes<'a> {
     /// What was kept must do for the thresholds that were found.
     pub(super) fn keep_for(&self, found: &[Option<Threshold>]) -> Result<()> {
-        let models = self.plan.models();
-        let own = |model| found.iter().skip(model).step_by(models).flatten().map(|found| found.ties.low).min();
-        let least: Vec<_> = (0..models).map(own).collect();
-        self.spool.map_or(Ok(()), |spool| spool.demand(&least))
+        self.spool.map_or(Ok(()), |spool| spool.demand(&least_of(found, self.plan.models())))
     }
 
     /// What is kept must do for what is sought and for what was found.
     pub(super) fn demand_least(&mut self, selectors: &[Option<Selector>]) -> Result<()> {
-        let (Some(spool), models) = (self.spool, self.plan.models()) else { return Ok(()) };
+        let models = self.plan.models();
         let own = |model| selectors.iter().skip(model).step_by(models).flatten().map(Selector::least).min();
-        self.least = (0..models).map(own).collect();
-        spool.demand(&self.least)
+        let floor = |model: usize| self.floors.get(model).copied().flatten().unwrap_or(u32::MAX);
+        self.least = (0..models).map(|model| own(model).map(|own: u32| own.min(floor(model)))).collect();
+        self.spool.map_or(Ok(()), |spool| spool.demand(&self.least))
     }
 
     /// Lets a search that an earlier attempt began go on with what that kept.
     pub(super) fn not_below_what_is_kept(&self, selectors: Vec<Option<Selector>>) -> Vec<Option<Selector>> {
         let Some(spool) = self.spool else { return selectors };
         let bounds = spool.bounds_of_models();
-        let not_below = |(selector, bound): (Option<Selector>, &Option<u32>)| {
-            let low = selector.as_ref().and_then(Selector::bracket).map_or(0, |bracket| bracket.low);
-            let floor = bound.filter(|&bound| bound < low).unwrap_or(low);
-            selector.map(|selector| selector.not_below(floor))
-        };
-        selectors.into_iter().zip(bounds.iter().cycle()).map(not_below).collect()
+        let over = |(selector, bound): (Option<Selector>, &Option<u32>)| selector.map(|s| s.over_what_is_kept(*bound));
+        selectors.into_iter().zip(bounds.iter().cycle()).map(over).collect()
     }
 
     /// Keeps what matters of each chunk that a look has loaded; `models` are those that it looks at.
@@ -528,6 +541,21 @@ impl Worker {
         pieces: impl Iterator<Item = Piece>,
         work: impl FnOnce(&mut Self, Loaded<'_>) -> Result<()>,
     ) -> Result<()> {
+        let mut slot = std::mem::take(&mut self.slot);
+        let loaded = self.load_kept_into(&mut slot, from, chunk, pieces);
+        let result = loaded.and_then(|()| work(self, Loaded { plan: from.spool.plan, chunk, slot: &slot }));
+        self.slot = slot;
+        result
+    }
+
+    /// Loads them into `slot`.
+    pub(super) fn load_kept_into(
+        &mut self,
+        slot: &mut Slot,
+        from: Use<'_>,
+        chunk: Chunk,
+        pieces: impl Iterator<Item = Piece>,
+    ) -> Result<()> {
         let Spool { plan, observer, .. } = from.spool;
         observer.go_on()?;
         self.begin();
@@ -535,29 +563,49 @@ impl Worker {
             Some(packer) => packer,
             None => from.spool.packer()?,
         };
-        let mut slot = std::mem::take(&mut self.slot);
         let loaded = slot.load_kept(plan, chunk, pieces, (from.spool, &mut packer), self.reads.as_deref());
         self.packer = Some(packer);
-        let result = loaded.and_then(|[read, kept]| {
-            self.tally.bytes_read += if from.counts { read + kept } else { read };
-            observer.advance(read + kept);
-            work(self, Loaded { plan, chunk, slot: &slot })
-        });
-        self.slot = slot;
-        result
+        let [read, kept] = loaded?;
+        self.tally.bytes_read += if from.counts { read + kept } else { read };
+        observer.advance(read + kept);
+        Ok(())
     }
 }
 
-/// Where the spool of a merge into `output` is, and the directory that it is in.
-fn place(plan: &Plan, spooling: &Spooling, output: &OutputDir) -> Result<(PathBuf, PathBuf)> {
-    let Some(dir) = &spooling.dir else { return Ok(output.spool()) };
-    if !output.storage.is_dir(dir) {
-        return Err(Error::input("there is no such directory for --spool").at(dir).help("create it"));
+/// Per model, the least key that matters where thresholds are `found`.
+pub(super) fn least_of(found: &[Option<Threshold>], models: usize) -> Vec<Option<u32>> {
+    let own = |model| found.iter().skip(model).step_by(models).flatten().map(|found| found.ties.low).min();
+    (0..models).map(own).collect()
+}
+
+/// Where a spool is to be.
+pub(super) struct Site<'a> {
+    /// Its path where no other directory is asked for, and that directory.
+    pub own: (PathBuf, PathBuf),
+    /// What tells it from others of the same output.
+    pub name: String,
+    /// Where the output is made, of which so many bytes are on the disk at once.
+    pub out: &'a Path,
+    /// See `out`.
+    pub at_once: u64,
+    /// What an earlier attempt left is taken over.
+    pub takes_over: bool,
+    /// The file system.
+    pub storage: &'a dyn Storage,
+}
+
+impl Site<'_> {
+    /// The spool's path, and the directory that it is in.
+    fn place(&self, plan: &Plan, spooling: &Spooling) -> Result<(PathBuf, PathBuf)> {
+        let Some(dir) = &spooling.dir else { return Ok(self.own.clone()) };
+        if !self.storage.is_dir(dir) {
+            return Err(Error::input("there is no such directory for --spool").at(dir).help("create it"));
+        }
+        // Several merges may use one directory.
+        let out = self.storage.canonical(self.out);
+        let name = blake3::hash(format!("{} {}{}", plan.fingerprint, out.display(), self.name).as_bytes()).to_hex();
+        Ok((dir.join(format!("tiesmith-{}.spool", &name[..16])), dir.clone()))
     }
-    // Several merges may use one directory.
-    let out = output.storage.canonical(&output.dir);
-    let name = blake3::hash(format!("{} {}", plan.fingerprint, out.display()).as_bytes()).to_hex();
-    Ok((dir.join(format!("tiesmith-{}.spool", &name[..16])), dir.clone()))
 }
 
 /// The length of chunks in the spool `left`, if it is one of what `begin` is the hash of.

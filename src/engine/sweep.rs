@@ -10,7 +10,9 @@
 //! - A merge whose method needs looks at whole tensors, or whose tensors are not those of the others, runs by itself.
 
 mod chunks;
+mod downloads;
 mod group;
+mod ready;
 mod spool;
 mod votes;
 
@@ -28,7 +30,7 @@ use crate::checkpoint::packed;
 use crate::error::{Error, Result, printable};
 use crate::limits::{MAX_MANIFEST_BYTES, MAX_SWEEP_GROUP};
 use crate::method::Value;
-use crate::plan::{Action, Piece, Plan, PlannedTensor, Recipe, Run, Schedule, Together};
+use crate::plan::{Action, Downloads, Piece, Plan, PlannedTensor, Recipe, Run, Schedule, Together, Unit};
 use crate::storage::Storage;
 
 /// The tables of a finished sweep.
@@ -46,6 +48,8 @@ pub struct SweepOptions {
     pub output: OutputOptions,
     /// Each output is a packed difference to base, and not a checkpoint in a folder.
     pub packed: bool,
+    /// What becomes of what is downloaded and needed again.
+    pub downloads: Downloads,
 }
 
 /// One output of a sweep.
@@ -125,7 +129,7 @@ fn run_all(
 ) -> Result<SweepReport> {
     let output = &options.output;
     let begin = Instant::now();
-    let mut sweep = Sweep { union, run, output, packed: options.packed, storage, observer, bytes_read: 0 };
+    let mut sweep = Sweep { union, run, options, output, packed: options.packed, storage, observer, bytes_read: 0 };
     let mut outputs: Vec<Option<SweepEntry>> = Vec::new();
     for variant in variants {
         outputs.push(sweep.found(variant)?);
@@ -166,6 +170,7 @@ fn run_all(
         separate = separate.saturating_add(report.bytes_read);
         outputs[at] = Some(entry(&variants[at], report, false));
     }
+    downloads::remove_leftover(&output.dir, &**storage)?;
     let outputs: Vec<SweepEntry> = outputs.into_iter().flatten().collect();
     let report = SweepReport {
         out: output.dir.display().to_string(),
@@ -198,6 +203,7 @@ fn entry(variant: &Variant, report: Report, shared: bool) -> SweepEntry {
 struct Sweep<'a> {
     union: &'a Plan,
     run: Run,
+    options: &'a SweepOptions,
     output: &'a OutputOptions,
     packed: bool,
     storage: &'a Arc<dyn Storage>,
@@ -318,9 +324,11 @@ impl Sweep<'_> {
             };
             let once = families(&plans().collect::<Vec<_>>()).iter().any(Option::is_some);
             let held_bytes = (held_bytes.0, held_bytes.1 + if once { HELD_BYTES } else { 0 });
-            let together = Together { searches: searches(plans()), plans: plans().collect(), held_bytes };
+            let goals = |unit: &Unit| chunks::goals_of(self.union, plans(), unit);
+            let together =
+                Together { searches: searches(plans()), plans: plans().collect(), held_bytes, goals: &goals };
             match Schedule::together(self.union, self.run, &together) {
-                Ok(schedule) => return Ok((group, schedule)),
+                Ok(schedule) => return Ok((group, schedule.keeping(self.union, &self.options.downloads))),
                 Err(error) if count == 1 => return Err(error),
                 Err(_) => count = count.div_ceil(2),
             }

@@ -15,6 +15,7 @@ mod manifest;
 mod modules;
 mod params;
 mod request;
+mod requests;
 mod schedule;
 mod shares;
 mod spooling;
@@ -33,7 +34,7 @@ pub use manifest::{ListedFile, MANIFEST_VERSION, Manifest};
 pub use modules::may_describe;
 pub(crate) use schedule::near_keys;
 pub use schedule::{Chunk, Run, Schedule, Study, Together, Unit, UnitKind};
-pub use spooling::{Spooling, spool_room};
+pub use spooling::{Downloads, Spooling, spool_room};
 pub use summary::{InputSummary, PassSummary, PlanSummary, Spread};
 
 pub use vocabulary::TokenizerFiles;

@@ -12,11 +12,12 @@ mod tests;
 
 use std::time::Duration;
 
+use super::requests::OfPasses;
 use super::shares::HELD;
 use super::spooling::{SPOOL, SPOOLED_ELEMENTS, Spooling, remote_bytes_of};
 use super::summary::PassSummary;
 use super::upkeep::{account_bytes, catalogue_bytes};
-use super::{Action, Plan, Wanted};
+use super::{Action, Goal, Plan, Wanted};
 use crate::dtype::Float;
 use crate::error::{Error, Result, printable};
 use crate::limits::{
@@ -98,6 +99,8 @@ pub struct Together<'a> {
     pub plans: Vec<&'a Plan>,
     /// What is held beside them, in bytes: in all, and by each thread.
     pub held_bytes: (u64, u64),
+    /// What the outputs want of a unit's models: goal i is about model i mod n of those that are loaded.
+    pub goals: &'a dyn Fn(&Unit) -> Vec<Goal>,
 }
 
 /// Tensors that share trim thresholds.
@@ -157,15 +160,12 @@ impl Schedule {
 
     /// The same for a merge that keeps on the local disk what it downloads, where that spares another download.
     pub fn with_spool(plan: &Plan, run: Run) -> Result<Self> {
-        let demand = Demand::of(plan);
-        let spool = Spooling::of(plan, &demand.grouped).filter(|spool| spool.is_modest(run.memory_bytes));
-        if let (Some(spool), None) = (spool, &plan.factors)
-            && let Ok(schedule) = Self::cut(plan, run, Demand { spool: Some(spool), ..demand })
-        {
-            return Ok(schedule);
+        if plan.factors.is_some() {
+            return Self::new(plan, run);
         }
-        // What helps to read less must not be what fails.
-        Self::new(plan, run)
+        let demand = Demand::of(plan);
+        let spool = Spooling::of(plan, &demand.grouped);
+        Self::cut_keeping(plan, run, demand, spool)
     }
 
     /// Cuts `plan` for a run that makes other outputs of what it loads; see [`Self::new`].
@@ -181,7 +181,8 @@ impl Schedule {
             demand.out_width = demand.out_width.max(own.out_width);
             demand.tile = demand.tile.max(own.tile);
         }
-        Self::cut(plan, run, demand)
+        let spool = Spooling::of_together(plan, &demand.grouped, others);
+        Self::cut_keeping(plan, run, demand, spool)
     }
 
     /// Cuts a look at the models of `plan` for `run`: nothing is written, and no unit is held in memory by all workers.
@@ -198,7 +199,21 @@ impl Schedule {
     /// The same with sketches of `bins` bins, as runs that add up their sketches must have, and with room to write them
     /// down.
     pub fn with_bins(plan: &Plan, run: Run, bins: usize) -> Result<Self> {
-        Self::cut(plan, run, Demand { fixed_bins: Some(bins), ..Demand::of(plan) })
+        let demand = Demand { fixed_bins: Some(bins), ..Demand::of(plan) };
+        // Without a probe that all parts share, there is no bound for what is kept.
+        let spool = if demand.exact { Spooling::of(plan, &demand.grouped) } else { None };
+        Self::cut_keeping(plan, run, demand, spool)
+    }
+
+    /// Keeps `spool` on the local disk, where there is memory for that: what helps to read less must not be what fails.
+    fn cut_keeping(plan: &Plan, run: Run, demand: Demand, spool: Option<Spooling>) -> Result<Self> {
+        let spool = spool.filter(|spool| spool.is_modest(run.memory_bytes));
+        if spool.is_some()
+            && let Ok(schedule) = Self::cut(plan, run, Demand { spool, ..demand.clone() })
+        {
+            return Ok(schedule);
+        }
+        Self::cut(plan, run, demand)
     }
 
     fn cut(plan: &Plan, run: Run, demand: Demand) -> Result<Self> {
@@ -323,6 +338,13 @@ impl Schedule {
         })
     }
 
+    /// How often all of a unit is read for what the method needs of it.
+    pub(super) fn looks(plan: &Plan) -> u64 {
+        // Ranks are bracketed by one look and found by a second, at the latest.
+        let reads = |look: &Look| if *look == Look::Ranks { 2 } else { 1 };
+        plan.needs().looks.iter().map(reads).sum()
+    }
+
     pub(super) fn passes(&self, plan: &Plan) -> Vec<PassSummary> {
         let exact = plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact);
         let (mut probe, mut sketch, mut vote, mut merge) = (0, 0, 0, bytes_of(plan, &self.direct, Wanted::All));
@@ -331,9 +353,7 @@ impl Schedule {
         let (mut far_vote, mut far_gather) = (0, 0);
         // What is there from earlier passes.
         let (mut spared_vote, mut spared_merge) = (0, 0);
-        // Ranks are bracketed by one look and found by a second, at the latest.
-        let reads = |look: &Look| if *look == Look::Ranks { 2 } else { 1 };
-        let looks: u64 = plan.needs().looks.iter().map(reads).sum();
+        let looks = Self::looks(plan);
         let mut gather = 0;
         for unit in &self.units {
             let all = bytes_of(plan, &unit.tensors, Wanted::All);
@@ -348,7 +368,7 @@ impl Schedule {
                 let wanted = Wanted::TaskVectors(&models);
                 sketch += bytes_of(plan, &unit.tensors, wanted);
                 far_sketch += remote_bytes_of(plan, &unit.tensors, wanted);
-                if exact {
+                if exact || self.spool.is_some() {
                     for block in Self::probe_blocks(plan, unit) {
                         let [near, far] = chunk_bytes(plan, block, wanted);
                         (probe, far_probe) = (probe + near + far, far_probe + far);
@@ -365,11 +385,13 @@ impl Schedule {
             }
         }
         let written = plan.layout.shards.iter().map(|s| s.bytes).sum();
+        let requests = OfPasses::of(plan, self);
         let pass = |name, purpose, all: u64, far: u64, bytes_spared: u64, bytes_written| PassSummary {
             name,
             purpose,
             bytes_read: all - bytes_spared,
             bytes_downloaded: far - bytes_spared,
+            requests: requests.get(name),
             bytes_spared,
             bytes_written,
         };
@@ -401,7 +423,7 @@ fn chunk_bytes(plan: &Plan, chunk: Chunk, wanted: Wanted<'_>) -> [u64; 2] {
 }
 
 /// What a plan asks of memory, before the run is known.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Demand {
     widths: Vec<u64>,
     out_width: u64,
@@ -610,7 +632,11 @@ impl Demand {
             let sample = SMALL_UNIT_ELEMENTS.min(slot_elements);
             let keys = n * 4 * (sample + searches * near_keys(slot_elements)) + self.models * 4 * SMALL_UNIT_ELEMENTS;
             let keys = if self.exact { keys } else { 0 };
-            let probe = if self.exact { PROBE_GROUPS as u64 * self.models * SKETCH_BINS_MIN as u64 * 4 } else { 0 };
+            let probe = if self.exact || self.spool.is_some() {
+                PROBE_GROUPS as u64 * self.models * SKETCH_BINS_MIN as u64 * 4
+            } else {
+                0
+            };
             terms.push(("magnitude sketches".to_string(), sketches + keys + probe));
             if self.fixed_bins.is_some() {
                 // All of them compressed, in the worst case to their own length, and one on its way there.

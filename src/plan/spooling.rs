@@ -1,6 +1,6 @@
 //! What a merge keeps on the local disk of inputs that come over a network, so that no pass downloads what another did.
 //!
-//! - It applies where a pass over the whole model finds exact thresholds: of a model's task vector only what may survive is
+//! - It applies where a pass over the whole model finds thresholds: of a model's task vector only what may survive is
 //!   kept, for whatever lies below is trimmed, and trimmed values are alike. Base is kept whole, and so is a model of
 //!   another type than base's.
 //! - What a pass reads first, later passes take from there. What only one pass reads is not kept.
@@ -9,9 +9,12 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Action, Goal, Plan, Run, Schedule, ThresholdKind, Unit, Wanted};
+use serde::{Deserialize, Serialize};
+
+use super::{Action, Goal, Plan, Run, Schedule, Together, Unit, Wanted};
 use crate::checkpoint::packed::{CHUNK, Encoder};
 use crate::error::Result;
+use crate::limits::{CONNECTIONS_BYTES, UPLOAD_PARTS_AT_ONCE, upload_part_bytes};
 use crate::method::Sparsify;
 use crate::storage::Storage;
 
@@ -24,6 +27,19 @@ const PLACE_BYTES: u64 = 8;
 const SPARE_BYTES: u64 = 64_000_000;
 /// What the table may take of the memory allowed.
 const TABLE_SHARE: u64 = 8;
+
+/// What becomes of what is downloaded and needed again.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Downloads {
+    /// It is kept beside the output.
+    #[default]
+    Beside,
+    /// It is kept in this directory.
+    In(PathBuf),
+    /// It is downloaded again.
+    Forgotten,
+}
 
 /// See the module's documentation.
 #[derive(Debug, Clone)]
@@ -48,23 +64,31 @@ pub struct Spooling {
 impl Spooling {
     /// What is worth keeping of a merge by `plan` whose units have the tensors `grouped`; `None` if it needs none.
     pub(super) fn of(plan: &Plan, grouped: &[u32]) -> Option<Self> {
-        let exact = plan.trim.as_ref().is_some_and(|trim| trim.threshold == ThresholdKind::Exact);
-        let flips = || plan.params.iter().any(|set| matches!(set.merger.sparsify(0), Sparsify::Flip { .. }));
-        if !plan.is_remote() || plan.per_tensor() || !exact || !plan.selects() || flips() || plan.needs().rows {
+        if !plan.is_remote() || plan.per_tensor() || !plan.selects() || flips(plan) {
             return None;
         }
-        let unit = Unit {
-            tensors: grouped.to_vec(),
-            elements: grouped.iter().map(|&tensor| plan.length(tensor)).sum(),
-            kind: super::UnitKind::Streamed,
-            chunk_elements: SPOOLED_ELEMENTS,
-        };
-        let goals = plan.goals(&unit);
+        Self::over(plan, grouped, &plan.goals(&unit_of(plan, grouped)))
+    }
+
+    /// The same where all outputs of `together` are made from what `plan` loads.
+    pub(super) fn of_together(plan: &Plan, grouped: &[u32], together: &Together<'_>) -> Option<Self> {
+        if !plan.is_remote() || plan.per_tensor() || together.plans.iter().any(|plan| flips(plan)) {
+            return None;
+        }
+        Self::over(plan, grouped, &(together.goals)(&unit_of(plan, grouped)))
+    }
+
+    /// Goal i of `goals` is about model i mod n.
+    fn over(plan: &Plan, grouped: &[u32], goals: &[Goal]) -> Option<Self> {
+        if plan.needs().rows {
+            return None;
+        }
+        let unit = unit_of(plan, grouped);
         let mut spooling = Self {
             dir: None,
             bytes: 0,
             remote: plan.checkpoints.iter().map(|checkpoint| checkpoint.is_remote()).collect(),
-            searched: plan.searched(&goals),
+            searched: plan.searched(goals),
             votes: plan.votes(),
             elements: unit.elements,
             tensors: grouped.len() as u64,
@@ -73,7 +97,7 @@ impl Spooling {
         if !spooling.searched.contains(&true) {
             return None;
         }
-        let shares: Vec<f64> = (0..plan.models()).map(|model| largest_share(&goals, model, plan.models())).collect();
+        let shares: Vec<f64> = (0..plan.models()).map(|model| largest_share(goals, model, plan.models())).collect();
         let (mut bytes, mut widest) = (0, 0);
         for &tensor in grouped {
             for (piece, model) in spooling.kept(plan, tensor, false) {
@@ -119,6 +143,11 @@ impl Spooling {
         all.filter(|(piece, _)| self.remote[piece.checkpoint as usize])
     }
 
+    /// Whether a pass over all of tensor `index` finds `piece` of it on the local disk: the vote, or the merge.
+    pub(super) fn spares(&self, plan: &Plan, index: u32, piece: super::Piece, votes: bool) -> bool {
+        self.kept(plan, index, votes).any(|(kept, _)| kept == piece)
+    }
+
     /// Bytes of `tensors` that a pass over all of them finds on the local disk: the vote, or the merge.
     pub(super) fn spared(&self, plan: &Plan, tensors: &[u32], votes: bool) -> u64 {
         let of = |&tensor: &u32| -> u64 {
@@ -141,6 +170,20 @@ impl Spooling {
     pub(super) fn is_modest(&self, limit: u64) -> bool {
         self.held_bytes(SPOOLED_ELEMENTS).1 <= limit / TABLE_SHARE
     }
+}
+
+fn unit_of(plan: &Plan, grouped: &[u32]) -> Unit {
+    Unit {
+        tensors: grouped.to_vec(),
+        elements: grouped.iter().map(|&tensor| plan.length(tensor)).sum(),
+        kind: super::UnitKind::Streamed,
+        chunk_elements: SPOOLED_ELEMENTS,
+    }
+}
+
+/// Whether signs of what is trimmed are flipped: then it matters.
+fn flips(plan: &Plan) -> bool {
+    plan.params.iter().any(|set| matches!(set.merger.sparsify(0), Sparsify::Flip { .. }))
 }
 
 /// Whether the values of `piece` that are not kept can be base's in the merge of tensor `index`: they are of one type.
@@ -169,22 +212,32 @@ impl Schedule {
         self
     }
 
-    /// The same as [`Self::with_spool`], with `bytes` of the memory left for what is done beside it, called `term`.
-    pub fn beside(plan: &Plan, run: Run, (term, bytes): (&str, u64)) -> Result<Self> {
+    /// The same as [`Self::with_spool`], with memory left for uploading shards beside it.
+    pub fn with_upload(plan: &Plan, run: Run) -> Result<Self> {
+        let longest = plan.layout.shards.iter().map(|shard| shard.bytes).max().unwrap_or(0);
+        let bytes = (UPLOAD_PARTS_AT_ONCE as u64 + 1) * upload_part_bytes(longest) + CONNECTIONS_BYTES;
         let rest = Run { memory_bytes: run.memory_bytes.saturating_sub(bytes), ..run };
         let mut schedule = Self::with_spool(plan, rest).map_err(|error| {
             let smallest = Self::smallest_memory(plan) + bytes;
             error.replace_help(format!("use --memory {}MB or more", smallest.div_ceil(1_000_000)))
         })?;
-        schedule.memory.push((term.to_owned(), bytes));
+        schedule.memory.push(("parts that are uploaded".to_owned(), bytes));
         schedule.memory_limit = run.memory_bytes;
         Ok(schedule)
     }
 
-    /// Keeps it in `dir` instead of the output's work directory.
-    pub fn spooling_in(mut self, dir: PathBuf) -> Self {
-        if let Some(spool) = &mut self.spool {
-            spool.dir = Some(dir);
+    /// Bytes that passes after the first one over everything download, because nothing keeps them.
+    pub fn downloaded_again(&self) -> u64 {
+        let all = || self.passes.iter().filter(|pass| pass.name != "probe").map(|pass| pass.bytes_downloaded);
+        all().sum::<u64>() - all().max().unwrap_or(0)
+    }
+
+    /// Keeps what is downloaded and needed again as `kept` says.
+    pub fn keeping(mut self, plan: &Plan, kept: &Downloads) -> Self {
+        match (kept, &mut self.spool) {
+            (Downloads::Forgotten, _) => return self.without_spool(plan),
+            (Downloads::In(dir), Some(spool)) => spool.dir = Some(dir.clone()),
+            _ => {}
         }
         self
     }

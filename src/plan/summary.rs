@@ -68,6 +68,9 @@ pub struct PassSummary {
     /// Those that come over a network.
     #[serde(skip_serializing_if = "is_zero")]
     pub bytes_downloaded: u64,
+    /// Requests that these take: fewer where much of it is held, more where the network is faster than what follows.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub requests: u64,
     /// Input bytes that it does not read, because an earlier pass left on the local disk what matters of them.
     #[serde(skip_serializing_if = "is_zero")]
     pub bytes_spared: u64,

@@ -79,9 +79,21 @@ impl Selector {
         Self { floor, ..self }
     }
 
+    /// The same over data of which what is below `bound` may not be seen any more.
+    pub fn over_what_is_kept(self, bound: Option<u32>) -> Self {
+        let floor = match self.state {
+            State::Searching(_) if self.coarse => bound.unwrap_or(0),
+            State::Searching(Bracket { low, .. }) => bound.filter(|&bound| bound < low).unwrap_or(low),
+            State::Found(_) => 0,
+        };
+        self.not_below(floor)
+    }
+
     /// The least key that matters to what is left of the search, unless the answer is below the floor.
     pub fn least(&self) -> u32 {
         match self.state {
+            // One look sees everything; what lies below the floor does not matter to it.
+            State::Searching(_) if self.coarse => self.floor,
             State::Searching(bracket) => bracket.low.min(self.floor),
             State::Found(threshold) => threshold.ties.low,
         }
@@ -120,7 +132,11 @@ impl Selector {
             Ok((bin, above)) => {
                 let (low, high) = bracket.keys(bin);
                 let single = sketch.bins[bin] & STRAY == 0;
-                if single || self.coarse {
+                if self.coarse && low < self.floor {
+                    // The floor was too high, and what is below it may not have been seen.
+                    self.floor = 0;
+                    State::Searching(bracket)
+                } else if single || self.coarse {
                     // All of a bin's keys that are equal are its first.
                     let high = if single { low } else { high };
                     State::Found(Threshold { ties: Ties { low, high }, above, tied: count(sketch.bins[bin]) })

@@ -28,6 +28,11 @@ const PATIENCE: Duration = Duration::from_millis(20);
 /// How often a reader that waits looks again whether it should rather do it by itself.
 const AGAIN: Duration = Duration::from_millis(20);
 
+/// Length of a request where `bytes` bytes are allowed for ranges of `sources` sources.
+pub fn request_bytes(bytes: u64, sources: usize) -> u64 {
+    (bytes / PER_SOURCE / (sources as u64).max(1)).clamp(SHORTEST, LONGEST)
+}
+
 /// What ranges are fetched from.
 pub(super) trait Source: Send + Sync {
     /// Fills `buffer` from `offset`.
@@ -104,7 +109,7 @@ impl Ahead {
     pub(super) fn allow(&self, bytes: u64, sources: usize) {
         let mut state = self.shared.lock();
         state.room = bytes;
-        state.length = (bytes / PER_SOURCE / (sources as u64).max(1)).clamp(SHORTEST, LONGEST);
+        state.length = request_bytes(bytes, sources);
         self.shared.wanted.notify_all();
     }
 

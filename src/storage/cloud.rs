@@ -83,6 +83,7 @@ mod stores {
     use url::Url;
 
     use crate::error::{Error, Result, printable};
+    use crate::limits::{UPLOAD_PART_BYTES, UPLOAD_PARTS_AT_ONCE, upload_part_bytes};
     use crate::storage::ahead::Source;
     use crate::storage::online::lock;
     use crate::storage::remote::{DEVICE, Far, HEAD_BYTES, hash, ignores_ranges};
@@ -93,12 +94,6 @@ mod stores {
     const RETRY_TIME: Duration = Duration::from_secs(90);
     /// A request of the longest range has so long.
     const REQUEST_TIME: Duration = Duration::from_secs(600);
-
-    /// Bytes of a part of an upload, and the most parts that stores take.
-    const PART_BYTES: u64 = 8 << 20;
-    const MOST_PARTS: u64 = 9_000;
-    /// Parts on their way at a time, beside the one that is read.
-    const PARTS_AT_ONCE: usize = 2;
 
     /// The object stores that were asked.
     #[derive(Default)]
@@ -212,7 +207,7 @@ mod stores {
             let (store, key) = self.find(to)?;
             let (runtime, bytes) = (self.runtime(), file.identity().bytes);
             go_on()?;
-            if bytes <= PART_BYTES {
+            if bytes <= UPLOAD_PART_BYTES {
                 let whole = part_of(file, 0, bytes)?;
                 runtime.block_on(store.put(&key, whole.into())).map_err(|e| explained(&e, to))?;
             } else {
@@ -249,12 +244,12 @@ mod stores {
         go_on: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
         let bytes = file.identity().bytes;
-        let length = PART_BYTES.max(bytes.div_ceil(MOST_PARTS));
+        let length = upload_part_bytes(bytes);
         let mut sending = VecDeque::new();
         let mut result = Ok(());
         let mut offset = 0;
         while result.is_ok() && (offset < bytes || !sending.is_empty()) {
-            if offset < bytes && sending.len() < PARTS_AT_ONCE {
+            if offset < bytes && sending.len() < UPLOAD_PARTS_AT_ONCE {
                 let part = go_on().and_then(|()| part_of(file, offset, length.min(bytes - offset)));
                 result = part.map(|part| sending.push_back(runtime.spawn(upload.put_part(part.into()))));
                 offset += length;
@@ -284,33 +279,33 @@ mod stores {
     fn build(scheme: &ObjectStoreScheme, url: &Url) -> object_store::Result<Arc<dyn ObjectStore>> {
         let retry = RetryConfig { max_retries: RETRIES, retry_timeout: RETRY_TIME, ..RetryConfig::default() };
         let options = ClientOptions::new().with_timeout(REQUEST_TIME).with_connect_timeout(Duration::from_secs(10));
+        // Unencrypted only where the user's own endpoint is.
+        let plain = |names: &[&str]| {
+            let endpoint = names.iter().find_map(|name| std::env::var(name).ok());
+            endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"))
+        };
         Ok(match scheme {
             ObjectStoreScheme::GoogleCloudStorage => Arc::new(
                 GoogleCloudStorageBuilder::from_env()
-                    .with_client_options(options)
+                    .with_client_options(options.with_allow_http(plain(&["GOOGLE_BASE_URL"])))
                     .with_url(url.as_str())
                     .with_retry(retry)
                     .build()?,
             ),
             ObjectStoreScheme::MicrosoftAzure => Arc::new(
                 MicrosoftAzureBuilder::from_env()
-                    .with_client_options(options)
+                    .with_client_options(options.with_allow_http(plain(&["AZURE_STORAGE_ENDPOINT"])))
                     .with_url(url.as_str())
                     .with_retry(retry)
                     .build()?,
             ),
-            _ => {
-                // Unencrypted only where the user's own endpoint is.
-                let endpoint = ["AWS_ENDPOINT_URL", "AWS_ENDPOINT"].iter().find_map(|name| std::env::var(name).ok());
-                let plain = endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"));
-                Arc::new(
-                    AmazonS3Builder::from_env()
-                        .with_client_options(options.with_allow_http(plain))
-                        .with_url(url.as_str())
-                        .with_retry(retry)
-                        .build()?,
-                )
-            }
+            _ => Arc::new(
+                AmazonS3Builder::from_env()
+                    .with_client_options(options.with_allow_http(plain(&["AWS_ENDPOINT_URL", "AWS_ENDPOINT"])))
+                    .with_url(url.as_str())
+                    .with_retry(retry)
+                    .build()?,
+            ),
         })
     }
 
@@ -321,7 +316,7 @@ mod stores {
             E::NotFound { .. } => Error::input("there is no such object").at(path).help("check the address"),
             E::PermissionDenied { .. } | E::Unauthenticated { .. } => Error::input("access is denied")
                 .at(path)
-                .help("check the keys in the environment (AWS_ACCESS_KEY_ID, ...)"),
+                .help("check the keys in the environment (AWS_ACCESS_KEY_ID, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_KEY)"),
             E::Precondition { .. } => changed(path),
             E::NotSupported { .. } => ignores_ranges(path),
             other => {
@@ -419,7 +414,9 @@ mod stores {
             let (clouds, dir) = (Clouds::default(), tempfile::tempdir().unwrap());
             lock(&clouds.stores).insert("s3://bucket".into(), Arc::new(InMemory::new()));
             let disk = Disk::new(IoMode::Read);
-            for bytes in [0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 3 * PART_BYTES + 77] {
+            for bytes in
+                [0, 1, UPLOAD_PART_BYTES - 1, UPLOAD_PART_BYTES, UPLOAD_PART_BYTES + 1, 3 * UPLOAD_PART_BYTES + 77]
+            {
                 let content: Vec<u8> = (0..bytes).map(|at| (at % 251) as u8 ^ (at >> 20) as u8).collect();
                 let (from, to) = (dir.path().join("file"), format!("s3://bucket/a/{bytes}"));
                 std::fs::write(&from, &content).unwrap();
@@ -440,7 +437,7 @@ mod stores {
             let (clouds, dir) = (Clouds::default(), tempfile::tempdir().unwrap());
             lock(&clouds.stores).insert("s3://bucket".into(), Arc::new(InMemory::new()));
             let from = dir.path().join("file");
-            std::fs::write(&from, vec![7; 3 * PART_BYTES as usize]).unwrap();
+            std::fs::write(&from, vec![7; 3 * UPLOAD_PART_BYTES as usize]).unwrap();
             let asked = Cell::new(0);
             let go_on = || {
                 asked.set(asked.get() + 1);

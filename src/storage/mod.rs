@@ -20,12 +20,14 @@ mod remote;
 mod system;
 mod transfer;
 
+pub(crate) use ahead::request_bytes;
 pub use cloud::is_object;
 pub use disk::Disk;
 pub use mmap::Window;
 pub use online::Online;
 pub(crate) use online::is_remote;
 pub(crate) use places::hub_cache;
+pub(crate) use remote::HEAD_BYTES;
 pub use system::address_space_is_limited;
 pub use transfer::{read_fully, write_fully};
 

@@ -17,7 +17,7 @@ use super::{Identity, InputFile};
 use crate::error::{Error, Result};
 
 /// Bytes that the first request of a file asks for: the header of a usual shard.
-pub(super) const HEAD_BYTES: u64 = 64 << 10;
+pub const HEAD_BYTES: u64 = 64 << 10;
 /// Longest range of one request.
 const REQUEST_BYTES: u64 = 16 << 20;
 /// Device of remote files, which no file system has.

@@ -483,6 +483,11 @@ impl Storage for Memory {
     }
 
     fn read_small(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
+        if is_object(path) {
+            let mut state = self.state();
+            state.step(Does::Look, "read", path)?;
+            return state.objects.get(path).cloned().ok_or_else(|| Error::input("no such file").at(path));
+        }
         let input = self.open(path)?;
         assert!(input.identity().bytes <= limit);
         let mut content = vec![0; input.identity().bytes as usize];
@@ -624,7 +629,8 @@ impl Storage for Memory {
     }
 
     fn is_file(&self, path: &Path) -> bool {
-        matches!(self.state().names.get(path), Some(Entry::File(_)))
+        let state = self.state();
+        matches!(state.names.get(path), Some(Entry::File(_))) || state.objects.contains_key(path)
     }
 
     fn canonical(&self, path: &Path) -> PathBuf {

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde_json::Value;
-use tiesmith::{Error, OutputOptions, Plan, Recipe, Run, Scope, Storage, SweepOptions, SweepReport, TrimTies, Variant};
+use tiesmith::{
+    Downloads, Error, OutputOptions, Plan, Recipe, Run, Scope, Storage, SweepOptions, SweepReport, TrimTies, Variant,
+};
 
 use super::memory::{Fault, Memory, Survives};
 use super::{KINDS, OUT, STEP, Silent, inputs, recipe, say};
@@ -23,7 +25,7 @@ fn sweep(base: &Recipe, packed: bool, memory: &Memory) -> Result<SweepReport, Er
     let variant = |(number, plan)| Variant { name: format!("v{number}"), settings: Vec::new(), plan };
     let variants: Vec<Variant> = plans.enumerate().map(variant).collect();
     let output = OutputOptions { dir: OUT.into(), ..OutputOptions::default() };
-    let options = SweepOptions { output, packed };
+    let options = SweepOptions { output, packed, downloads: Downloads::default() };
     tiesmith::sweep(union, &variants, Run::new(96 << 20, 1), &options, &storage, &Silent)
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use tiesmith::{Error, OutputOptions, Plan, Recipe, Report, Run, Schedule, Storage};
+use tiesmith::{Error, Job, OnShard, OutputOptions, Part, Plan, Recipe, Report, Run, Schedule, Storage};
 
 use super::memory::{Memory, Survives, every_fault};
 use super::{KINDS, OUT, STEP, Silent, inputs, recipe, say};
@@ -14,7 +14,8 @@ fn upload(recipe: &Recipe, address: &str, memory: &Memory) -> Result<Report, Err
     let storage: Arc<dyn Storage> = Arc::new(memory.clone());
     let plan = Plan::new(recipe, &storage)?;
     let schedule = Schedule::new(&plan, Run::new(28 << 20, 1))?;
-    let output = OutputOptions { dir: OUT.into(), on_shard: Some(address.into()), ..OutputOptions::default() };
+    let output =
+        OutputOptions { dir: OUT.into(), on_shard: Some(OnShard::Upload(address.into())), ..OutputOptions::default() };
     tiesmith::merge(&plan, &schedule, &output, &storage, &Silent)
 }
 
@@ -66,6 +67,63 @@ fn an_upload_that_is_disturbed_anywhere_can_be_run_again() {
         }
     }
     say(&format!("{cases} uploads disturbed"));
+    assert!(cases > 1000 / STEP, "{cases}");
+}
+
+/// A merge in two parts whose end uploads it.
+fn upload_in_parts(recipe: &Recipe, memory: &Memory) -> Result<Report, Error> {
+    let run = Run::new(40 << 20, 1);
+    let storage: Arc<dyn Storage> = Arc::new(memory.clone());
+    let plan = || Plan::new(recipe, &storage);
+    let output =
+        OutputOptions { dir: OUT.into(), on_shard: Some(OnShard::Upload(ADDRESS.into())), ..OutputOptions::default() };
+    let planned = plan()?;
+    let job = Job::new(&planned, &Schedule::new(&planned, run)?, &output)?;
+    for index in 0..2 {
+        tiesmith::run_part(&plan()?, &job, Part { index, count: 2 }, None, run, &storage, &Silent)?;
+    }
+    tiesmith::finish(&plan()?, &job, run, &storage, &Silent)
+}
+
+#[test]
+fn an_upload_of_parts_that_is_disturbed_anywhere_can_be_run_again() {
+    let mut cases = 0;
+    for recipe in [recipe(), Recipe { max_shard_bytes: 1 << 30, ..recipe() }] {
+        let whole = inputs();
+        upload(&recipe, ADDRESS, &whole).unwrap();
+        let before = inputs();
+        let undisturbed = before.fork(None);
+        let report = upload_in_parts(&recipe, &undisturbed).unwrap();
+        assert_eq!((report.out.as_str(), report.shards_handed_over), (ADDRESS, report.shards));
+        assert!(undisturbed.tree(OUT).is_empty(), "{:?}", undisturbed.tree(OUT).keys());
+        let tensors = |memory: &Memory| -> BTreeMap<String, Vec<u8>> {
+            let made = |name: &String| name.contains(".safetensors");
+            memory.objects().into_iter().filter(|(name, _)| made(name)).collect()
+        };
+        let (expected, names) = (tensors(&whole), lasting(&undisturbed).into_keys().collect::<Vec<_>>());
+        assert!(tensors(&undisturbed) == expected && lasting(&whole).keys().eq(&names));
+        // Whoever does it again finds it done.
+        assert_eq!(upload_in_parts(&recipe, &undisturbed).unwrap().out, ADDRESS);
+        let index = ["model.safetensors.index.json", "model.safetensors"].map(|name| format!("{ADDRESS}/{name}"));
+        let (operations, changes) = undisturbed.counts();
+        let faults = every_fault(operations, changes, |at| [KINDS[at as usize % KINDS.len()]; 2]);
+        for (at, fault, survives) in faults.into_iter().step_by(2 * STEP - 1) {
+            let what = format!("{fault:?} {at} of {changes} or {operations}, survives {survives:?}");
+            let disturbed = before.fork(Some((at, fault)));
+            let _ = upload_in_parts(&recipe, &disturbed);
+            let disturbed = disturbed.reboot(survives);
+            let there = disturbed.objects();
+            let loads = index.iter().any(|index| there.contains_key(index));
+            assert!(!loads || there.keys().eq(&names), "{what}: {:?}", there.keys());
+            upload_in_parts(&recipe, &disturbed).unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert!(tensors(&disturbed) == expected, "{what}: other objects");
+            assert!(disturbed.objects().keys().eq(&names), "{what}");
+            let left = disturbed.tree(OUT);
+            assert!(left.keys().all(|name| name == ".tiesmith/lock"), "{what}: {:?}", left.keys());
+            cases += 1;
+        }
+    }
+    say(&format!("{cases} uploads of parts disturbed"));
     assert!(cases > 1000 / STEP, "{cases}");
 }
 

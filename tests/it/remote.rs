@@ -99,6 +99,20 @@ pub fn content_bytes(log: &[Request]) -> u64 {
     log.iter().filter(|request| request.content).map(|request| request.sent).sum()
 }
 
+/// How many requests for content there are.
+pub fn requests(log: &[Request]) -> u64 {
+    log.iter().filter(|request| request.content).count() as u64
+}
+
+/// The requests of a run, beside those that open its files, must be about as many as `plan` says.
+pub fn must_be_about(log: &[Request], opened: u64, plan: &Value) {
+    let passes = plan["passes"].as_array().unwrap().iter();
+    let planned: u64 = passes.filter_map(|pass| pass["requests"].as_u64()).sum();
+    let asked = requests(log) - opened;
+    println!("{asked} range requests, {planned} planned, {opened} to open files");
+    assert!(planned > 0 && asked <= planned * 3 / 2 + 8 && asked * 2 >= planned, "{asked} requests, {planned} planned");
+}
+
 #[test]
 fn remote_inputs_give_the_bytes_of_local_ones() {
     let remote = Remote::new();
@@ -197,6 +211,7 @@ fn what_is_read_is_what_the_plan_says() {
         remote.merge("merge", &hf, &[&flags[..], &["--out", &merged]].concat()).succeeded();
         let log = remote.hub.log();
         let heads = content_bytes(&planning);
+        must_be_about(&log, requests(&planning), &plan);
         let (read, planned) = (content_bytes(&log), plan["bytes_read"].as_u64().unwrap());
         assert!(read <= planned + 2 * heads, "{scope}: {read} bytes sent, {planned} planned, {heads} of heads");
         // Heads hold data too, which is not asked for again.
@@ -236,9 +251,10 @@ fn ranges_are_large_and_several_at_a_time_over_few_connections() {
         [["--scope=model", "--memory=512MB", "--threads=2"], ["--scope=tensor", "--memory=512MB", "--threads=2"]]
     {
         let local = remote.local(&flags);
-        let planned = remote.merge("plan", &hf, &flags).succeeded().json()["bytes_read"].as_u64().unwrap();
+        let plan = remote.merge("plan", &hf, &flags).succeeded().json();
+        let planned = plan["bytes_read"].as_u64().unwrap();
         remote.hub.slow_down(std::time::Duration::from_millis(50));
-        remote.hub.log();
+        let opened = requests(&remote.hub.log());
         remote.hub.traffic();
         let out = tempfile::tempdir().unwrap();
         let merged = out.path().join("merged");
@@ -256,6 +272,7 @@ fn ranges_are_large_and_several_at_a_time_over_few_connections() {
         let chunks = planned / (256 << 10);
         assert!((rest.len() as u64) < chunks / 2, "{flags:?}: {} ranges for {planned} bytes: {rest:?}", rest.len());
         let read = rest.iter().sum::<u64>() + heads.iter().sum::<u64>();
+        must_be_about(&log, opened, &plan);
         assert!(read <= planned + 4 * HEAD_BYTES * 2, "{flags:?}: {read} bytes of {planned}");
         let one_by_one = std::time::Duration::from_millis(50) * (chunks as u32 + 40);
         println!("{flags:?}: {took:?}, {} ranges, {connections} connections, {at_once} at a time", ranges.len());

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::remote::{Remote, content_bytes, hf, lasting};
+use crate::remote::{Remote, content_bytes, hf, lasting, must_be_about, requests};
 use crate::support::family::{Deltas, Family, Spec, text};
 use crate::support::hub::Fault;
 use crate::support::oracle::{Recipe, TrimTies, ZeroSum};
@@ -64,13 +64,16 @@ fn compare(remote: &Remote, recipe: &Recipe, more: &[&str], base: &dyn Fn(&str) 
     let flags = flags(&args, more);
     remote.hub.log();
     let plan = remote.merge("plan", &name, &flags).succeeded().json();
-    let heads = content_bytes(&remote.hub.log());
+    let planning = remote.hub.log();
+    let heads = content_bytes(&planning);
     let (planned, spared) = (passes(&plan, "bytes_downloaded"), passes(&plan, "bytes_spared"));
     assert!(plan["spool_bytes"].as_u64().is_some_and(|bytes| bytes > 0) && spared > 0, "{flags:?}: {plan}");
     let out = tempfile::tempdir().unwrap();
     let merged = out.path().join("merged");
     let outcome = remote.merge("merge", &name, &[&flags[..], &["--out", &text(&merged)]].concat()).succeeded();
-    let read = content_bytes(&remote.hub.log());
+    let log = remote.hub.log();
+    let read = content_bytes(&log);
+    must_be_about(&log, requests(&planning), &plan);
     assert_eq!(lasting(&merged), local, "{}", outcome.command);
     assert_eq!(outcome.json()["bytes_read"], plan["bytes_read"], "{}", outcome.command);
     // Heads are read when files are opened, twice where there is an index, and hold data that is not asked for again.
@@ -91,6 +94,8 @@ fn every_byte_is_downloaded_once_whatever_is_merged() {
         (ties.clone(), &["--density=0.9"]),
         (ties.clone(), &["--method=breadcrumbs", "--param=gamma=0.02"]),
         (ties.clone(), &["--elect=count", "--combine=max"]),
+        (ties.clone(), &["--threshold=sketch"]),
+        (ties.clone(), &["--threshold=sketch", "--trim-ties=sample", "--zero-sum=majority"]),
     ];
     let bf16 = Dtype::BF16;
     for (seed, deltas) in [(31, Deltas::Stepped), (32, Deltas::HeavyTailed)] {
@@ -126,7 +131,7 @@ fn what_the_spool_is_no_help_for_is_read_again_and_the_plan_says_so() {
     assert!(with.contains("are kept on the disk until the end (--spool DIR says where)"), "{with}");
     let without = plan(&["--spool=none", "--network=8Mbit/s"]);
     assert!(without.contains("17.6 MB (17.6 s) of them again; with --cache DIR"), "{without}");
-    for more in [&["--threshold=sketch"][..], &["--scope=tensor"], &["--method=linear"], &["--spool=none"]] {
+    for more in [&["--scope=tensor"][..], &["--method=linear"], &["--spool=none"]] {
         let args = [&LITTLE[..], more].concat();
         let plan = remote.merge("plan", &hf, &args).succeeded().json();
         assert_eq!((passes(&plan, "bytes_spared"), plan.get("spool_bytes")), (0, None), "{more:?}");
@@ -138,8 +143,115 @@ fn what_the_spool_is_no_help_for_is_read_again_and_the_plan_says_so() {
     }
     let refused = remote.merge("merge", &hf, &[&LITTLE[..], &["--spool=missing", "--out=nowhere"]].concat());
     assert!(refused.refusal().contains("no such directory for --spool"), "{}", refused.stderr);
-    let sweep = remote.merge("sweep", &hf, &["--spool=.", "--lambda=1,2", "--out=nowhere"]);
-    assert!(sweep.refusal().contains("--cache"), "{}", sweep.stderr);
+    let refused = remote.merge(
+        "sweep",
+        &hf,
+        &["--memory=96MB", "--threads=2", "--spool=missing", "--lambda=1,2", "--out=nowhere"],
+    );
+    assert!(refused.refusal().contains("no such directory for --spool"), "{}", refused.stderr);
+    assert!(!remote.saved.path("base/nowhere").exists());
+    // What nothing keeps is said by commands that have no plan.
+    let analyzed = remote.merge("analyze", &hf, &["--memory=96MB", "--threads=2", "--out=report"]).succeeded();
+    assert!(analyzed.stderr.contains("are downloaded twice: with --cache DIR"), "{}", analyzed.stderr);
+}
+
+/// Length of all inputs.
+fn input_bytes(remote: &Remote) -> u64 {
+    let files = ["base", "model1", "model2", "model3"].map(|name| remote.saved.dir.path().join(name));
+    let tensors = |dir: &PathBuf| -> u64 {
+        let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+        let files = files.filter(|file| file.file_name().to_str().unwrap().ends_with(".safetensors"));
+        files.map(|file| file.metadata().unwrap().len()).sum()
+    };
+    files.iter().map(tensors).sum()
+}
+
+#[test]
+fn each_part_of_a_merge_downloads_its_tensors_once() {
+    let bf16 = Dtype::BF16;
+    let remote = Remote::of(&spec(43, bf16, &[bf16, Dtype::F32, bf16], Deltas::HeavyTailed));
+    let once = input_bytes(&remote);
+    for more in [&[][..], &["--trim-ties=lowest", "--zero-sum=majority"], &["--spool=."], &["--spool=none"]] {
+        let flags = [&LITTLE[..], more].concat();
+        let local =
+            lasting(&remote.saved.merge(&Recipe::default(), &flags[..flags.len() - usize::from(more.len() == 1)]).path);
+        for stages in [&[&[][..]][..], &[&["--stage=sketch"], &["--stage=merge", "--memory=96MB"]]] {
+            let dir = tempfile::tempdir().unwrap();
+            let (merged, job) = (dir.path().join("merged"), text(&dir.path().join("job")));
+            let out = text(&merged);
+            let plan = remote.merge("plan", &hf, &[&flags[..], &["--out", &out, "--save", &job]].concat()).succeeded();
+            let keeps = more != ["--spool=none"];
+            assert_eq!(plan.json()["spool_bytes"].as_u64().is_some(), keeps);
+            remote.hub.log();
+            for stage in stages {
+                for part in ["2/3", "1/3", "3/3"] {
+                    let args = [&["run", &job, "--progress=none", "--part", part], *stage].concat();
+                    remote.run(&args).succeeded();
+                }
+            }
+            let read = content_bytes(&remote.hub.log());
+            remote.run(&["finish", &job, "--progress=none"]).succeeded();
+            assert_eq!(lasting(&merged), local, "{more:?}, {stages:?}");
+            // In each process the heads of files, and their probes.
+            match keeps {
+                true => assert!(read < once + once / 2, "{more:?}, {stages:?}: {read} bytes, {once} once"),
+                false => assert!(read > once * 3 / 2, "{more:?}, {stages:?}: {read} bytes, {once} once"),
+            }
+            assert!(spool_in(&remote.saved.dir.path().join("base")).is_none());
+        }
+    }
+}
+
+/// Outputs of a sweep, without what names inputs.
+fn outputs(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = lasting(dir);
+    files.retain(|path, _| {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        !["tiesmith.json", "README.md", "sweep.json", "sweep.md"].contains(&name)
+    });
+    files
+}
+
+#[test]
+fn outputs_of_a_sweep_share_what_is_downloaded_once() {
+    let bf16 = Dtype::BF16;
+    for (seed, deltas, dtype) in [(41, Deltas::HeavyTailed, bf16), (42, Deltas::Stepped, Dtype::F32)] {
+        let remote = Remote::of(&spec(seed, bf16, &[bf16, dtype, bf16], deltas));
+        let run = ["--memory=96MB", "--threads=2", "--max-shard-size=2MB"];
+        let grids: [&[&str]; 5] = [
+            &["--density=0.1,0.3", "--lambda=0.5,1"],
+            &["--density=0.05,0.2", "--subset=pairs"],
+            // What one output trims, another uses whole.
+            &["--method=ties,task_arithmetic", "--density=0.2"],
+            &["--density=0.2,1", "--trim-ties=lowest", "--zero-sum=majority"],
+            &["--density=0.1,0.4", "--threshold=sketch"],
+        ];
+        for grid in grids {
+            let flags = [&run[..], grid].concat();
+            let dir = tempfile::tempdir().unwrap();
+            let (here, there) = (dir.path().join("here"), dir.path().join("there"));
+            let local = |name: &str| text(&remote.saved.dir.path().join(name));
+            remote.merge("sweep", &local, &[&flags[..], &["--out", &text(&here)]].concat()).succeeded();
+            remote.hub.log();
+            let outcome = remote.merge("sweep", &hf, &[&flags[..], &["--out", &text(&there)]].concat()).succeeded();
+            let read = content_bytes(&remote.hub.log());
+            assert_eq!(outputs(&there), outputs(&here), "{}", outcome.command);
+            assert!(!there.join("sweep.spool").exists());
+            if let Some(peak) = outcome.json()["peak_memory_bytes"].as_u64() {
+                assert!(peak <= 96_000_000, "{peak} bytes resident: {}", outcome.command);
+            }
+            // Everything once, a sample, and what opening the files brings.
+            let once = input_bytes(&remote);
+            assert!(read < once + once / 4, "{read} bytes downloaded, {once} once: {}", outcome.command);
+            remote.hub.log();
+            remote
+                .merge("sweep", &hf, &[&flags[..], &["--spool=none", "--force", "--out", &text(&there)]].concat())
+                .succeeded();
+            let twice = content_bytes(&remote.hub.log());
+            assert!(twice > once * 3 / 2, "{twice} bytes downloaded without: {}", outcome.command);
+            assert_eq!(outputs(&there), outputs(&here));
+        }
+    }
 }
 
 #[test]

@@ -75,7 +75,8 @@ Directory of the merged checkpoint, or an address to upload it to, such as s3://
 
 An address in an object store (s3://, gs://, az://; keys come from the environment) must have nothing under it. Shards are made \
 in --work, a directory, uploaded one by one, and removed: four of them have to fit on the disk. The index is uploaded last. The same \
-command goes on after an interruption, from the same directory.";
+command goes on after an interruption, from the same directory. Of a merge in parts, 'tiesmith finish' uploads what the parts \
+made in --work, which they share.";
 
 /// Help of `--spool`.
 pub const SPOOL: &str = "\

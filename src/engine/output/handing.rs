@@ -1,11 +1,11 @@
-//! What the output directory knows of shards that are handed over to a command: see `hand_over`.
+//! What the output directory knows of shards that are handed over: see `hand_over`.
 
 use std::path::PathBuf;
 use std::sync::{MutexGuard, PoisonError};
 
 use serde_json::Value;
 
-use super::{OutputDir, kind};
+use super::{INDEX, OutputDir, kind};
 use crate::engine::Observer;
 use crate::engine::hand_over::{AllHandedOver, HandedOver, hand_over};
 use crate::error::{Error, Result};
@@ -40,7 +40,14 @@ impl OutputDir {
 
     /// Hands over what an earlier attempt published without getting so far.
     pub(in crate::engine) fn hand_over_rest(&self, plan: &Plan, observer: &dyn Observer) -> Result<()> {
-        let manifest = if self.hands_over() { self.manifest()?.unwrap_or_default() } else { return Ok(()) };
+        // Without a manifest, all of it is uploaded and removed.
+        let Some(manifest) = self.manifest()?.filter(|_| self.hands_over()) else { return Ok(()) };
+        let all_away = || plan.layout.shards.iter().all(|shard| self.was_handed_over(&shard.name));
+        if self.address().is_some() && all_away() && !self.storage.is_file(&self.dir.join(INDEX)) {
+            // It is where it should be: the index goes last there, and first here.
+            self.remove_uploaded(plan);
+            return Ok(());
+        }
         self.upload_side_files(observer)?;
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         for (shard, planned) in plan.layout.shards.iter().enumerate() {

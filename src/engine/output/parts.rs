@@ -9,8 +9,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use super::upload::{address, refuse_occupied};
 use super::{Found, JOURNAL, LOCK, Log, OutputDir, check_space, finished_already, kind, refuse_inputs, work_dir};
-use crate::engine::hand_over::AllHandedOver;
+use crate::engine::hand_over::{AllHandedOver, OnShard};
+use crate::engine::holds_output;
 use crate::engine::identity::Begin;
 use crate::error::{Error, Result};
 use crate::journal::{Journal, replay};
@@ -19,6 +21,29 @@ use crate::storage::{Lock, Storage};
 
 /// Name of the folder in the work directory.
 pub(super) const DIR: &str = "parts";
+
+impl Log {
+    /// Whether it says that the output of `plan` is published: only traces of work can be left then in the directory.
+    fn is_of_the_end(
+        &self,
+        plan: &Plan,
+        found: &Found,
+        on_shard: Option<&OnShard>,
+        storage: &dyn Storage,
+    ) -> Result<bool> {
+        if !self.committed || !self.begin.as_ref().is_some_and(|begin| begin.is_of(&plan.fingerprint)) {
+            return Ok(false);
+        }
+        let all_away = || plan.layout.shards.iter().all(|shard| self.handed_over.contains_key(&shard.name));
+        match address(on_shard) {
+            _ if found.finished() => Ok(true),
+            // What makes it loadable has gone too.
+            _ if plan.layout.index_json().is_none() => Ok(all_away()),
+            Some(address) => Ok(all_away() && holds_output(plan, Path::new(address), storage)?),
+            None => Ok(false),
+        }
+    }
+}
 
 impl OutputDir {
     /// Where the parts of a merge into `dir` leave what they know.
@@ -31,7 +56,7 @@ impl OutputDir {
     pub(in crate::engine) fn take_for_parts(
         plan: &Plan,
         dir: &Path,
-        force: bool,
+        (force, on_shard): (bool, Option<&OnShard>),
         storage: &Arc<dyn Storage>,
         taken: impl Fn() -> bool,
         begin: impl FnOnce() -> Result<()>,
@@ -55,6 +80,7 @@ impl OutputDir {
                 (false, _) => {}
             }
             check_space(plan.layout.shards.iter().map(|s| s.bytes).sum(), dir, &**storage)?;
+            refuse_occupied(on_shard, &**storage)?;
             Ok(false)
         };
         if admit()? {
@@ -106,7 +132,8 @@ impl OutputDir {
     /// Decides with `decide` what of a part is to be done again, while nobody publishes: then no shard is gone that is not
     /// known to be handed over.
     pub(in crate::engine) fn while_nobody_ends<T>(&self, decide: impl FnOnce() -> Result<T>) -> Result<T> {
-        let at_work = |e: Error| e.replace_help("wait until 'tiesmith finish' ends, then run the part again if it asks for it");
+        let at_work =
+            |e: Error| e.replace_help("wait until 'tiesmith finish' ends, then run the part again if it asks for it");
         let _lock = self.storage.lock(&self.work.join(LOCK)).map_err(at_work)?;
         *self.handed_over() = self.handed_over_by_the_end()?;
         decide()
@@ -129,7 +156,7 @@ impl OutputDir {
         plan: &Plan,
         dir: &Path,
         force: bool,
-        on_shard: Option<String>,
+        on_shard: Option<OnShard>,
         storage: &Arc<dyn Storage>,
     ) -> Result<Self> {
         refuse_inputs(plan, dir, &**storage)?;
@@ -139,11 +166,8 @@ impl OutputDir {
         let found = Found::look(dir, &work, &**storage)?;
         let mut log = Log::default();
         let journal = if found.begun() { output.read_log(&mut log)? } else { None };
-        // What makes it loadable may have been handed over too.
-        let all_away = || plan.layout.shards.iter().all(|shard| log.handed_over.contains_key(&shard.name));
-        let is_whole = found.finished() || !found.in_parts() && all_away();
-        output.published =
-            is_whole && log.committed && log.begin.as_ref().is_some_and(|begin| begin.is_of(&plan.fingerprint));
+        output.published = log.is_of_the_end(plan, &found, output.on_shard.as_ref(), &**storage)?;
+        output.refuse_other_address(&log.handed_over)?;
         output.handed_over = Mutex::new(std::mem::take(&mut log.handed_over));
         if output.published {
             return Ok(output);
@@ -151,6 +175,9 @@ impl OutputDir {
         output.replaces = found.finished();
         if output.replaces && !force {
             return Err(finished_already(dir));
+        }
+        if !log.committed {
+            refuse_occupied(output.on_shard.as_ref(), &**storage)?;
         }
         match (journal, &log.begin) {
             (Some(journal), Some(begin)) => {
@@ -161,6 +188,25 @@ impl OutputDir {
             _ => output.begin_journal(plan)?,
         }
         Ok(output)
+    }
+
+    /// Whether the output of `plan` is published, and traces of the work are left in `dir`.
+    pub(in crate::engine) fn is_ended(
+        plan: &Plan,
+        dir: &Path,
+        on_shard: Option<&OnShard>,
+        storage: &dyn Storage,
+    ) -> Result<bool> {
+        let work = work_dir(dir, storage)?;
+        let found = Found::look(dir, &work, storage)?;
+        let mut log = Log::default();
+        if found.begun() {
+            // What cannot be read is for whoever takes the directory to complain about.
+            let _ = replay(&work.join(JOURNAL), storage, |record| {
+                log.take(&record).ok_or_else(|| Error::input("no record of this version"))
+            });
+        }
+        log.is_of_the_end(plan, &found, on_shard, storage)
     }
 
     /// Whether there is a journal of the whole output: it is the last trace of work that goes.

@@ -9,18 +9,21 @@ use std::path::{Path, PathBuf};
 
 use super::{INDEX, LOADABLE, MANIFEST, OutputDir, is_file_name};
 use crate::engine::Observer;
-use crate::engine::hand_over::AllHandedOver;
+use crate::engine::hand_over::{AllHandedOver, OnShard};
 use crate::error::{Error, Result, printable};
 use crate::plan::Plan;
-use crate::storage::{Storage, is_object};
+use crate::storage::Storage;
 
-/// The address among what shards can be handed over to: anything else is a command.
-pub(in crate::engine) fn address(on_shard: Option<&str>) -> Option<&str> {
-    on_shard.filter(|on_shard| is_object(Path::new(on_shard)))
+/// The address that shards are uploaded to, if they are.
+pub(in crate::engine) fn address(on_shard: Option<&OnShard>) -> Option<&str> {
+    match on_shard {
+        Some(OnShard::Upload(address)) => Some(address),
+        Some(OnShard::Command(_)) | None => None,
+    }
 }
 
 /// Refuses an address at which something is.
-pub(super) fn refuse_occupied(on_shard: Option<&str>, storage: &dyn Storage) -> Result<()> {
+pub(super) fn refuse_occupied(on_shard: Option<&OnShard>, storage: &dyn Storage) -> Result<()> {
     let Some(address) = address(on_shard).map(Path::new) else { return Ok(()) };
     let names = storage.list(address)?;
     match names.first() {
@@ -37,7 +40,7 @@ pub(super) fn refuse_occupied(on_shard: Option<&str>, storage: &dyn Storage) -> 
 impl OutputDir {
     /// Where the output is uploaded to.
     pub(in crate::engine) fn address(&self) -> Option<&str> {
-        address(self.on_shard.as_deref())
+        address(self.on_shard.as_ref())
     }
 
     /// Fails if shards that are gone were uploaded to another address than what is left would be.
@@ -77,14 +80,19 @@ impl OutputDir {
         if plan.layout.index_json().is_some() {
             self.upload(INDEX, observer)?;
         }
-        let side_files = self.side_files()?;
+        self.remove_uploaded(plan);
+        Ok(())
+    }
+
+    /// Removes what is uploaded: first what makes it loadable, and last the manifest, which says what there is.
+    pub(super) fn remove_uploaded(&self, plan: &Plan) {
+        let side_files = self.side_files().unwrap_or_default();
         let shards = plan.layout.shards.iter().map(|shard| shard.name.as_str());
         let all = LOADABLE.into_iter().chain(shards).chain(side_files.iter().map(String::as_str));
         // Best effort: all of it is where it should be.
         all.for_each(|name| drop(self.storage.remove_file(&self.dir.join(name))));
         // Before the journal goes, which says whose they are.
         let _ = self.storage.sync_dir(&self.dir);
-        Ok(())
     }
 
     /// Names of the manifest and of the files that it lists beside shards and index.

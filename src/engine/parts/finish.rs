@@ -7,8 +7,7 @@ use std::time::Instant;
 use super::super::select::Thresholds;
 use super::super::worker::Tally;
 use super::super::{
-    Finished, Observer, Report, differing_warning, holds_output, is_finished, peak_memory_bytes, publish, report, side_files,
-    tidy_up,
+    Finished, Observer, Report, differing_warning, peak_memory_bytes, publish, report, side_files, tidy_up,
 };
 use super::board::Board;
 use super::done::PartDone;
@@ -24,7 +23,9 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
     let begin = Instant::now();
     job.admit(plan)?;
     side_files::check(plan, &**storage)?;
-    if let Some(dir) = published_before(plan, job, storage)? {
+    // Of what the parts left, some may be gone.
+    if OutputDir::is_ended(plan, &job.out, job.on_shard.as_ref(), &**storage)? {
+        let dir = OutputDir::of_parts(plan, &job.out, job.force, job.on_shard.clone(), storage)?;
         return tidy_up(plan, dir, observer);
     }
     let parts_dir = OutputDir::parts_dir(&job.out, &**storage)?;
@@ -35,6 +36,7 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
     let count = parts_of(&board, &job.out)?;
     let dir = OutputDir::of_parts(plan, &job.out, job.force, job.on_shard.clone(), storage)?;
     if dir.is_published() {
+        // By somebody else, right now.
         return tidy_up(plan, dir, observer);
     }
     let parts = all_parts(plan, job, count, &board, &dir)?;
@@ -51,6 +53,7 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
     let mut report = report(plan, &desk.schedule, (&dir.dir, false), &finished.tally, &finished.thresholds, warnings);
     report.chunks_reused = parts.iter().map(|part| part.reused).sum();
     report.resumed = report.chunks_reused > 0;
+    report.out = dir.address().map_or(report.out, str::to_owned);
     report.shards_handed_over = if dir.hands_over() { report.shards } else { 0 };
     report.wall_seconds = begin.elapsed().as_secs_f64();
     let written = PartDone::written(plan, &parts);
@@ -61,24 +64,14 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
     Ok(report)
 }
 
-/// The output, where a kill came between its publication and the removal of the last traces of work: what the parts left
-/// may be gone in part.
-fn published_before(plan: &Plan, job: &Job, storage: &Arc<dyn Storage>) -> Result<Option<OutputDir>> {
-    if !holds_output(plan, &job.out, &**storage)? || !OutputDir::is_begun(&job.out, &**storage)? {
-        return Ok(None);
-    }
-    let dir = OutputDir::of_parts(plan, &job.out, job.force, job.on_shard.clone(), storage)?;
-    Ok(dir.is_published().then_some(dir))
-}
-
 /// The report of what was finished before, if it was.
 fn finished_before(plan: &Plan, job: &Job, storage: &Arc<dyn Storage>) -> Result<Report> {
-    if !is_finished(plan, &job.out, &**storage)? {
+    if OutputDir::is_begun(&job.out, &**storage)? || !job.is_published(plan, &**storage)? {
         return Err(Error::input("no part of this merge was run yet")
             .at(&job.out)
             .help("run its parts first: tiesmith run JOB --part 1/N and so on"));
     }
-    OutputDir::report_in(&job.out, &**storage)
+    OutputDir::report_in(job.address().unwrap_or(&job.out), &**storage)
 }
 
 /// What all parts left; an error names those that are missing.

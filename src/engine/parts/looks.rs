@@ -10,12 +10,13 @@ use std::sync::Mutex;
 
 use super::super::cut::{Cut, TieCounts};
 use super::super::kept::Kept;
-use super::super::passes::{Passes, lock, prefetch, probed_selectors, probes_ahead};
+use super::super::passes::{Passes, lock, not_below_what_is_likely, prefetch, probed_selectors, probes_ahead};
 use super::super::pool;
 use super::super::records::{self, Entry, UnitDone};
 use super::super::select::{UnitThresholds, cuts, observe, tensor_cuts};
 use super::super::shard_hash::Digest;
-use super::super::under_way::Notes;
+use super::super::spool::least_of;
+use super::super::under_way::{Notes, UnderWay};
 use super::super::worker::Known;
 use super::page::Page;
 use super::{Desk, file_of, files_of};
@@ -76,6 +77,7 @@ impl<'a> Looks<'a> {
         }
         self.with_passes(|passes| {
             let selectors = self.first_selectors(passes, unit, goals)?;
+            passes.demand_least(&selectors)?;
             // Parts that began earlier may be at work on it already.
             board.share(&[name], 0, self.desk.observer, |_| self.sketch(passes, part.index, (0, &selectors)))
         })
@@ -113,6 +115,7 @@ impl<'a> Looks<'a> {
                 let thresholds = self.thresholds(passes, unit, goals)?;
                 // Ties and votes are counted by all, the result is written down by one.
                 let cuts = cuts(self.desk.plan, goals, &thresholds);
+                passes.least = least_of(&thresholds, self.desk.plan.models());
                 let majority = self.majority(passes, unit, &cuts)?;
                 let thresholds = UnitThresholds::new(unit, goals, &thresholds);
                 let done = UnitDone {
@@ -129,6 +132,7 @@ impl<'a> Looks<'a> {
             let done = self.read_found()?;
             let thresholds: Vec<_> = done.found.iter().map(|found| found.map(|(threshold, _)| threshold)).collect();
             let cuts = cuts(self.desk.plan, goals, &thresholds);
+            passes.least = least_of(&thresholds, self.desk.plan.models());
             let ties_elsewhere = self.ties_elsewhere(passes, unit, &cuts, self.desk.part.index)?;
             found = Some(Found { unit: done, cuts, ties_elsewhere, bytes_read_here: 0 });
             Ok(())
@@ -161,6 +165,41 @@ impl<'a> Looks<'a> {
         Unit { tensors, ..unit.clone() }
     }
 
+    /// Runs `work` on the unit of part `index`, with what is kept for that part of what is downloaded; `searches` says that it is
+    /// looked at for the first time. Passes that make file `name` keep beside it what they find out on the way. They have read
+    /// nothing yet.
+    fn at_part<R>(
+        &self,
+        passes: &mut Passes<'_>,
+        (index, searches): (usize, bool),
+        name: Option<&str>,
+        work: impl FnOnce(&mut Passes<'_>, &Unit) -> Result<R>,
+    ) -> Result<R> {
+        let (desk, kept) = (self.desk, Kept::new(self.desk.plan));
+        let (unit, _) = self.shared.as_ref().expect("there is something to look for");
+        let schedule = desk.schedule_of(index);
+        let spool = desk.spool(index, &schedule, searches)?;
+        spool.as_ref().map_or(Ok(()), |spool| spool.demand(&passes.least))?;
+        let page = name.map(|name| Page::open(&desk.board, name));
+        let left = page.as_ref().map_or_else(|| Ok(UnderWay::default()), Page::left)?;
+        let read_before: Vec<u64> =
+            passes.workers.iter_mut().map(|w| std::mem::take(&mut w.tally.bytes_read)).collect();
+        let workers = std::mem::take(&mut passes.workers);
+        let mut own = Passes::with_workers(desk.plan, &schedule, desk.observer, None, &kept, workers);
+        own.ties_elsewhere = std::mem::take(&mut passes.ties_elsewhere);
+        own.least.clone_from(&passes.least);
+        own.spool = spool.as_ref();
+        own.notes =
+            page.as_ref().map(|page| Notes { keeper: page, left: &left, of: Digest::default(), more_to_come: false });
+        let result = work(&mut own, &self.unit_of(index, unit));
+        passes.workers = own.workers;
+        passes.workers.iter_mut().zip(read_before).for_each(|(worker, before)| worker.tally.bytes_read += before);
+        if let Some(page) = page.filter(|_| result.is_ok()) {
+            page.clear()?;
+        }
+        result
+    }
+
     fn bytes_of(&self, index: usize, pass: &str) -> u64 {
         self.desk.schedule_of(index).passes.iter().filter(|p| p.name == pass).map(|p| p.bytes_read).sum()
     }
@@ -177,6 +216,7 @@ impl<'a> Looks<'a> {
             if brackets.iter().all(Option::is_none) {
                 break;
             }
+            passes.demand_least(&selectors)?;
             let names = files_of(&sketch_name(round), parts);
             let search = (round, &selectors[..]);
             desk.board.share(&names, desk.part.index, desk.observer, |part| self.sketch(passes, part, search))?;
@@ -207,7 +247,8 @@ impl<'a> Looks<'a> {
                 }
             }
         }
-        Ok(probed_selectors(&probes, goals, desk.job.sketch_bins))
+        let selectors = probed_selectors(&probes, goals, desk.job.sketch_bins);
+        Ok(if plan.is_remote() { not_below_what_is_likely(&probes, goals, selectors) } else { selectors })
     }
 
     /// One group of the probe's blocks, over the whole model.
@@ -248,39 +289,14 @@ impl<'a> Looks<'a> {
         part: usize,
         (round, selectors): (u32, &[Option<Selector>]),
     ) -> Result<Vec<u8>> {
-        let (unit, goals) = self.shared.as_ref().expect("there is something to look for");
+        let (_, goals) = self.shared.as_ref().expect("there is something to look for");
         self.desk.observer.stage("sketch", self.bytes_of(part, "sketch"));
         let name = file_of(&sketch_name(round), part, self.desk.part.count);
-        self.noting(passes, &name, |passes| {
-            let sketches = passes.sketch_part(&self.unit_of(part, unit), goals, (round, selectors))?;
+        self.at_part(passes, (part, round == 0), Some(&name), |passes, unit| {
+            let sketches = passes.sketch_part(unit, goals, (round, selectors))?;
             Ok(encoded(passes.tally().bytes_read, &sketches))
         })
     }
-
-    /// Runs `work`, which makes file `name`, on passes that keep beside it what they find out on the way. They have
-    /// read nothing yet.
-    fn noting<R>(
-        &self,
-        passes: &mut Passes<'_>,
-        name: &str,
-        work: impl FnOnce(&mut Passes<'_>) -> Result<R>,
-    ) -> Result<R> {
-        let (desk, kept) = (self.desk, Kept::new(self.desk.plan));
-        let page = Page::open(&desk.board, name);
-        let left = page.left()?;
-        let read_before: Vec<u64> =
-            passes.workers.iter_mut().map(|w| std::mem::take(&mut w.tally.bytes_read)).collect();
-        let workers = std::mem::take(&mut passes.workers);
-        let mut noting = Passes::with_workers(desk.plan, passes.schedule, desk.observer, None, &kept, workers);
-        noting.ties_elsewhere = std::mem::take(&mut passes.ties_elsewhere);
-        noting.notes = Some(Notes { keeper: &page, left: &left, of: Digest::default(), more_to_come: false });
-        let result = work(&mut noting);
-        passes.workers = noting.workers;
-        passes.workers.iter_mut().zip(read_before).for_each(|(worker, before)| worker.tally.bytes_read += before);
-        if result.is_ok() {
-            page.clear()?;
-        }
-        result
     }
 
     /// What the parts' counts add up to.
@@ -312,7 +328,7 @@ impl<'a> Looks<'a> {
             return Ok(HashMap::new());
         }
         let names = files_of("ties", desk.part.count);
-        desk.board.share(&names, desk.part.index, desk.observer, |part| self.count_ties(passes, unit, cuts, part))?;
+        desk.board.share(&names, desk.part.index, desk.observer, |part| self.count_ties(passes, cuts, part))?;
         let mut ties: HashMap<u32, TieCounts> = HashMap::new();
         for name in &names {
             let listed = listed_ties(&desk.board.expect(name)?, cuts.len());
@@ -332,20 +348,21 @@ impl<'a> Looks<'a> {
     }
 
     /// The ties in each tensor of one part.
-    fn count_ties(&self, passes: &mut Passes<'_>, unit: &Unit, cuts: &[Cut], part: usize) -> Result<Vec<u8>> {
+    fn count_ties(&self, passes: &mut Passes<'_>, cuts: &[Cut], part: usize) -> Result<Vec<u8>> {
         let plan = self.desk.plan;
         self.desk.observer.stage("count ties", self.bytes_of(part, "sketch"));
         let before = passes.tally().bytes_read;
         let counted: Mutex<BTreeMap<u32, TieCounts>> = Mutex::default();
-        let goals = plan.goals(unit);
-        let models = plan.searched(&goals);
-        let wanted = Wanted::TaskVectors(&models);
-        passes.each_chunk(&self.unit_of(part, unit), &mut None, wanted, None, |worker, _, data| {
-            let counts = worker.count_ties(data, &tensor_cuts(plan, data.chunk, cuts, &[]))?;
-            let mut counted = lock(&counted);
-            let sum = counted.entry(data.chunk.tensor).or_insert_with(|| vec![0; counts.len()]);
-            sum.iter_mut().zip(&counts).for_each(|(sum, count)| *sum += count);
-            Ok(())
+        let (_, goals) = self.shared.as_ref().expect("there is something to look for");
+        let models = plan.searched(goals);
+        self.at_part(passes, (part, false), None, |passes, unit| {
+            passes.each_chunk(unit, &mut None, Wanted::TaskVectors(&models), None, |worker, _, data| {
+                let counts = worker.count_ties(data, &tensor_cuts(plan, data.chunk, cuts, &[]))?;
+                let mut counted = lock(&counted);
+                let sum = counted.entry(data.chunk.tensor).or_insert_with(|| vec![0; counts.len()]);
+                sum.iter_mut().zip(&counts).for_each(|(sum, count)| *sum += count);
+                Ok(())
+            })
         })?;
         let mut bytes = (passes.tally().bytes_read - before).to_le_bytes().to_vec();
         for (tensor, counts) in counted.into_inner().unwrap_or_default() {
@@ -366,8 +383,8 @@ impl<'a> Looks<'a> {
             let ties = self.ties_elsewhere(passes, unit, cuts, part)?;
             desk.observer.stage("vote", self.bytes_of(part, "vote"));
             passes.ties_elsewhere = ties;
-            self.noting(passes, &names[part], |passes| {
-                let votes = passes.votes(&self.unit_of(part, unit), &mut None, cuts, &[])?;
+            self.at_part(passes, (part, false), Some(&names[part]), |passes, unit| {
+                let votes = passes.votes(unit, &mut None, cuts, &[])?;
                 Ok([passes.tally().bytes_read.to_le_bytes(), votes.to_le_bytes()].concat())
             })
         })?;

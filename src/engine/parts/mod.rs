@@ -23,15 +23,16 @@ pub use finish::finish;
 
 use super::identity::Begin;
 use super::kept::Kept;
-use super::output::OutputDir;
+use super::output::{OutputDir, address};
 use super::passes::Passes;
 use super::shards::write_shards;
+use super::spool::{Site, Spool};
 use super::{
-    Observer, OutputOptions, check_inputs_unchanged, check_memory, holds_output, peak_memory_bytes, side_files,
+    Observer, OnShard, OutputOptions, check_inputs_unchanged, check_memory, holds_output, peak_memory_bytes, side_files,
 };
 use crate::error::{Error, Result};
 use crate::limits::MAX_PARTS;
-use crate::plan::{Plan, Run, Schedule};
+use crate::plan::{Downloads, Plan, Run, Schedule};
 use crate::storage::Storage;
 use board::Board;
 use done::PartDone;
@@ -43,13 +44,16 @@ const MARKER: &str = "job";
 /// A merge that is done in parts: what its plan was, and where the output goes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Job {
-    /// Output directory.
+    /// Output directory; of an output that is uploaded, where it is made.
     pub out: PathBuf,
     /// Replace a finished output there.
     pub force: bool,
     /// See [`OutputOptions::on_shard`]; `finish` hands the shards over.
     #[serde(default)]
-    pub on_shard: Option<String>,
+    pub on_shard: Option<OnShard>,
+    /// What each part keeps of what it downloads and needs again.
+    #[serde(default)]
+    pub downloads: Downloads,
     /// BLAKE3 over recipe and inputs' headers, as [`Plan::fingerprint`].
     pub fingerprint: String,
     /// Bins of a sketch: the same in all parts, for their counts are added up.
@@ -116,6 +120,7 @@ impl Job {
             out: output.dir.clone(),
             force: output.force,
             on_shard: output.on_shard.clone(),
+            downloads: Downloads::default(),
             fingerprint: plan.fingerprint.clone(),
             sketch_bins: schedule.sketch_bins,
             inputs: Begin::of(plan)?,
@@ -124,7 +129,17 @@ impl Job {
 
     /// How a part is run.
     pub fn schedule(&self, plan: &Plan, run: Run) -> Result<Schedule> {
-        Schedule::with_bins(plan, run, self.sketch_bins)
+        Ok(Schedule::with_bins(plan, run, self.sketch_bins)?.keeping(plan, &self.downloads))
+    }
+
+    /// The address in an object store that the output goes to, if it does.
+    pub fn address(&self) -> Option<&Path> {
+        address(self.on_shard.as_ref()).map(Path::new)
+    }
+
+    /// Whether its output is published, here or where it goes to.
+    fn is_published(&self, plan: &Plan, storage: &dyn Storage) -> Result<bool> {
+        holds_output(plan, self.address().unwrap_or(&self.out), storage)
     }
 
     /// Refuses inputs that are not what they were when the job was planned. Copies with equal times are the same.
@@ -183,7 +198,7 @@ pub fn run_part(
     part.check()?;
     job.admit(plan)?;
     side_files::check(plan, &**storage)?;
-    let schedule = Schedule::with_bins(plan, run, job.sketch_bins)?;
+    let schedule = job.schedule(plan, run)?;
     check_memory(&schedule)?;
     schedule.allow_ahead(plan, &**storage);
     let shards = plan.shares(part.count)[part.index].clone();
@@ -202,7 +217,9 @@ pub fn run_part(
         warnings: Vec::new(),
     };
     let parts_dir = OutputDir::parts_dir(&job.out, &**storage)?;
-    if !storage.is_dir(&parts_dir) && holds_output(plan, &job.out, &**storage)? {
+    if !storage.is_dir(&parts_dir) && job.is_published(plan, &**storage)?
+        || OutputDir::is_ended(plan, &job.out, job.on_shard.as_ref(), &**storage)?
+    {
         return Ok(report);
     }
     let board = take_board(plan, job, part, parts_dir, storage)?;
@@ -234,7 +251,7 @@ fn take_board(plan: &Plan, job: &Job, part: Part, dir: PathBuf, storage: &Arc<dy
     OutputDir::take_for_parts(
         plan,
         &job.out,
-        job.force,
+        (job.force, job.on_shard.as_ref()),
         storage,
         || board.has(MARKER),
         || board.write(MARKER, &count),
@@ -268,6 +285,22 @@ impl Desk<'_> {
         self.schedule.part(self.plan, &self.plan.shares(self.part.count)[index])
     }
 
+    /// What is kept for part `index`, as `schedule` of it says, of what is downloaded and needed again; `searches` says that
+    /// nothing of it was looked at yet. What is there is used.
+    fn spool<'s>(&'s self, index: usize, schedule: &'s Schedule, searches: bool) -> Result<Option<Spool<'s>>> {
+        let name = file_of("spool", index, self.part.count);
+        let site = Site {
+            own: (self.board.path(&name), self.board.path("")),
+            name,
+            out: &self.job.out,
+            // Other parts need theirs too.
+            at_once: self.plan.layout.shards.iter().map(|shard| shard.bytes).sum(),
+            takes_over: true,
+            storage: &*self.board.storage,
+        };
+        Spool::open_at(self.plan, schedule, &site, searches, self.observer)
+    }
+
     /// Merges the shards of the part, unless that is done.
     fn merge(&self, looks: &Looks<'_>, report: &mut PartReport) -> Result<()> {
         let (plan, part, board) = (self.plan, self.part, &self.board);
@@ -289,9 +322,11 @@ impl Desk<'_> {
             dir.check_space(report.bytes_written)?;
         }
         let schedule = self.schedule_of(part.index);
+        let spool = if found.is_some() { self.spool(part.index, &schedule, false)? } else { None };
         let mut done = PartDone::new(plan, &schedule);
         let written = write_shards(plan, &dir, own.clone(), self.observer, None, &|_| true, |writer, kept: &Kept| {
             let mut passes = Passes::new(plan, &schedule, self.observer, Some(writer), kept);
+            passes.spool = spool.as_ref();
             match &found {
                 Some(found) => self.merge_shared(&mut passes, found, &mut done)?,
                 None => passes.run()?,
@@ -303,7 +338,9 @@ impl Desk<'_> {
         check_inputs_unchanged(plan)?;
         self.observer.go_on()?;
         done.seal(plan, own, written);
-        done.write(board, part)
+        done.write(board, part)?;
+        spool.into_iter().for_each(Spool::remove);
+        Ok(())
     }
 
     /// Merges the part's tensors with thresholds that all parts share.
@@ -311,6 +348,8 @@ impl Desk<'_> {
         passes.ties_elsewhere = found.ties_elsewhere.clone();
         passes.announce("merge", passes.pass_bytes("merge"));
         self.observer.advance(passes.kept.tally.bytes_read);
+        let thresholds: Vec<_> = found.thresholds().found.iter().map(|found| found.map(|(found, _)| found)).collect();
+        passes.keep_for(&thresholds)?;
         if let Some(unit) = passes.schedule.units.first() {
             let before = passes.tally().kept;
             passes.merge_unit(unit, &mut None, &found.cuts, found.thresholds(), &found.known())?;

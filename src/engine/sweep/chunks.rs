@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::group::Out;
+use super::places;
 use crate::plan::{Chunk, Goal, Plan, Schedule, Unit};
 use crate::sketch::Threshold;
 
@@ -35,6 +36,22 @@ pub(super) fn left<'a>(
             Schedule::chunks_of(union, tensor, range, most).map(move |chunk| (chunk, Arc::clone(&lacking)))
         })
     })
+}
+
+/// What the outputs by `plans` want of each of `union`'s models in `unit`: goal i is about model i mod n.
+pub(super) fn goals_of<'p>(union: &Plan, plans: impl Iterator<Item = &'p Plan>, unit: &Unit) -> Vec<Goal> {
+    let models = union.models();
+    let mut own: Vec<Vec<Goal>> = vec![Vec::new(); models];
+    for plan in plans {
+        let Some(places) = places(plan, union) else { continue };
+        for (at, goal) in plan.goals(unit).into_iter().enumerate() {
+            let model = places[plan.first_model + at % plan.models()] as usize - union.first_model;
+            own[model].push(goal);
+        }
+    }
+    let rounds = own.iter().map(Vec::len).max().unwrap_or(0).max(1);
+    let goal = |at: usize| own[at % models].get(at / models).copied().unwrap_or(Goal::Nothing);
+    (0..rounds * models).map(goal).collect()
 }
 
 /// What outputs look for in one unit, each thing once: goal i is about model i mod n of the union's n.

@@ -1,25 +1,28 @@
 //! Outputs that are made together: unit by unit, chunk by chunk.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::chunks::{Search, left};
+use super::downloads::{floors, forget};
+use super::ready::Ready;
 use super::spool::{self, Framer, Spool};
 use super::{Sweep, Variant, families, places};
 use crate::engine::cut::{Cut, TieChain, TieCounts};
 use crate::engine::identity::Begin;
 use crate::engine::kept::Kept;
 use crate::engine::output::OutputDir;
-use crate::engine::passes::{Passes, Resident, lock, lookahead, prefetch_pieces, ties_before, units_ahead, whole};
+use crate::engine::passes::{Passes, Resident, lock, lookahead, prefetch_pieces, units_ahead, whole};
 use crate::engine::pool;
 use crate::engine::reads::first_half;
 use crate::engine::records::{Entry, UnitDone};
-use crate::engine::select::{Thresholds, UnitThresholds, cuts, solo_thresholds, tensor_cuts};
+use crate::engine::select::{Thresholds, solo_thresholds, tensor_cuts};
 use crate::engine::shard_hash::Digest;
 use crate::engine::shards::{ShardWriter, Written, write_shards};
 use crate::engine::slot::{Loaded, Slot, locate};
+use crate::engine::spool::{Spool as Downloaded, Use};
 use crate::engine::turns::Pending;
 use crate::engine::under_way::{Keeps, Notes};
 use crate::engine::worker::{Known, Sink, Tally, Worker};
@@ -80,16 +83,6 @@ impl<'a> Target<'a> {
             Self::Packed(spool) => spool,
         }
     }
-}
-
-/// What an output needs to merge a unit.
-pub(super) struct Ready {
-    pub cuts: Vec<Cut>,
-    pub known: Known,
-    thresholds: UnitThresholds,
-    /// Ties of what earlier attempts did, before each tensor.
-    kept_ties: HashMap<u32, TieCounts>,
-    pub chain: TieChain,
 }
 
 /// What was counted for an output in this run.
@@ -196,7 +189,10 @@ impl Sweep<'_> {
         }
         join_families(&mut outs);
         schedule.allow_ahead(self.union, &**self.storage);
-        let (made, read) = Group::new(self.union, schedule, self.observer, &outs)?.run()?;
+        let at_once = variants.iter().map(|variant| super::packed_bytes_max(&variant.plan)).sum();
+        let downloads = self.downloads(schedule, at_once)?;
+        let done = Group::new(self.union, schedule, self.observer, &outs)?.run(downloads.as_ref());
+        let (made, read) = forget(downloads, done)?;
         self.bytes_read = self.bytes_read.saturating_add(read);
         self.storage.check_mapped()?;
         check_inputs_unchanged(self.union)?;
@@ -226,6 +222,8 @@ impl Sweep<'_> {
         let (union, observer) = (self.union, self.observer);
         let mut read = 0;
         schedule.allow_ahead(union, &**self.storage);
+        let at_once = targets.iter().map(|(plan, dir)| dir.bytes_at_once(plan)).sum();
+        let mut downloads = self.downloads(schedule, at_once)?;
         with_writers(&targets, &[], observer, &mut sealed, &mut |writers| {
             let mut outs = Vec::with_capacity(writers.len());
             for (&(writer, kept), &(plan, _)) in writers.iter().zip(&targets) {
@@ -233,7 +231,8 @@ impl Sweep<'_> {
                 outs.push(Out { plan, kept, target: Target::Shards(writer), places, family: None });
             }
             join_families(&mut outs);
-            (made, read) = Group::new(union, schedule, observer, &outs)?.run()?;
+            let done = Group::new(union, schedule, observer, &outs)?.run(downloads.as_ref());
+            (made, read) = forget(downloads.take(), done)?;
             Ok(())
         })?;
         self.bytes_read = self.bytes_read.saturating_add(read);
@@ -284,10 +283,12 @@ impl<'a> Group<'a> {
         Ok(Self { union, schedule, observer, outs, counts, framers, compared, of })
     }
 
-    /// Does everything; returns what each output's report is made of, and the tensor bytes read.
-    fn run(self) -> Result<(Vec<Made>, u64)> {
+    /// Does everything, with what is downloaded in `downloads`; returns what each output's report is made of, and the tensor
+    /// bytes read.
+    fn run(self, downloads: Option<&'a Downloaded<'a>>) -> Result<(Vec<Made>, u64)> {
         let nothing_kept = Kept::new(self.union);
         let mut passes = Passes::new(self.union, self.schedule, self.observer, None, &nothing_kept);
+        passes.spool = downloads;
         for worker in &mut passes.workers {
             self.outs.iter().for_each(|out| worker.fit(out.plan, self.schedule));
         }
@@ -360,11 +361,15 @@ impl<'a> Group<'a> {
         if !new.is_empty() {
             let searching: Vec<&Out<'_>> = new.iter().map(|&out| &self.outs[out]).collect();
             let search = Search::new(self.union, &searching, unit);
+            passes.floors = floors(self.union, self.outs, unit, &ready);
             let found = passes.shared_thresholds(unit, &search.goals, &mut resident)?;
             for (number, &out) in new.iter().enumerate() {
                 let (goals, found) = search.of(number, &found);
                 ready[out] = Some(Ready::new(&self.outs[out], unit, goals, &found, Known::default()));
             }
+        }
+        if let Some(downloads) = passes.spool {
+            downloads.demand(&floors(self.union, self.outs, unit, &ready))?;
         }
         let mut ready: Vec<Ready> = ready.into_iter().flatten().collect();
         self.vote(unit, passes, &mut resident, &new, &mut ready)?;
@@ -409,9 +414,11 @@ impl<'a> Group<'a> {
         let loaded = resident.as_ref().is_some_and(Resident::is_loaded);
         let mut slots = resident.as_mut().map(Resident::slots);
         let items = chunks.map(move |(chunk, lacking)| (chunk, lacking, slots.as_mut().and_then(Iterator::next)));
+        let downloads = passes.spool;
         let ahead = |(chunk, lacking, _): &(Chunk, Arc<[usize]>, Option<&mut Slot>)| {
             if !loaded {
-                prefetch_pieces(self.union, *chunk, self.pieces(chunk.tensor, lacking));
+                let kept = |piece: &Piece| downloads.is_some_and(|downloads| downloads.holds(*chunk, *piece));
+                prefetch_pieces(self.union, *chunk, self.pieces(chunk.tensor, lacking).filter(|piece| !kept(piece)));
             }
         };
         let lookahead = lookahead(self.schedule, unit.chunk_elements);
@@ -428,7 +435,10 @@ impl<'a> Group<'a> {
                 }
                 false => {
                     let pieces = self.pieces(chunk.tensor, &lacking);
-                    worker.load_into(slot, self.union, chunk, pieces, self.observer)
+                    match downloads {
+                        Some(spool) => worker.load_kept_into(slot, Use { spool, counts: false }, chunk, pieces),
+                        None => worker.load_into(slot, self.union, chunk, pieces, self.observer),
+                    }
                 }
             };
             let result = result.and_then(|()| {
@@ -639,52 +649,5 @@ impl<'a> Group<'a> {
                 Ok(counted)
             }
         }
-    }
-}
-
-impl Ready {
-    fn new(
-        out: &Out<'_>,
-        unit: &Unit,
-        goals: &[crate::plan::Goal],
-        found: &[Option<crate::sketch::Threshold>],
-        known: Known,
-    ) -> Self {
-        let cuts = cuts(out.plan, goals, found);
-        let chain = TieChain::of(cuts.len());
-        let kept_ties = out.kept.ties_before(out.plan, &unit.tensors);
-        Self { chain, known, thresholds: UnitThresholds::new(unit, goals, found), kept_ties, cuts }
-    }
-
-    /// The journal's entry.
-    fn done(&self, bytes_read: u64) -> UnitDone {
-        let UnitThresholds { tensor, found } = &self.thresholds;
-        let (majority, facts) = (self.known.majority as i8, Vec::new());
-        UnitDone { tensor: *tensor, found: found.clone(), majority, bytes_read, facts }
-    }
-
-    /// Ties before the chunk, and in it.
-    pub(super) fn ties(
-        &self,
-        out: &Out<'_>,
-        worker: &mut Worker,
-        ordinal: usize,
-        data: Loaded<'_>,
-        cuts: &[Cut],
-    ) -> Result<(TieCounts, TieCounts)> {
-        let (mut seen, own) = ties_before(worker, &self.chain, ordinal, data, cuts)?;
-        if let Some(before) = self.kept_ties.get(&data.chunk.tensor) {
-            seen.iter_mut().zip(before).for_each(|(seen, before)| *seen += before);
-            out.kept.add_ties_in_tensor(data.chunk, &mut seen);
-        }
-        Ok((seen, own))
-    }
-
-    /// Passes a chunk that is done already: its ties are known from elsewhere.
-    fn skip(&self, ordinal: usize) -> Result<()> {
-        if self.cuts.iter().any(|cut| matches!(cut, Cut::Lowest { .. })) {
-            self.chain.pass(ordinal, &vec![0; self.cuts.len()])?;
-        }
-        Ok(())
     }
 }

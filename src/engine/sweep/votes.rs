@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::group::{Group, Ready};
+use super::group::Group;
+use super::ready::Ready;
 use crate::engine::cut::TieChain;
 use crate::engine::passes::{Passes, Resident, lock};
 use crate::engine::reads::first_half;
