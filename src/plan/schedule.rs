@@ -671,7 +671,9 @@ impl Demand {
             let windows = chunks.take(RESIDENT_WINDOWS as usize + 1).count() as u64 * self.widths.len() as u64;
             let bytes = bytes_of(plan, &self.grouped, Wanted::All);
             let small = bytes <= RESIDENT_BYTES && windows <= RESIDENT_WINDOWS;
-            let fits = self.study.is_none() && small && used + held_bytes(bytes, windows) <= limit;
+            // A machine that does a part does not have all of it.
+            let alone = self.study.is_none() && self.fixed_bins.is_none();
+            let fits = alone && small && used + held_bytes(bytes, windows) <= limit;
             return vec![Unit {
                 elements: elements(&self.grouped),
                 tensors: self.grouped.clone(),
