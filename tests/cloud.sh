@@ -245,16 +245,17 @@ if command -v npm > /dev/null && npm install --silent --prefix "$work/npm" azuri
     sleep 0.2
   done
   "$python" - "$azure" <<'PY'
-import base64, datetime, hashlib, hmac, sys, urllib.request
+import base64, datetime, hashlib, hmac, http.client, sys
 # Makes a container, with the emulator's well-known key.
 account, key = "devstoreaccount1", "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 date = datetime.datetime.now(datetime.timezone.utc).strftime("%a, %d %b %Y %H:%M:%S GMT")
-headers = {"x-ms-date": date, "x-ms-version": "2021-08-06", "Content-Length": "0"}
+headers = {"x-ms-date": date, "x-ms-version": "2021-08-06"}
 signed = "PUT" + "\n" * 12 + f"x-ms-date:{date}\nx-ms-version:2021-08-06\n/{account}/{account}/models\nrestype:container"
 sign = base64.b64encode(hmac.new(base64.b64decode(key), signed.encode(), hashlib.sha256).digest()).decode()
 headers["Authorization"] = f"SharedKey {account}:{sign}"
-request = urllib.request.Request(f"http://127.0.0.1:{sys.argv[1]}/{account}/models?restype=container", method="PUT", headers=headers, data=b"")
-urllib.request.urlopen(request)
+connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))
+connection.request("PUT", f"/{account}/models?restype=container", headers=headers)
+assert connection.getresponse().status == 201
 PY
   stores+=(az://models)
 else

@@ -14,6 +14,7 @@ mod layers;
 mod manifest;
 mod modules;
 mod params;
+mod passes;
 mod request;
 mod requests;
 mod schedule;

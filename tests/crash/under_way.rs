@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tiesmith::{
-    Error, Job, Observer, OutputOptions, Part, Plan, Recipe, Run, Schedule, Scope, Storage, Study, SweepOptions,
-    TrimTies, Variant,
+    Downloads, Error, Job, Observer, OutputOptions, Part, Plan, Recipe, Run, Schedule, Scope, Storage, Study,
+    SweepOptions, TrimTies, Variant,
 };
 
 use super::memory::{Fault, Memory, Survives};
@@ -53,7 +53,15 @@ fn sweep(base: &Recipe, packed: bool, memory: &Memory, observer: &dyn Observer) 
     let variants: Vec<Variant> = plans.enumerate().map(variant).collect();
     let output = OutputOptions { dir: OUT.into(), ..OutputOptions::default() };
     let run = Run { memory_bytes: 44 << 20, ..RUN };
-    tiesmith::sweep(union, &variants, run, &SweepOptions { output, packed }, &storage, observer).map(drop)
+    tiesmith::sweep(
+        union,
+        &variants,
+        run,
+        &SweepOptions { output, packed, downloads: Downloads::default() },
+        &storage,
+        observer,
+    )
+    .map(drop)
 }
 
 fn look(scope: Scope, memory: &Memory, observer: &dyn Observer) -> Result<(), Error> {
@@ -199,7 +207,7 @@ fn sweep_of(grid: &[(&[&str], f64)], memory: &Memory, observer: &dyn Observer) -
     let variant = |(plan, point): (Plan, _)| Variant { name: name(point), settings: Vec::new(), plan };
     let variants: Vec<Variant> = plans.zip(grid).map(variant).collect();
     let output = OutputOptions { dir: OUT.into(), ..OutputOptions::default() };
-    let options = SweepOptions { output, packed: false };
+    let options = SweepOptions { output, packed: false, downloads: Downloads::default() };
     let run = Run { memory_bytes: 44 << 20, ..RUN };
     tiesmith::sweep(union, &variants, run, &options, &storage, observer).map(|report| report.bytes_read)
 }

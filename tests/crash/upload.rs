@@ -110,7 +110,7 @@ fn an_upload_of_parts_that_is_disturbed_anywhere_can_be_run_again() {
         for (at, fault, survives) in faults.into_iter().step_by(2 * STEP - 1) {
             let what = format!("{fault:?} {at} of {changes} or {operations}, survives {survives:?}");
             let disturbed = before.fork(Some((at, fault)));
-            let _ = upload_in_parts(&recipe, &disturbed);
+            let complete = upload_in_parts(&recipe, &disturbed).is_ok();
             let disturbed = disturbed.reboot(survives);
             let there = disturbed.objects();
             let loads = index.iter().any(|index| there.contains_key(index));
@@ -118,8 +118,10 @@ fn an_upload_of_parts_that_is_disturbed_anywhere_can_be_run_again() {
             upload_in_parts(&recipe, &disturbed).unwrap_or_else(|error| panic!("{what}: {error}"));
             assert!(tensors(&disturbed) == expected, "{what}: other objects");
             assert!(disturbed.objects().keys().eq(&names), "{what}");
+            // What cannot be removed of an output that is complete elsewhere stays, and disturbs nobody.
             let left = disturbed.tree(OUT);
-            assert!(left.keys().all(|name| name == ".tiesmith/lock"), "{what}: {:?}", left.keys());
+            let gone = left.keys().all(|name| name == ".tiesmith/lock");
+            assert!(gone || complete, "{what}: {:?}", left.keys());
             cases += 1;
         }
     }

@@ -297,7 +297,6 @@ impl<'a> Looks<'a> {
             Ok(encoded(passes.tally().bytes_read, &sketches))
         })
     }
-    }
 
     /// What the parts' counts add up to.
     fn sum(&self, names: &[String], brackets: &[Option<Bracket>]) -> Result<Vec<MagnitudeSketch>> {

@@ -10,7 +10,7 @@ use super::downloads::{floors, forget};
 use super::ready::Ready;
 use super::spool::{self, Framer, Spool};
 use super::{Sweep, Variant, families, places};
-use crate::engine::cut::{Cut, TieChain, TieCounts};
+use crate::engine::cut::{Cut, TieCounts};
 use crate::engine::identity::Begin;
 use crate::engine::kept::Kept;
 use crate::engine::output::OutputDir;
