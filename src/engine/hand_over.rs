@@ -149,7 +149,10 @@ fn run_command(
     let complaint = complaint_of(&mut child)?;
     let status = wait_for(&mut child, observer)
         .map_err(|e| failed(&path, &format!("the command of --on-shard got lost: {e}")))?;
-    let Some(status) = status else { return observer.go_on() };
+    let Some(status) = status else {
+        observer.go_on()?;
+        return Err(failed(&path, "the command of --on-shard was ended"));
+    };
     if !status.success() {
         // An interrupt from the keyboard reaches the command too.
         observer.go_on()?;
