@@ -12,14 +12,14 @@ use super::cut::{Cut, TieChain, TieCounts};
 use super::kept::Kept;
 use super::looks::solo_facts;
 use super::pool;
-use super::records::{Entry, UnitDone};
+use super::records::UnitDone;
 use super::select::{Thresholds, UnitThresholds, cuts, sample_stride, solo_thresholds, tensor_cuts};
 use super::shard_hash::Digest;
 use super::shards::ShardWriter;
 use super::slot::{Loaded, Slot, locate};
 use super::spool::{Spool, Use};
 use super::turns::{Ordered, Pending};
-use super::under_way::{Notes, ProbeDone, Step};
+use super::under_way::Notes;
 use super::worker::{Known, Tally, Worker};
 use crate::error::Result;
 use crate::limits::{
@@ -27,7 +27,7 @@ use crate::limits::{
 };
 use crate::plan::ThresholdKind;
 use crate::plan::{Action, Chunk, Goal, PassSummary, Piece, Plan, Schedule, Trim, Unit, UnitKind, Wanted};
-use crate::sketch::{Bracket, MagnitudeSketch, Probe, Selector, bounds_of_sample};
+use crate::sketch::{Bracket, Probe, Selector, bounds_of_sample};
 
 /// Everything that a run shares.
 pub(super) struct Passes<'a> {
@@ -454,20 +454,17 @@ impl<'a> Passes<'a> {
                     worker.load(plan, block, pieces, observer, |worker, data| worker.sketch(data, &brackets))?;
                 }
                 worker.reads = reads;
-                let (probes, entries, kept) = &mut *lock(&probes);
+                let (probes, unkept, kept) = &mut *lock(&probes);
                 for (probe, sketch) in probes.iter_mut().zip(&worker.sketches).filter(|(_, s)| s.bins() > 0) {
                     probe.add_group(sketch);
                 }
                 let Some(notes) = notes else { return Ok(()) };
-                let sketches =
-                    worker.sketches.iter().filter(|s| s.bins() > 0).flat_map(MagnitudeSketch::encode).collect();
-                let (tensor, group, bytes_read) = (unit.tensors[0], group as u32, worker.tally.bytes_read - before);
-                entries.push(Entry::Step(Step::Probe(ProbeDone { tensor, of: notes.of, group, bytes_read, sketches })));
+                unkept.push((group as u32, worker.tally.bytes_read - before));
                 if kept.elapsed() < keep_after {
                     return Ok(());
                 }
                 *kept = Instant::now();
-                notes.keeper.keep_entries(std::mem::take(entries))
+                notes.keep_groups(unit, std::mem::take(unkept), probes)
             },
         )?;
         Ok(probes.into_inner().unwrap_or_else(PoisonError::into_inner).0)

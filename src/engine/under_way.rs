@@ -16,7 +16,7 @@ use super::shard_hash::Digest;
 use crate::error::Result;
 use crate::kernels::Ties;
 use crate::plan::{Chunk, Plan, Schedule, Unit};
-use crate::sketch::Threshold;
+use crate::sketch::{Probe, Threshold};
 
 /// A group of a probe's blocks that was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -284,6 +284,19 @@ impl<'a> Notes<'a> {
     pub(super) fn probe(&self, unit: &Unit) -> impl Iterator<Item = &'a ProbeDone> + use<'a> {
         let of = self.of;
         self.left(unit).into_iter().flat_map(|left| &left.probe).filter(move |probe| probe.of == of)
+    }
+
+    /// Keeps the last groups of the unit's probe, (number, tensor bytes read) in the order in which they were added.
+    pub(super) fn keep_groups(&self, unit: &Unit, groups: Vec<(u32, u64)>, probes: &[Probe]) -> Result<()> {
+        let count = groups.len();
+        // One at a time: together they are as large as the probe.
+        for (before, (group, bytes_read)) in groups.into_iter().enumerate() {
+            let sketches = probes.iter().filter_map(|probe| probe.group(count - before)).flat_map(|s| s.encode());
+            let (tensor, of, sketches) = (unit.tensors[0], self.of, sketches.collect());
+            let done = ProbeDone { tensor, of, group, bytes_read, sketches };
+            self.keeper.keep_entries(vec![Entry::Step(Step::Probe(done))])?;
+        }
+        Ok(())
     }
 
     /// How far the searches for the unit's thresholds are.

@@ -24,6 +24,13 @@ impl Probe {
         self.groups.push(sketch.bins.iter().map(|&n| u32::try_from(count(n)).unwrap_or(u32::MAX)).collect());
     }
 
+    /// The group that is the `last`-th from behind, as it was added: but for what only exact counts say.
+    pub fn group(&self, last: usize) -> Option<MagnitudeSketch> {
+        let counts = self.groups.get(self.groups.len().checked_sub(last)?)?;
+        let bins = counts.iter().map(|&count| u64::from(count)).collect();
+        Some(MagnitudeSketch { bins, ..MagnitudeSketch::new(Bracket::COARSE) })
+    }
+
     /// A bracket that holds the value at `fraction` (from the top) of the whole data with high confidence.
     pub fn bracket(&self, fraction: f64, max_bins: usize) -> Bracket {
         let Some([mut low, middle, mut end]) = self.bounds(fraction) else { return Bracket::COARSE };
@@ -141,6 +148,23 @@ mod tests {
         let u = (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as f32 / (1u64 << 24) as f32 + 1e-7;
         let scale = 1.0 + (i as f32 / 50_000.0).sin() * 0.5;
         1e-3 * scale * (1.0 / u).powf(0.3)
+    }
+
+    #[test]
+    fn groups_are_told_as_they_were_added() {
+        let sketch = |seed: u64| {
+            let mut sketch = MagnitudeSketch::new(Bracket::COARSE);
+            sketch.add(Isa::detect(), &(0..5000).map(|i| value(i * seed)).collect::<Vec<_>>());
+            sketch
+        };
+        let groups = [sketch(3), sketch(5)];
+        let probe = probe(&groups);
+        for (last, group) in [(2, &groups[0]), (1, &groups[1])] {
+            let told = probe.group(last).unwrap();
+            assert!(told.fits(group) && told.total() == Some(5000));
+            assert!(told.bins.iter().zip(&group.bins).all(|(told, counted)| *told == count(*counted)));
+        }
+        assert!(probe.group(3).is_none());
     }
 
     fn probe(groups: &[MagnitudeSketch]) -> Probe {
