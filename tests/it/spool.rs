@@ -399,6 +399,45 @@ fn a_killed_run_goes_on_with_what_it_downloaded() {
 }
 
 #[test]
+fn a_killed_sweep_goes_on_with_what_it_downloaded() {
+    let remote = Remote::of(&spec(44, Dtype::BF16, &[Dtype::BF16; 3], Deltas::HeavyTailed));
+    let flags = ["--memory=96MB", "--threads=2", "--max-shard-size=2MB", "--density=0.1,0.3", "--lambda=0.5,1"];
+    let dir = tempfile::tempdir().unwrap();
+    let whole = dir.path().join("whole");
+    remote.merge("sweep", &hf, &[&flags[..], &["--out", &text(&whole)]].concat()).succeeded();
+    let mut random = Random::new(45);
+    for turn in 0..6 {
+        let there = dir.path().join(format!("there{turn}"));
+        let out = text(&there);
+        // Killed at a random length of the spool, or when outputs are being merged, some of them with a damaged spool.
+        let bytes = 1 + random.below(9_000_000) as u64;
+        remote.hub.slow_down(Duration::from_millis(20));
+        let mut command = remote.command();
+        command.args(["sweep", "--progress=none", "--base", &hf("base"), "--out", &out]).args(flags);
+        for model in ["model1", "model2", "model3"] {
+            command.args(["--model", &hf(model)]);
+        }
+        let mut running = Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+        let spool = there.join("sweep.spool");
+        let length = || spool.metadata().map_or(0, |file| file.len());
+        while length() < bytes && running.0.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(running);
+        remote.hub.slow_down(Duration::ZERO);
+        if let (1, Ok(mut content)) = (turn % 2, std::fs::read(&spool)) {
+            let at = random.below(content.len());
+            content[at] ^= 1;
+            content.truncate(content.len() - random.below(content.len() / 2));
+            std::fs::write(&spool, content).unwrap();
+        }
+        remote.merge("sweep", &hf, &[&flags[..], &["--out", &out]].concat()).succeeded();
+        assert_eq!(outputs(&there), outputs(&whole), "turn {turn}, killed at {bytes} bytes");
+        assert!(!spool.exists());
+    }
+}
+
+#[test]
 fn passing_faults_of_the_network_leave_a_sound_spool() {
     let remote = Remote::of(&spec(38, Dtype::BF16, &[Dtype::BF16; 2], Deltas::Stepped));
     let name = |name: &str| if name == "model3" { hf("model2") } else { hf(name) };
