@@ -38,6 +38,8 @@ call = werkzeug_app.DomainDispatcherApplication.__call__
 def with_a_key(self, environ, start_response):
     if environ.get("HTTP_AUTHORIZATION", "").strip() in ("", "Bearer"):
         environ["HTTP_AUTHORIZATION"] = "AWS key:signature"
+    if environ.get("PATH_INFO", "").startswith("/noranges/"):
+        environ.pop("HTTP_RANGE", None)
     return call(self, environ, start_response)
 werkzeug_app.DomainDispatcherApplication.__call__ = with_a_key
 main(sys.argv[1:])
@@ -146,6 +148,9 @@ refused() { # CODE WORDS COMMAND...
 refused 2 "no such file" "$TIESMITH" inspect s3://models/nothing
 refused 2 "no such object\|no such file" "$TIESMITH" inspect s3://models/x/model-00009-of-00002.safetensors
 refused 1 "run the same command again\|access is denied\|no such" env AWS_ENDPOINT_URL=http://127.0.0.1:9 "$TIESMITH" inspect s3://models/x
+"$python" "$work/s3.py" up noranges "$work/in"
+refused 2 "ignores byte ranges" merge "$work/whole" s3://noranges
+[ ! -e "$work/whole" ] || fail "something was made of what is refused"
 merge "$work/changed" s3://models --scope=model > /dev/null
 "$TIESMITH" plan --base s3://models/base --model s3://models/x --model s3://models/y --out "$work/parts" --save "$work/job" > /dev/null
 "$python" "$work/s3.py" put models x/model-00001-of-00002.safetensors "$work/in/y/model-00001-of-00002.safetensors"

@@ -322,6 +322,9 @@ mod stores {
             other => {
                 // What stands behind a ? in an address may be a signature.
                 let text = other.to_string();
+                if text.contains("non-partial response") {
+                    return ignores_ranges(path);
+                }
                 if text.contains("NoSuchBucket") {
                     return Error::input("there is no such bucket").at(path).help("check the address, or make it");
                 }
