@@ -510,7 +510,7 @@ impl OutputDir {
                 if self.storage.identity(&partial)?.is_none() {
                     continue;
                 }
-                match self.was_handed_over(&shard.name) {
+                match self.in_parts && self.hands_over() && self.was_handed_over(&shard.name) {
                     // Made again for nothing, by a part that had lost its journal.
                     true => self.storage.remove_file(&partial)?,
                     false => self.storage.rename(&partial, &self.dir.join(&shard.name))?,
