@@ -76,9 +76,10 @@ impl Data {
     fn merge(&self, isa: Isa, fused: Fused, tile: usize, out: &mut [u8]) {
         let models: [&[u8]; MODELS] = std::array::from_fn(|model| &*self.stored[model + 1][tile]);
         let (base, min_keys) = (Some(&*self.stored[0][tile]), &[self.threshold; MODELS]);
-        let stored = Stored { float: BF16, base, models: &models, weights: &[1.0; MODELS], min_keys };
-        let (mut kept, mut agreeing) = ([0; MODELS], [0; MODELS]);
-        let counted = bench::Counted { kept: &mut kept, agreeing: &mut agreeing };
+        let stored =
+            Stored { float: BF16, base, models: &models, weights: &[1.0; MODELS], min_keys, counts_ties: false };
+        let [mut kept, mut tied, mut agreeing] = [[0; MODELS]; 3];
+        let counted = bench::Counted { kept: &mut kept, tied: &mut tied, agreeing: &mut agreeing };
         black_box(bench::merge_stored(isa, fused, &stored, out, counted));
     }
 }

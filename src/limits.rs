@@ -96,6 +96,9 @@ pub const PROBE_MIN_ELEMENTS: u64 = 1 << 17;
 
 /// Groups of a probe's sample, whose spread tells how far the sample can be trusted.
 pub const PROBE_GROUPS: usize = 8;
+/// Looks at a probe's sample where thresholds can be guessed from it: for the magnitudes about the wanted rank, for the most
+/// common one, and for how many entries have it.
+pub const GUESS_LOOKS: u64 = 3;
 
 /// Fewest bins of a magnitude sketch: one that covers all keys at 0.4 % of a magnitude per bin.
 pub const SKETCH_BINS_MIN: usize = 1 << 16;

@@ -18,6 +18,11 @@ pub(super) enum Cut {
         /// Smallest key kept, at least 1.
         min_key: u32,
     },
+    /// The same, entries with that key being counted: what survives if it is the threshold, which counts tell afterwards.
+    Guess {
+        /// Smallest key kept, at least 1.
+        min_key: u32,
+    },
     /// Keys above the ties, and the first `quota` ties by position.
     Lowest {
         /// Tied keys.
@@ -167,6 +172,11 @@ impl Cut {
         }
     }
 
+    /// What survives if `key` is the threshold and all ties are kept.
+    pub(super) fn guess(key: u32) -> Self {
+        if key == 0 { Self::NonZero } else { Self::Guess { min_key: key } }
+    }
+
     /// The same cut, with its draws keyed to one tensor of one model.
     pub(super) fn for_tensor(self, seed: u64, model: usize, tensor: &str) -> Self {
         if !matches!(self, Self::Sample { .. } | Self::Random { .. } | Self::Ranked(_) | Self::Flip { .. }) {
@@ -206,7 +216,7 @@ impl Cut {
                 tau.fill(0.0);
                 0
             }
-            Self::Keep { min_key } => kernels::trim(isa, tau, min_key),
+            Self::Keep { min_key } | Self::Guess { min_key } => kernels::trim(isa, tau, min_key),
             Self::Sample { ties, accept, draw_key } => kernels::trim_sample(isa, tau, ties, draw_key, first, accept),
             Self::Random { accept, scale, draw_key } => {
                 let kept = kernels::trim_sample(isa, tau, ANY, draw_key, first, accept);

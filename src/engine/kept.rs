@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::cut::TieCounts;
-use super::records::{RangeDone, UnitDone};
+use super::records::{GuessDone, GuessState, MissDone, RangeDone, UnitDone};
 use super::under_way::UnderWay;
 use super::worker::Tally;
 use crate::plan::{Action, Chunk, Goal, Plan, Schedule, Unit};
@@ -26,6 +26,10 @@ pub(super) struct Kept {
     units: HashMap<u32, UnitDone>,
     /// What is known of units whose thresholds are not found.
     pub under_way: UnderWay,
+    /// By first tensor of the unit: what a sample says of its thresholds, while they are not known.
+    guesses: HashMap<u32, GuessDone>,
+    /// Tensor bytes read under guesses that were wrong, if there were any.
+    missed: Option<u64>,
     /// Per tensor, by start; disjoint.
     spans: BTreeMap<u32, Vec<Span>>,
     /// Per tensor, per model: survivors in the parts that are done; tensors without any are not listed.
@@ -60,7 +64,44 @@ impl Kept {
     /// Takes in the thresholds of a unit that fits.
     pub(super) fn add_unit(&mut self, unit: UnitDone) {
         self.under_way.forget(unit.tensor);
+        self.guesses.remove(&unit.tensor);
         self.units.insert(unit.tensor, unit);
+    }
+
+    /// Whether `guess` can be one about this plan.
+    pub(super) fn fits_guess(plan: &Plan, guess: &GuessDone) -> bool {
+        (guess.tensor as usize) < plan.tensors.len() && guess.keys.len() == plan.models()
+    }
+
+    /// Takes in a guess that fits.
+    pub(super) fn add_guess(&mut self, guess: GuessDone) {
+        self.guesses.insert(guess.tensor, guess);
+    }
+
+    /// Takes in that the guess was wrong; what was merged with it is not taken in.
+    pub(super) fn add_miss(&mut self, miss: &MissDone) {
+        self.guesses.clear();
+        self.missed = Some(self.missed.unwrap_or(0).saturating_add(miss.bytes_read));
+    }
+
+    /// What a sample says of the unit that begins with tensor `tensor`.
+    pub(super) fn guess(&self, tensor: u32) -> Option<&GuessDone> {
+        self.guesses.get(&tensor)
+    }
+
+    /// The same, if the unit is merged with it.
+    pub(super) fn taken_guess(&self, tensor: u32) -> Option<&GuessDone> {
+        self.guess(tensor).filter(|guess| guess.state == GuessState::Taken)
+    }
+
+    /// Whether something is merged with thresholds that are not proven.
+    pub(super) fn is_guessing(&self) -> bool {
+        self.guesses.values().any(|guess| guess.state == GuessState::Taken)
+    }
+
+    /// Tensor bytes read under guesses that were wrong, if there were any.
+    pub(super) fn missed(&self) -> Option<u64> {
+        self.missed
     }
 
     /// Whether `range` can be a part of this plan.
@@ -207,6 +248,11 @@ impl Kept {
     /// Adds to `sum` the survivors in the parts of `tensors` that are done.
     pub(super) fn add_survivors(&self, tensors: &[u32], sum: &mut [u64]) {
         tensors.iter().filter_map(|tensor| self.survivors.get(tensor)).for_each(|counts| add(sum, counts));
+    }
+
+    /// Adds to `sum` the ties in the parts of `tensors` that are done.
+    pub(super) fn add_ties(&self, tensors: &[u32], sum: &mut [u64]) {
+        tensors.iter().filter_map(|tensor| self.spans.get(tensor)).flatten().for_each(|span| add(sum, &span.ties));
     }
 
     /// Adds to `sum` the ties of the parts of the chunk's tensor that are done and lie before it.

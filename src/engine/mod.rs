@@ -10,6 +10,7 @@ mod diff;
 mod elements;
 mod exceptions;
 mod factor;
+mod guess;
 mod hand_over;
 mod identity;
 mod inspect;
@@ -30,6 +31,7 @@ mod shards;
 mod side_files;
 mod sketching;
 mod slot;
+mod solo;
 mod spool;
 mod stored;
 mod sweep;
@@ -256,10 +258,11 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     let mut thresholds = Thresholds::default();
     let mut warnings = plan.warnings.clone();
     let mut reused = 0;
-    // Nothing is merged before the thresholds of its unit are recorded.
+    // Nothing is merged before the thresholds of its unit are recorded, be they guessed.
     let makes_sense = |kept: &Kept| {
         let merged = |unit: &Unit| unit.tensors.iter().any(|&tensor| kept.has_part_of(tensor));
-        schedule.units.iter().all(|unit| !merged(unit) || kept.unit(plan, unit).is_some())
+        let known = |unit: &Unit| kept.unit(plan, unit).is_some() || kept.taken_guess(unit.tensors[0]).is_some();
+        schedule.units.iter().all(|unit| !merged(unit) || known(unit))
     };
     let all = 0..plan.layout.shards.len();
     let written = shards::write_shards(plan, dir, all, observer, None, &makes_sense, |writer, kept: &Kept| {
@@ -267,6 +270,8 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
         let spool = Spool::open(plan, schedule, dir, (searches, writer.reads().is_some()), observer)?;
         let mut passes = Passes::new(plan, schedule, observer, Some(writer), kept);
         passes.spool = spool.as_ref();
+        // What is handed over cannot be taken back; what is downloaded is kept for a second pass.
+        passes.guesses = !dir.hands_over() && !plan.is_remote();
         let done = if dir.hands_over() { passes.run_by_shard() } else { passes.run() };
         tally = passes.tally();
         thresholds = std::mem::take(&mut passes.thresholds);

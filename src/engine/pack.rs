@@ -581,7 +581,7 @@ fn thresholds(passes: &mut Passes<'_>, schedule: &Schedule, observer: &dyn Obser
     for unit in shared {
         let goals = plan.goals(unit);
         let mut resident = passes.hold(unit);
-        let found = passes.shared_thresholds(unit, &goals, &mut resident)?;
+        let found = passes.shared_thresholds(unit, &goals, &mut resident, None)?;
         passes.give_back(resident);
         unit.tensors.iter().for_each(|&tensor| all[tensor as usize] = cuts(plan, &goals, &found));
     }

@@ -9,11 +9,11 @@ use std::time::Instant;
 
 use super::Observer;
 use super::cut::{Cut, TieChain, TieCounts};
+use super::guess::Beginning;
 use super::kept::Kept;
-use super::looks::solo_facts;
 use super::pool;
 use super::records::UnitDone;
-use super::select::{Thresholds, UnitThresholds, cuts, sample_stride, solo_thresholds, tensor_cuts};
+use super::select::{Thresholds, UnitThresholds, cuts, sample_stride, tensor_cuts};
 use super::shard_hash::Digest;
 use super::shards::ShardWriter;
 use super::slot::{Loaded, Slot, locate};
@@ -52,6 +52,8 @@ pub(super) struct Passes<'a> {
     by_shard: bool,
     /// What is downloaded and needed again.
     pub spool: Option<&'a Spool<'a>>,
+    /// Streamed units may be merged with guessed thresholds.
+    pub guesses: bool,
     /// All of the unit was looked at once.
     pub looked: bool,
     /// Per model, the least key that matters to what is sought, where something is kept.
@@ -128,6 +130,7 @@ impl<'a> Passes<'a> {
             differing: BTreeSet::new(),
             by_shard: false,
             spool: None,
+            guesses: false,
             looked: false,
             least: Vec::new(),
             floors: Vec::new(),
@@ -181,7 +184,7 @@ impl<'a> Passes<'a> {
             }
             if let Some(known) = self.kept.unit(self.plan, unit) {
                 self.known_unit(unit, known)?;
-            } else if unit.kind == UnitKind::Solo {
+            } else if unit.kind == UnitKind::Solo && self.kept.taken_guess(unit.tensors[0]).is_none() {
                 solo.push(unit);
             } else {
                 self.shared_unit(unit)?;
@@ -207,7 +210,8 @@ impl<'a> Passes<'a> {
     /// What all workers counted, and what is kept of earlier attempts.
     pub(super) fn tally(&self) -> Tally {
         let mut sum = self.kept.tally.clone();
-        sum.bytes_read = sum.bytes_read.saturating_add(self.kept_reads);
+        let in_vain = self.kept.missed().unwrap_or_default();
+        sum.bytes_read = sum.bytes_read.saturating_add(self.kept_reads).saturating_add(in_vain);
         self.workers.iter().for_each(|worker| sum.add(&worker.tally));
         sum
     }
@@ -233,7 +237,14 @@ impl<'a> Passes<'a> {
         let mut resident = self.hold(unit);
         let goals = self.plan.goals(unit);
         let before = self.tally().bytes_read;
-        let found = self.shared_thresholds(unit, &goals, &mut resident)?;
+        let start = match self.begin_with_guess(unit, &goals, &mut resident)? {
+            Beginning::Merged => {
+                self.give_back(resident);
+                return Ok(());
+            }
+            Beginning::Search(start) => start.map(|start| (start, before)),
+        };
+        let found = self.shared_thresholds(unit, &goals, &mut resident, start)?;
         let cuts = cuts(self.plan, &goals, &found);
         let facts = self.facts(unit, &mut resident, &cuts)?;
         self.keep_for(&found)?;
@@ -384,24 +395,32 @@ impl<'a> Passes<'a> {
             let selector = |(at, goal)| keep(goal).map(|goal| Selector::coarse(goal.0).not_below(least(at, goal)));
             return Ok(goals.iter().enumerate().map(selector).collect());
         }
-        let brackets: Vec<Bracket> = if resident.is_some() {
-            let mut samples = self.sample(unit, resident, goals)?;
-            let models = samples.len();
-            let mut bracket = |(at, goal): (usize, &Goal)| match keep(goal) {
-                Some(goal) => {
-                    Bracket::within(bounds_of_sample(&mut samples[at % models], TILE_ELEMENTS, share(goal)), bins)
-                }
-                None => Bracket::COARSE,
-            };
-            goals.iter().enumerate().map(&mut bracket).collect()
-        } else {
-            let probes = self.probe(unit, goals)?;
-            let selectors = probed_selectors(&probes, goals, bins);
-            let keeps = self.spool.is_some();
-            return Ok(if keeps { not_below_what_is_likely(&probes, goals, selectors) } else { selectors });
+        if resident.is_some() {
+            let bounds = self.bounds(unit, resident, goals)?;
+            return Ok(bounded_selectors(&bounds, goals, bins));
+        }
+        let probes = self.probe(unit, goals)?;
+        let selectors = probed_selectors(&probes, goals, bins);
+        let keeps = self.spool.is_some();
+        Ok(if keeps { not_below_what_is_likely(&probes, goals, selectors) } else { selectors })
+    }
+
+    /// Loads a resident unit, and says what keys a sample of it leaves each threshold between.
+    pub(super) fn bounds(
+        &mut self,
+        unit: &Unit,
+        resident: &mut Option<Resident>,
+        goals: &[Goal],
+    ) -> Result<Vec<Option<(u32, u32)>>> {
+        let mut samples = self.sample(unit, resident, goals)?;
+        let models = samples.len();
+        let bounds = |(at, goal): (usize, &Goal)| match *goal {
+            Goal::Keep { keep, elements } => {
+                bounds_of_sample(&mut samples[at % models], TILE_ELEMENTS, keep as f64 / elements as f64)
+            }
+            Goal::All | Goal::Nothing => None,
         };
-        let start = |(goal, bracket)| keep(goal).map(|(keep, _)| Selector::exact(keep, bracket, bins));
-        Ok(goals.iter().zip(brackets).map(start).collect())
+        Ok(goals.iter().enumerate().map(bounds).collect())
     }
 
     /// Loads a resident unit, and samples the keys of the models that need a threshold.
@@ -425,11 +444,13 @@ impl<'a> Passes<'a> {
     }
 
     /// Samples a streamed unit: one probe per model, empty for those that need no threshold.
-    fn probe(&mut self, unit: &Unit, goals: &[Goal]) -> Result<Vec<Probe>> {
+    pub(super) fn probe(&mut self, unit: &Unit, goals: &[Goal]) -> Result<Vec<Probe>> {
         let plan = self.plan;
-        self.announce("probe", self.pass_bytes("probe"));
         let models = plan.searched(goals);
         let brackets: Vec<_> = models.iter().map(|wanted| wanted.then_some(Bracket::COARSE)).collect();
+        // A guess takes more looks.
+        let looks = if self.guesses { 1 } else { self.schedule.probe_looks(self.plan) };
+        self.announce("probe", self.pass_bytes("probe") / looks);
         let notes = self.notes_of(unit);
         let mut probes = vec![Probe::default(); plan.models()];
         let done = self.probed(unit, &models, &mut probes);
@@ -500,39 +521,6 @@ impl<'a> Passes<'a> {
         Ok(())
     }
 
-    /// Units that one worker does alone, each read once.
-    fn solo_units(&mut self, units: &[&Unit]) -> Result<()> {
-        let (plan, writer, observer) = (self.plan, self.writer(), self.observer);
-        let items = units.iter().filter(|unit| unit.elements > 0);
-        let (lookahead, weight) = units_ahead(self.schedule);
-        let ahead = |unit: &&&Unit| weight(prefetch(plan, whole(unit), Wanted::All));
-        let thresholds = Mutex::new(&mut self.thresholds);
-        let bins = self.schedule.sketch_bins;
-        pool::run_weighed(&mut self.workers, items, lookahead, ahead, |worker, _, unit| {
-            let (chunk, goals) = (whole(unit), plan.goals(unit));
-            worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
-                let found = solo_thresholds(worker, data, &goals, bins)?;
-                let cuts = cuts(plan, &goals, &found);
-                let mut known = Known { facts: solo_facts(worker, data, &cuts)?, ..Known::default() };
-                let cuts = tensor_cuts(plan, chunk, &cuts, &known.facts);
-                if plan.votes() {
-                    known.majority = worker.vote(data, &cuts, &mut vec![0; cuts.len()], &known.facts)?.signum() as f32;
-                }
-                let mut out = writer.chunk(chunk);
-                let mut sink = |offset, bytes: &[u8]| out.write(offset, bytes);
-                worker.merge(data, &cuts, &mut vec![0; cuts.len()], &known, &mut sink)?;
-                let counted = worker.counted();
-                let thresholds_found = UnitThresholds::new(unit, &goals, &found);
-                let found = thresholds_found.found.clone();
-                lock(&thresholds).record(thresholds_found, &counted.kept);
-                let Known { majority, facts } = known;
-                let done = UnitDone { tensor: chunk.tensor, found, majority: majority as i8, bytes_read: 0, facts };
-                out.done(counted, Vec::new(), false, Some(done))
-            })
-        })?;
-        Ok(())
-    }
-
     /// Copies, and merges that need no thresholds.
     pub(super) fn direct(&mut self) -> Result<()> {
         let (plan, writer, observer) = (self.plan, self.writer(), self.observer);
@@ -575,6 +563,15 @@ impl<'a> Passes<'a> {
         self.differing = differing.into_inner().unwrap_or_else(PoisonError::into_inner);
         Ok(())
     }
+}
+
+/// Where each search starts, from bounds about each threshold.
+pub(super) fn bounded_selectors(bounds: &[Option<(u32, u32)>], goals: &[Goal], bins: usize) -> Vec<Option<Selector>> {
+    let selector = |(bounds, goal): (&Option<(u32, u32)>, &Goal)| match *goal {
+        Goal::Keep { keep, .. } => Some(Selector::exact(keep, Bracket::within(*bounds, bins), bins)),
+        Goal::All | Goal::Nothing => None,
+    };
+    bounds.iter().zip(goals).map(selector).collect()
 }
 
 /// Where each search starts, from a probe of each model.

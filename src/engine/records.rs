@@ -44,7 +44,7 @@ pub(super) struct RangeDone {
     pub kept: Vec<u64>,
     /// Per model: survivors with the sign of the merged task vector; empty if there are none.
     pub agreeing: Vec<u64>,
-    /// Per model: ties with a threshold whose ties are kept by position; empty where that is not asked for.
+    /// Per model: ties with a threshold that is guessed, or whose ties are kept by position; empty where there are none.
     pub ties: Vec<u64>,
     /// What was written, in order and without gaps.
     pub pieces: Vec<Piece>,
@@ -55,6 +55,41 @@ pub(super) struct RangeDone {
 pub(super) struct Piece {
     pub bytes: u32,
     pub digest: Digest,
+}
+
+/// What a sample says of the thresholds of a unit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct GuessDone {
+    /// First tensor of the unit.
+    pub tensor: u32,
+    /// How far it is.
+    pub state: GuessState,
+    /// Tensor bytes read for it.
+    pub bytes_read: u64,
+    /// Per goal: the key that the threshold is taken for.
+    pub keys: Vec<Option<u32>>,
+}
+
+/// How far a guess is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GuessState {
+    /// The keys are the most common ones; how many entries have them is still to be counted.
+    Candidates,
+    /// The unit is merged with them: its ranges count once its thresholds are known to be these.
+    Taken,
+    /// They are not certain enough: the thresholds are searched for.
+    Doubted,
+}
+
+impl GuessState {
+    const ALL: [Self; 3] = [Self::Candidates, Self::Taken, Self::Doubted];
+}
+
+/// The guess was wrong: the ranges since then are void.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct MissDone {
+    /// Tensor bytes read in vain.
+    pub bytes_read: u64,
 }
 
 /// A range of an input that was read, where inputs are hashed.
@@ -76,9 +111,16 @@ pub(super) enum Entry {
     Range(RangeDone),
     Read(ReadDone),
     Step(Step),
+    Guess(GuessDone),
+    Miss(MissDone),
 }
 
 impl Entry {
+    /// Whether the ranges behind it are merged with a guess.
+    pub(super) fn takes_guess(&self) -> bool {
+        matches!(self, Self::Guess(GuessDone { state: GuessState::Taken, .. }))
+    }
+
     /// Memory that it holds.
     pub(super) fn held_bytes(&self) -> usize {
         let lists = match self {
@@ -89,8 +131,9 @@ impl Entry {
                     + size_of_val(&*range.ties)
                     + range.pieces.capacity() * size_of::<Piece>()
             }
-            Self::Read(_) => 0,
+            Self::Read(_) | Self::Miss(_) => 0,
             Self::Step(step) => step.held_bytes(),
+            Self::Guess(guess) => size_of_val(&*guess.keys),
         };
         size_of::<Self>() + lists
     }
@@ -99,6 +142,8 @@ impl Entry {
 const UNIT: u8 = 1;
 const RANGE: u8 = 2;
 const READ: u8 = 3;
+const GUESS: u8 = 7;
+const MISS: u8 = 8;
 
 /// The payload of a record that says that `entries` are done.
 pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
@@ -109,6 +154,11 @@ pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
             Entry::Range(range) => encode_range(range, &mut out),
             Entry::Read(read) => encode_read(read, &mut out),
             Entry::Step(step) => step.encode(&mut out),
+            Entry::Guess(guess) => encode_guess(guess, &mut out),
+            Entry::Miss(miss) => {
+                out.push(MISS);
+                out.extend(miss.bytes_read.to_le_bytes());
+            }
         }
     }
     out
@@ -158,6 +208,18 @@ fn encode_read(read: &ReadDone, out: &mut Vec<u8>) {
     out.extend(read.digest);
 }
 
+fn encode_guess(guess: &GuessDone, out: &mut Vec<u8>) {
+    out.push(GUESS);
+    out.extend(guess.tensor.to_le_bytes());
+    out.push(guess.state as u8);
+    out.extend(guess.bytes_read.to_le_bytes());
+    out.extend((guess.keys.len() as u32).to_le_bytes());
+    for key in &guess.keys {
+        out.push(u8::from(key.is_some()));
+        out.extend(key.unwrap_or_default().to_le_bytes());
+    }
+}
+
 /// The entries of a payload; `None` if it is not one.
 pub(super) fn decode(payload: &[u8]) -> Option<Vec<Entry>> {
     let mut rest = Rest(payload);
@@ -167,6 +229,8 @@ pub(super) fn decode(payload: &[u8]) -> Option<Vec<Entry>> {
             UNIT => Entry::Unit(decode_unit(&mut rest)?),
             RANGE => Entry::Range(decode_range(&mut rest)?),
             READ => Entry::Read(decode_read(&mut rest)?),
+            GUESS => Entry::Guess(decode_guess(&mut rest)?),
+            MISS => Entry::Miss(MissDone { bytes_read: rest.u64()? }),
             kind => Entry::Step(Step::decode(kind, &mut rest)?),
         });
     }
@@ -197,6 +261,16 @@ fn decode_range(rest: &mut Rest<'_>) -> Option<RangeDone> {
 
 fn decode_read(rest: &mut Rest<'_>) -> Option<ReadDone> {
     Some(ReadDone { file: rest.u32()?, offset: rest.u64()?, bytes: rest.u32()?, digest: rest.take()? })
+}
+
+fn decode_guess(rest: &mut Rest<'_>) -> Option<GuessDone> {
+    let tensor = rest.u32()?;
+    let (state, bytes_read) = (*GuessState::ALL.get(usize::from(rest.byte()?))?, rest.u64()?);
+    let key = |rest: &mut Rest<'_>| {
+        let (is_some, key) = (rest.byte()?, rest.u32()?);
+        Some((is_some != 0).then_some(key))
+    };
+    Some(GuessDone { tensor, state, bytes_read, keys: rest.list(key)? })
 }
 
 /// What is left of a payload.
@@ -245,6 +319,11 @@ mod tests {
     use crate::engine::under_way;
     use proptest::prelude::*;
 
+    fn guess(state: GuessState) -> Entry {
+        let keys = vec![Some(0), None, Some(u32::MAX)];
+        Entry::Guess(GuessDone { tensor: 4, state, bytes_read: 1 << 43, keys })
+    }
+
     fn entries() -> Vec<Entry> {
         let threshold = Threshold { ties: Ties { low: 5, high: 6 }, above: 1 << 40, tied: 3 };
         let pieces = vec![Piece { bytes: 4096, digest: [7; 16] }, Piece { bytes: 1, digest: [8; 16] }];
@@ -270,6 +349,10 @@ mod tests {
             }),
             Entry::Range(RangeDone::default()),
             Entry::Read(ReadDone { file: 3, offset: 1 << 41, bytes: 1 << 20, digest: [9; 16] }),
+            guess(GuessState::Candidates),
+            guess(GuessState::Taken),
+            guess(GuessState::Doubted),
+            Entry::Miss(MissDone { bytes_read: 1 << 44 }),
         ]
         .into_iter()
         .chain(under_way::tests::steps().into_iter().map(Entry::Step))

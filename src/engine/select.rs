@@ -1,6 +1,7 @@
 //! From densities to cuts: what has to be selected in a unit, and what survives once it is known.
 
 use super::cut::Cut;
+use super::guess::Guess;
 use super::slot::Loaded;
 use super::worker::Worker;
 use crate::error::Result;
@@ -77,6 +78,86 @@ impl Thresholds {
     }
 }
 
+/// The search for the thresholds of a unit that one worker holds in memory: what a sample of it says.
+pub(super) struct SoloSearch {
+    /// Per goal: what is known already, because the sample was everything.
+    found: Vec<Option<Threshold>>,
+    /// Per goal: the keys that a threshold lies between.
+    bounds: Vec<Option<(u32, u32)>>,
+    selectors: Vec<Option<Selector>>,
+}
+
+impl SoloSearch {
+    /// Samples the unit.
+    pub(super) fn begin(worker: &mut Worker, data: Loaded<'_>, goals: &[Goal], bins: usize) -> Result<Self> {
+        let (plan, chunk) = (data.plan, data.chunk);
+        let stride = sample_stride(chunk.count);
+        let (mut found, mut bounds, mut selectors) =
+            (vec![None; goals.len()], vec![None; goals.len()], vec![None; goals.len()]);
+        if plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Sketch) {
+            let coarse =
+                |goal: &Goal| if let Goal::Keep { keep, .. } = goal { Some(Selector::coarse(*keep)) } else { None };
+            selectors = goals.iter().map(coarse).collect();
+            return Ok(Self { found, bounds, selectors });
+        }
+        let bins = bins.min(IN_MEMORY_BINS);
+        for &(model, piece) in data.merge().models {
+            let own = || (model as usize..goals.len()).step_by(plan.models());
+            if !own().any(|at| matches!(goals[at], Goal::Keep { .. })) {
+                continue;
+            }
+            let keys = worker.keys(data, (model as usize, piece), (0, stride))?;
+            for at in own() {
+                let Goal::Keep { keep, .. } = goals[at] else { continue };
+                if stride == 1 {
+                    found[at] = Some(select_in_place(keys, keep));
+                } else {
+                    bounds[at] = bounds_of_sample(keys, TILE_ELEMENTS, keep as f64 / chunk.count as f64);
+                    selectors[at] = Some(Selector::exact(keep, Bracket::within(bounds[at], bins), bins));
+                }
+            }
+        }
+        Ok(Self { found, bounds, selectors })
+    }
+
+    /// The thresholds, if the sample leaves hardly a doubt about any.
+    pub(super) fn guess(&self, goals: &[Goal]) -> Option<Guess> {
+        Guess::within(&self.bounds, goals)
+    }
+
+    /// The thresholds, from looks at all of the unit.
+    pub(super) fn end(
+        mut self,
+        worker: &mut Worker,
+        data: Loaded<'_>,
+        goals: &[Goal],
+    ) -> Result<Vec<Option<Threshold>>> {
+        // All in one look, which loads base once.
+        if self.bounds.iter().any(Option::is_some) {
+            worker.list_near(data, &self.bounds)?;
+            for (at, goal) in goals.iter().enumerate() {
+                if let (Goal::Keep { keep, .. }, Some(_)) = (goal, self.bounds[at]) {
+                    self.found[at] = worker.near[at].threshold(*keep);
+                    self.selectors[at].take_if(|_| self.found[at].is_some());
+                }
+            }
+        }
+        loop {
+            let brackets: Vec<_> = self.selectors.iter().map(|s| s.as_ref().and_then(Selector::bracket)).collect();
+            if brackets.iter().all(Option::is_none) {
+                break;
+            }
+            worker.set_brackets(&brackets);
+            worker.sketch(data, &brackets)?;
+            observe(&mut self.selectors, &worker.sketches);
+        }
+        for (found, selector) in self.found.iter_mut().zip(&self.selectors) {
+            *found = found.or(selector.as_ref().and_then(Selector::threshold));
+        }
+        Ok(self.found)
+    }
+}
+
 /// Thresholds of a unit that one worker holds in memory.
 pub(super) fn solo_thresholds(
     worker: &mut Worker,
@@ -84,57 +165,7 @@ pub(super) fn solo_thresholds(
     goals: &[Goal],
     bins: usize,
 ) -> Result<Vec<Option<Threshold>>> {
-    let (plan, chunk) = (data.plan, data.chunk);
-    let coarse = plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Sketch);
-    let stride = sample_stride(chunk.count);
-    let mut found = vec![None; goals.len()];
-    let mut bounds = vec![None; goals.len()];
-    let mut selectors = vec![None; goals.len()];
-    let bins = bins.min(IN_MEMORY_BINS);
-    for &(model, piece) in data.merge().models {
-        let own = || (model as usize..goals.len()).step_by(plan.models());
-        if coarse || !own().any(|at| matches!(goals[at], Goal::Keep { .. })) {
-            continue;
-        }
-        let keys = worker.keys(data, (model as usize, piece), (0, stride))?;
-        for at in own() {
-            let Goal::Keep { keep, .. } = goals[at] else { continue };
-            if stride == 1 {
-                found[at] = Some(select_in_place(keys, keep));
-            } else {
-                bounds[at] = bounds_of_sample(keys, TILE_ELEMENTS, keep as f64 / chunk.count as f64);
-                selectors[at] = Some(Selector::exact(keep, Bracket::within(bounds[at], bins), bins));
-            }
-        }
-    }
-    if coarse {
-        let coarse =
-            |goal: &Goal| if let Goal::Keep { keep, .. } = goal { Some(Selector::coarse(*keep)) } else { None };
-        selectors = goals.iter().map(coarse).collect();
-    }
-    // All thresholds in one look, which loads base once.
-    if bounds.iter().any(Option::is_some) {
-        worker.list_near(data, &bounds)?;
-        for (at, goal) in goals.iter().enumerate() {
-            if let (Goal::Keep { keep, .. }, Some(_)) = (goal, bounds[at]) {
-                found[at] = worker.near[at].threshold(*keep);
-                selectors[at].take_if(|_| found[at].is_some());
-            }
-        }
-    }
-    loop {
-        let brackets: Vec<_> = selectors.iter().map(|s| s.as_ref().and_then(Selector::bracket)).collect();
-        if brackets.iter().all(Option::is_none) {
-            break;
-        }
-        worker.set_brackets(&brackets);
-        worker.sketch(data, &brackets)?;
-        observe(&mut selectors, &worker.sketches);
-    }
-    for (found, selector) in found.iter_mut().zip(&selectors) {
-        *found = found.or(selector.as_ref().and_then(Selector::threshold));
-    }
-    Ok(found)
+    SoloSearch::begin(worker, data, goals, bins)?.end(worker, data, goals)
 }
 
 /// Every how many tiles of a unit of `elements` to sample: 1, for all of them, if there are few; else so that a longer

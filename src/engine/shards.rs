@@ -23,7 +23,7 @@ use super::kept::Kept;
 use super::output::OutputDir;
 use super::pool::no_thread;
 use super::reads::Reads;
-use super::records::{self, Entry, Piece, RangeDone, UnitDone};
+use super::records::{self, Entry, GuessDone, MissDone, Piece, RangeDone, UnitDone};
 use super::shard_hash::ShardHash;
 use super::tensor_crc::{Crc, PieceCrc, TensorCrcs};
 use super::under_way::Keeps;
@@ -115,6 +115,18 @@ impl ShardWriter<'_> {
     /// Keeps the thresholds of a unit before anything is written that depends on them.
     pub(super) fn keep(&self, unit: UnitDone) -> Result<()> {
         self.keep_entries(vec![Entry::Unit(unit)])
+    }
+
+    /// Keeps what a sample says of a unit, before anything is merged with it.
+    pub(super) fn keep_guess(&self, guess: GuessDone) -> Result<()> {
+        self.shards.output.storage.check_mapped()?;
+        self.send(Message::Precious(vec![Entry::Guess(guess)]))
+    }
+
+    /// Says that the guess was wrong, and ends the attempt: the next one takes over what was not merged with it.
+    pub(super) fn missed(&self, bytes_read: u64) -> Error {
+        let missed = Message::Precious(vec![Entry::Miss(MissDone { bytes_read })]);
+        self.send(missed).err().unwrap_or_else(|| Error::interrupted("thresholds were guessed wrong"))
     }
 
     fn send(&self, message: Message) -> Result<()> {
@@ -277,11 +289,40 @@ struct Follower<'a> {
     entries_bytes: usize,
     /// When the journal was written last.
     flushed: Instant,
+    /// What is merged now is merged with a guess: no shard counts before it is proven.
+    guessing: bool,
+    /// It was wrong.
+    missed: bool,
     /// Takes shards that are to be handed over, while there is a thread for that.
     courier: Option<Sender<HandedOver>>,
 }
 
-impl Follower<'_> {
+impl<'a> Follower<'a> {
+    /// For shards of which nothing is there.
+    fn new(shards: &'a Shards<'a>) -> Self {
+        let plan = shards.plan;
+        let mut remaining = vec![0u64; plan.layout.shards.len()];
+        for (tensor, place) in plan.layout.tensors.iter().enumerate() {
+            if shards.own.contains(&(place.shard as usize)) {
+                remaining[place.shard as usize] += plan.output_bytes(tensor as u32);
+            }
+        }
+        let left_alone = |shard: usize| SealedShard { hash: String::new(), bytes: plan.layout.shards[shard].bytes };
+        Self {
+            shards,
+            sealed: (0..remaining.len()).map(|shard| (!shards.writes(shard)).then(|| left_alone(shard))).collect(),
+            dirty: vec![0..0; remaining.len()],
+            remaining,
+            dirty_bytes: 0,
+            entries: Vec::new(),
+            entries_bytes: 0,
+            flushed: Instant::now(),
+            guessing: false,
+            missed: false,
+            courier: None,
+        }
+    }
+
     /// Runs until the workers end, whether they succeed or not: what was done is kept.
     fn follow(&mut self, messages: &Receiver<Message>) -> Result<()> {
         let period = Duration::from_secs(WRITE_BEHIND_SECONDS);
@@ -307,16 +348,21 @@ impl Follower<'_> {
                 self.dirty_bytes += bytes;
             }
             Message::Precious(entries) => {
+                let any = |is: fn(&Entry) -> bool| entries.iter().any(is);
+                let proven = self.guessing && any(|entry| matches!(entry, Entry::Unit(_)));
+                self.guessing = !proven && (self.guessing || any(Entry::takes_guess));
+                let missed = any(|entry| matches!(entry, Entry::Miss(_)));
                 entries.into_iter().for_each(|entry| self.push(entry));
                 self.flush()?;
+                self.missed |= missed;
+                if proven {
+                    self.seal_complete()?;
+                }
             }
             Message::Done(entry) => {
-                let complete = match &entry {
-                    Entry::Range(range) => self.count_down(range),
-                    Entry::Unit(_) | Entry::Read(_) | Entry::Step(_) => None,
-                };
+                let complete = if let Entry::Range(range) = &entry { self.count_down(range) } else { None };
                 self.push(entry);
-                if let Some(shard) = complete {
+                if let Some(shard) = complete.filter(|_| !self.guessing) {
                     self.flush()?;
                     self.seal(shard)?;
                 }
@@ -404,6 +450,8 @@ pub(super) struct Written {
 
 /// Lets `work` write the shards `own`, after what earlier attempts left is taken over, which must make sense. Of a
 /// finished output, those with a hash in `repairs` are written again, and must get it.
+///
+/// Where `work` guesses wrong, it is asked again.
 pub(super) fn write_shards(
     plan: &Plan,
     output: &OutputDir,
@@ -411,33 +459,33 @@ pub(super) fn write_shards(
     observer: &dyn Observer,
     repairs: Option<&[Option<String>]>,
     makes_sense: &dyn Fn(&Kept) -> bool,
-    work: impl FnOnce(&ShardWriter<'_>, &Kept) -> Result<()>,
+    mut work: impl FnMut(&ShardWriter<'_>, &Kept) -> Result<()>,
 ) -> Result<Written> {
-    let mut remaining = vec![0u64; plan.layout.shards.len()];
-    for (tensor, place) in plan.layout.tensors.iter().enumerate() {
-        if own.contains(&(place.shard as usize)) {
-            remaining[place.shard as usize] += plan.output_bytes(tensor as u32);
+    let mut goes_on = output.resumes();
+    loop {
+        let shards = Shards::new(plan, output, own.clone(), observer, repairs);
+        let mut follower = Follower::new(&shards);
+        let kept = if goes_on { follower.take_over(makes_sense)? } else { Kept::new(plan) };
+        let worked = follow(&mut follower, |writer| work(writer, &kept));
+        if !follower.missed {
+            worked?;
+            follower.seal_complete()?;
+            let sealed = follower.sealed.drain(own).map(|sealed| sealed.expect("all work is done")).collect();
+            return Ok(Written { shards: sealed, tensors: shards.tensors.finish() });
         }
+        goes_on = true;
     }
-    let shards = Shards::new(plan, output, own.clone(), observer, repairs);
-    let left_alone = |shard: usize| SealedShard { hash: String::new(), bytes: plan.layout.shards[shard].bytes };
-    let mut follower = Follower {
-        shards: &shards,
-        sealed: (0..remaining.len()).map(|shard| (!shards.writes(shard)).then(|| left_alone(shard))).collect(),
-        dirty: vec![0..0; remaining.len()],
-        remaining,
-        dirty_bytes: 0,
-        entries: Vec::new(),
-        entries_bytes: 0,
-        flushed: Instant::now(),
-        courier: None,
-    };
-    let kept = if output.resumes() { follower.take_over(makes_sense)? } else { Kept::new(plan) };
+}
+
+/// Lets `follower` follow what `work` writes.
+fn follow(follower: &mut Follower<'_>, work: impl FnOnce(&ShardWriter<'_>) -> Result<()>) -> Result<()> {
+    let shards = follower.shards;
+    let Shards { plan, output, observer, .. } = *shards;
     let failure = Mutex::new(None);
     // Bounded, so that workers wait for the disk instead of filling the page cache.
     let (behind, messages) = crossbeam_channel::bounded(64);
     std::thread::scope(|scope| {
-        let (shards, failure, follower) = (&shards, &failure, &mut follower);
+        let failure = &failure;
         let mut follow = move || {
             if !output.hands_over() {
                 return follower.follow(&messages);
@@ -461,13 +509,10 @@ pub(super) fn write_shards(
             })
         };
         let following = std::thread::Builder::new().spawn_scoped(scope, follow).map_err(|error| no_thread(&error))?;
-        let done = work(&ShardWriter { shards, behind, failure }, &kept);
+        let done = work(&ShardWriter { shards, behind, failure });
         let followed = following.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         done.and(followed)
-    })?;
-    follower.seal_complete()?;
-    let sealed = follower.sealed.drain(own).map(|sealed| sealed.expect("all work is done")).collect();
-    Ok(Written { shards: sealed, tensors: shards.tensors.finish() })
+    })
 }
 
 /// Hands over what is complete, one shard after the other.

@@ -34,23 +34,26 @@ struct Look<'s> {
 }
 
 impl<'a> Passes<'a> {
-    /// Finds every model's threshold for a shared unit by sketching it.
+    /// Finds every model's threshold for a shared unit by sketching it, from `start` on, if that is known, and what was read
+    /// before it.
     pub(super) fn shared_thresholds(
         &mut self,
         unit: &Unit,
         goals: &[Goal],
         resident: &mut Option<Resident>,
+        start: Option<(Vec<Option<Selector>>, u64)>,
     ) -> Result<Vec<Option<Threshold>>> {
         let plan = self.plan;
-        let read_before = self.tally().bytes_read;
+        let read_before = start.as_ref().map_or_else(|| self.tally().bytes_read, |(_, before)| *before);
         let mut selectors: Vec<Option<Selector>> = vec![None; goals.len()];
         let mut begun = None;
         if let Some(trim) = plan.trim.as_ref().filter(|_| goals.iter().any(Goal::needs_threshold)) {
             begun = self.begun(unit, trim, goals);
             begun.iter().for_each(|begun| self.take_over_reads(begun.bytes_read));
-            selectors = match &mut begun {
-                Some(begun) => self.not_below_what_is_kept(std::mem::take(&mut begun.selectors)),
-                None => self.selectors(unit, resident, trim, goals)?,
+            selectors = match (&mut begun, start) {
+                (Some(begun), _) => self.not_below_what_is_kept(std::mem::take(&mut begun.selectors)),
+                (None, Some((start, _))) => start,
+                (None, None) => self.selectors(unit, resident, trim, goals)?,
             };
         }
         let mut goes_on = begun.is_some();

@@ -17,6 +17,8 @@ pub(super) struct Short {
     float: Float,
     /// Of each model that has the tensor, the smallest key that survives.
     min_keys: [u32; FUSED_MODELS],
+    /// Of each such model, whether entries with that key are counted.
+    guesses: [bool; FUSED_MODELS],
 }
 
 impl Short {
@@ -35,14 +37,21 @@ impl Short {
         if !open {
             return None;
         }
-        let mut min_keys = [1; FUSED_MODELS];
+        let (mut min_keys, mut guesses) = ([1; FUSED_MODELS], [false; FUSED_MODELS]);
         if needs.inputs == Inputs::TrimmedTaskVectors {
-            for (min_key, &(model, _)) in min_keys.iter_mut().zip(merge.models) {
+            for ((key, guess), &(model, _)) in min_keys.iter_mut().zip(&mut guesses).zip(merge.models) {
                 let outliers = cuts.get(plan.models() + model as usize).is_some_and(|cut| *cut != Cut::Nothing);
-                *min_key = cuts[model as usize].min_key().filter(|_| !outliers)?;
+                let min_key = match cuts[model as usize] {
+                    Cut::Guess { min_key } => {
+                        *guess = true;
+                        Some(min_key)
+                    }
+                    cut => cut.min_key(),
+                };
+                *key = min_key.filter(|_| !outliers)?;
             }
         }
-        Some(Self { fused, float, min_keys })
+        Some(Self { fused, float, min_keys, guesses })
     }
 }
 
@@ -61,16 +70,21 @@ impl Worker {
             models: &models[..count],
             weights: &self.weights,
             min_keys: &short.min_keys[..count],
+            counts_ties: short.guesses.contains(&true),
         };
-        let (mut kept, mut agreeing) = ([0; FUSED_MODELS], [0; FUSED_MODELS]);
-        let counted = Counted { kept: &mut kept[..count], agreeing: &mut agreeing[..count] };
+        let [mut kept, mut tied, mut agreeing] = [[0; FUSED_MODELS]; 3];
+        let counted = Counted { kept: &mut kept[..count], tied: &mut tied[..count], agreeing: &mut agreeing[..count] };
         let Some(conflicts) = kernels::merge_stored(self.isa, short.fused, &stored, encoded, counted) else {
             return false;
         };
         self.tally.conflicts += conflicts;
-        for ((kept, agreeing), &(model, _)) in kept.iter().zip(&agreeing).zip(merge.models) {
-            self.tally.kept[model as usize] += kept;
-            self.tally.agreeing[model as usize] += agreeing;
+        for (place, &(model, _)) in merge.models.iter().enumerate() {
+            let model = model as usize;
+            self.tally.kept[model] += kept[place];
+            self.tally.agreeing[model] += agreeing[place];
+            if short.guesses[place] {
+                self.tally.tied[model] += tied[place];
+            }
         }
         true
     }

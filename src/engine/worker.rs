@@ -17,7 +17,7 @@ use super::spool::Packer;
 use super::stored::Short;
 use crate::dtype::Float;
 use crate::error::Result;
-use crate::kernels::{self, Isa};
+use crate::kernels::{self, Isa, Ties};
 use crate::limits::{OUT_ELEMENTS, SMALL_UNIT_ELEMENTS};
 use crate::method::{Inputs, Look, Merger, Tile};
 use crate::plan::near_keys;
@@ -29,6 +29,8 @@ use crate::sketch::{Bracket, MagnitudeSketch, NearKeys};
 pub(super) struct Tally {
     /// Per model: survivors of the trim that are not zero.
     pub kept: Vec<u64>,
+    /// Per model: those of them with the smallest key that survives, where that is a guess.
+    pub tied: Vec<u64>,
     /// Per model: survivors whose sign is that of the merged task vector.
     pub agreeing: Vec<u64>,
     /// Elements whose survivors disagree in sign.
@@ -42,15 +44,18 @@ pub(super) struct Tally {
 impl Tally {
     /// Nothing, of so many models.
     pub(super) fn of(models: usize) -> Self {
-        Self { kept: vec![0; models], agreeing: vec![0; models], ..Self::default() }
+        let none = vec![0; models];
+        Self { kept: none.clone(), tied: none.clone(), agreeing: none, ..Self::default() }
     }
 
     /// What was counted after `then`.
     pub(super) fn since(&self, then: &Self) -> Self {
-        let Self { kept, agreeing, conflicts, merged, bytes_read } = self;
+        let Self { kept, tied, agreeing, conflicts, merged, bytes_read } = self;
+        let since = |now: &[u64], then: &[u64]| now.iter().zip(then).map(|(now, then)| now - then).collect();
         Self {
-            kept: kept.iter().zip(&then.kept).map(|(now, then)| now - then).collect(),
-            agreeing: agreeing.iter().zip(&then.agreeing).map(|(now, then)| now - then).collect(),
+            kept: since(kept, &then.kept),
+            tied: since(tied, &then.tied),
+            agreeing: since(agreeing, &then.agreeing),
             conflicts: conflicts - then.conflicts,
             merged: merged - then.merged,
             bytes_read: bytes_read - then.bytes_read,
@@ -62,8 +67,10 @@ impl Tally {
         self.merged += other.merged;
         self.conflicts += other.conflicts;
         self.bytes_read = self.bytes_read.saturating_add(other.bytes_read);
-        self.kept.iter_mut().zip(&other.kept).for_each(|(sum, kept)| *sum += kept);
-        self.agreeing.iter_mut().zip(&other.agreeing).for_each(|(sum, agreeing)| *sum += agreeing);
+        let add = |sum: &mut [u64], counts: &[u64]| sum.iter_mut().zip(counts).for_each(|(sum, n)| *sum += n);
+        add(&mut self.kept, &other.kept);
+        add(&mut self.tied, &other.tied);
+        add(&mut self.agreeing, &other.agreeing);
     }
 }
 
@@ -522,6 +529,9 @@ impl Worker {
         if let Some(outliers) = outliers {
             dropped.copy_from_slice(tau);
             outliers.apply(self.isa, dropped, first, &mut seen[at]);
+        }
+        if let Cut::Guess { min_key } = *cut {
+            self.tally.tied[model] += kernels::count_ties(self.isa, tau, Ties { low: min_key, high: min_key });
         }
         let mut kept = match cut {
             Cut::Ranked(ranked) => {

@@ -137,7 +137,16 @@ struct Counts<C, const N: usize> {
     greatest: u32,
     conflicts: C,
     kept: [C; N],
+    tied: [C; N],
     agreeing: [C; N],
+}
+
+impl<C: Copy + Default, const N: usize> Default for Counts<C, N> {
+    #[inline(always)]
+    fn default() -> Self {
+        let none = [C::default(); N];
+        Self { greatest_sum: 0, greatest: 0, conflicts: C::default(), kept: none, tied: none, agreeing: none }
+    }
 }
 
 /// How an element is merged.
@@ -202,9 +211,11 @@ impl Rule for Sum {
 ///
 /// Only for weights and λ above zero that no survivor vanishes under: then the merged task vector has the elected sign
 /// wherever A is not empty, and survivors have either sign exactly where one of them is not in A.
-struct Elected;
+///
+/// With `TIES`, survivors with the smallest key are counted too.
+struct Elected<const TIES: bool>;
 
-impl Rule for Elected {
+impl<const TIES: bool> Rule for Elected<TIES> {
     const BASE: bool = true;
 
     #[inline(always)]
@@ -215,6 +226,9 @@ impl Rule for Elected {
         for model in 0..N {
             taus[model] = thetas[model] - base;
             kept[model] = mask(key(taus[model]) >= settings.min_keys[model]);
+            if TIES {
+                counts.tied[model] += mask(key(taus[model]) == settings.min_keys[model]) & 1;
+            }
             // Adding zero would change nothing: no sum of survivors is -0.0.
             let weighed = settings.weights[model] * taus[model];
             mass = if model == 0 { keep(kept[model], weighed) } else { choose(kept[model], mass + weighed, mass) };
@@ -298,6 +312,7 @@ impl<const N: usize> Counts<u64, N> {
         self.conflicts += u64::from(block.conflicts);
         for model in 0..N {
             self.kept[model] += u64::from(block.kept[model]);
+            self.tied[model] += u64::from(block.tied[model]);
             self.agreeing[model] += u64::from(block.agreeing[model]);
         }
         block.greatest_sum < INFINITY && block.greatest < C::BEYOND
@@ -329,8 +344,8 @@ fn merge<R: Rule, C: Packed<W>, const W: usize, const N: usize>(
     // A rule without base is given something of the right length.
     let base = stored.base.unwrap_or(stored.models[0]).as_chunks::<W>();
     let models: [(&[[u8; W]], &[u8]); N] = std::array::from_fn(|model| stored.models[model].as_chunks::<W>());
-    let none = Counts { greatest_sum: 0, greatest: 0, conflicts: 0, kept: [0; N], agreeing: [0; N] };
-    let mut counts = Counts { greatest_sum: 0, greatest: 0, conflicts: 0, kept: [0; N], agreeing: [0; N] };
+    let none = Counts::default();
+    let mut counts = Counts::default();
     let (words, last) = out.as_chunks_mut::<W>();
     let (blocks, rest) = words.as_chunks_mut::<BLOCK>();
     let tail = blocks.len() * BLOCK;
@@ -362,6 +377,7 @@ fn merge<R: Rule, C: Packed<W>, const W: usize, const N: usize>(
         return None;
     }
     counted.kept.iter_mut().zip(counts.kept).for_each(|(sum, count)| *sum += count);
+    counted.tied.iter_mut().zip(counts.tied).for_each(|(sum, count)| *sum += count);
     counted.agreeing.iter_mut().zip(counts.agreeing).for_each(|(sum, count)| *sum += count);
     Some(counts.conflicts)
 }
@@ -395,10 +411,10 @@ fn merge_models<C: Packed<W>, const W: usize, const N: usize>(
                 settings.cancelled = Side { sign: zero_sign.to_bits() & SIGN, none: 0 };
             }
             settings.min_keys = std::array::from_fn(|model| stored.min_keys[model]);
-            if nothing_vanishes(&settings, C::STEP) {
-                merge::<Elected, C, W, N>(stored, &settings, out, counted)
-            } else {
-                None
+            match nothing_vanishes(&settings, C::STEP) {
+                false => None,
+                true if stored.counts_ties => merge::<Elected<true>, C, W, N>(stored, &settings, out, counted),
+                true => merge::<Elected<false>, C, W, N>(stored, &settings, out, counted),
             }
         }
     }

@@ -404,6 +404,8 @@ pub struct Stored<'a> {
     pub weights: &'a [f32],
     /// The smallest key that survives, per model, at least 1; for [`Fused::Elected`].
     pub min_keys: &'a [u32],
+    /// Whether entries with that key are counted.
+    pub counts_ties: bool,
 }
 
 /// What [`merge_stored`] counts, added to what is there: an entry per model.
@@ -411,6 +413,8 @@ pub struct Stored<'a> {
 pub struct Counted<'a> {
     /// Survivors ([`Fused::Elected`]).
     pub kept: &'a mut [u64],
+    /// Those of them with the smallest key, where they are counted.
+    pub tied: &'a mut [u64],
     /// Entries with the sign of the merged task vector (not for [`Fused::Average`]).
     pub agreeing: &'a mut [u64],
 }
@@ -423,8 +427,8 @@ pub struct Counted<'a> {
 pub fn merge_stored(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], counted: Counted<'_>) -> Option<u64> {
     let count = stored.models.len();
     assert!(stored.models.iter().chain(&stored.base).all(|input| input.len() == out.len()), "equal lengths");
-    let counts = [counted.kept.len(), counted.agreeing.len()];
-    assert!(stored.weights.len() == count && counts == [count; 2], "one weight and count per model");
+    let counts = [counted.kept.len(), counted.tied.len(), counted.agreeing.len()];
+    assert!(stored.weights.len() == count && counts == [count; 3], "one weight and count per model");
     match fused {
         Fused::Average { .. } => {}
         Fused::Sum { .. } => assert!(stored.base.is_some(), "task vectors need a base"),

@@ -321,6 +321,21 @@ impl Plan {
         if outliers { 2 } else { 1 }
     }
 
+    /// Whether thresholds can be guessed from a sample and proven by the merge itself: magnitude alone decides what is kept,
+    /// all ties are, and nothing else has to be known before.
+    pub fn can_guess(&self) -> bool {
+        let exact = |trim: &Trim| trim.threshold == ThresholdKind::Exact && trim.ties == TrimTies::Keep;
+        let by_magnitude = |params: &ParamSet| {
+            (0..self.models()).all(|model| matches!(params.merger.sparsify(model), Sparsify::Magnitude))
+        };
+        self.selects()
+            && self.trim.as_ref().is_some_and(exact)
+            && self.bounds() == 1
+            && !self.votes()
+            && self.needs().looks.is_empty()
+            && self.params.iter().all(by_magnitude)
+    }
+
     /// How many facts the looks at tensor `index` find.
     pub fn facts(&self, index: u32) -> usize {
         match &self.tensors[index as usize].action {

@@ -38,7 +38,7 @@ impl Schedule {
                 far_sketch += remote_bytes_of(plan, &unit.tensors, wanted);
                 if exact || self.spool.is_some() {
                     for block in Self::probe_blocks(plan, unit) {
-                        let [near, far] = chunk_bytes(plan, block, wanted);
+                        let [near, far] = chunk_bytes(plan, block, wanted).map(|bytes| bytes * self.probe_looks(plan));
                         (probe, far_probe) = (probe + near + far, far_probe + far);
                     }
                 }
@@ -63,9 +63,13 @@ impl Schedule {
             bytes_spared,
             bytes_written,
         };
+        let find = match self.probe_looks(plan) {
+            1 => "count magnitudes to find the thresholds",
+            _ => "count magnitudes to find the thresholds, unless the sample tells them",
+        };
         let mut passes = vec![
             pass("probe", "sample magnitudes to bracket the thresholds", probe, far_probe, 0, 0),
-            pass("sketch", "count magnitudes to find the thresholds", sketch, far_sketch, 0, 0),
+            pass("sketch", find, sketch, far_sketch, 0, 0),
             pass("vote", "count elected signs for the majority", vote, far_vote, spared_vote, 0),
             pass("gather", "sum up or rank what the method needs of each tensor", gather, far_gather, 0, 0),
             pass("merge", "merge and write", merge, far, spared_merge, written),

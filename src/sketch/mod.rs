@@ -9,13 +9,14 @@
 //!   looks as the first bracket's luck allows.
 //! - [`NearKeys`]: the same for data in memory, where the few keys near the threshold can be listed.
 //! - [`Probe`]: places that first bracket from a sample, so that one look at the data is enough.
+//! - [`BlockCounts`]: tells whether a sample is enough to know the key itself, because so many entries have it.
 
 mod near;
 mod probe;
 mod select;
 
 pub use near::NearKeys;
-pub use probe::{Probe, bounds_of_sample};
+pub use probe::{BlockCounts, Probe, bounds_of_sample};
 pub use select::{Selector, Threshold, select_in_place};
 
 use crate::kernels::{self, Isa, NO_KEY, STRAY};
@@ -135,6 +136,17 @@ impl MagnitudeSketch {
         if common { self.bracket.keys(place).0 } else { NO_KEY }
     }
 
+    /// Values with keys above the bracket, and those in its first bin.
+    pub fn above_and_first(&self) -> (u64, u64) {
+        (self.above, self.bins.first().map_or(0, |&bin| count(bin)))
+    }
+
+    /// The key that most values inside the bracket have, if its bins are single keys.
+    pub fn mode(&self) -> Option<u32> {
+        let most = self.bins.iter().enumerate().max_by_key(|(_, bin)| count(**bin))?;
+        (self.bracket.shift == 0 && count(*most.1) > 0).then(|| self.bracket.keys(most.0).0)
+    }
+
     /// Adds the counts of a sketch with the same bracket.
     pub fn merge(&mut self, other: &Self) {
         assert_eq!(self.bracket, other.bracket, "only sketches of one bracket can be added");
@@ -232,6 +244,20 @@ fn count(bin: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_mode_is_the_most_common_key_of_single_key_bins() {
+        let key = 1.0f32.to_bits();
+        let mut sketch = MagnitudeSketch::new(Bracket::over(key, u64::from(key) + 100, 100));
+        let values = [0, 7, 7, 9, 1000].map(|above| f32::from_bits(key + above));
+        assert_eq!(sketch.mode(), None, "nothing counted");
+        sketch.add(Isa::detect(), &values);
+        assert_eq!(sketch.mode(), Some(key + 7));
+        assert_eq!(sketch.above_and_first(), (1, 1));
+        let mut coarse = MagnitudeSketch::new(Bracket::COARSE);
+        coarse.add(Isa::detect(), &values);
+        assert_eq!(coarse.mode(), None, "bins of many keys");
+    }
 
     #[test]
     fn what_is_encoded_is_decoded_and_nothing_else() {

@@ -9,6 +9,8 @@ use crate::limits::SKETCH_BINS_MIN;
 
 /// Half width of the bracket in standard errors: with 7 degrees of freedom, a miss in about 10^4.
 const SIGMAS: f64 = 8.0;
+/// Half width of what a guess has to leave aside, in standard errors: a miss in about 10^3.
+const GUESS_SIGMAS: f64 = 3.0;
 
 /// A sample of magnitudes in [`crate::limits::PROBE_GROUPS`] groups.
 #[derive(Debug, Clone, Default)]
@@ -47,6 +49,13 @@ impl Probe {
         self.bounds(fraction).map_or(0, |[low, ..]| (low as u32) << COARSE_SHIFT)
     }
 
+    /// The keys of the coarse bin that the value at `fraction` (from the top) of the sample is in.
+    pub fn bin(&self, fraction: f64) -> Option<Bracket> {
+        let [_, middle, _] = self.bounds(fraction)?;
+        let key = |bin: usize| (bin as u64) << COARSE_SHIFT;
+        Some(Bracket::over(key(middle) as u32, key(middle + 1), 1 << COARSE_SHIFT))
+    }
+
     /// The coarse bins about the value at `fraction`: the first, its own, and the one behind the last; `None` if nothing was
     /// sampled.
     fn bounds(&self, fraction: f64) -> Option<[usize; 3]> {
@@ -76,6 +85,89 @@ impl Probe {
             let all = sum(group);
             (all > 0.0).then(|| sum(&group[bin..]) / all)
         })
+    }
+}
+
+/// Counts of a sample about one key, block by block: whether that is the key of the value at a fraction of the whole data.
+///
+/// Blocks lie evenly over the data, and neighbours are alike. So the error of the sample is that of blocks about their
+/// neighbours, and what differs from one end of the data to the other is no part of it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BlockCounts {
+    samples: u64,
+    blocks: u64,
+    pairs: u64,
+    /// The sums of counts, and of squared differences of neighbours' shares: above the key, and from it on.
+    sides: [(u64, f64); 2],
+    last: Option<[f64; 2]>,
+}
+
+impl BlockCounts {
+    /// Takes in the next block, of `samples` values: so many are above the key, and so many have it.
+    pub fn add(&mut self, samples: u64, above: u64, tied: u64) {
+        if samples == 0 {
+            return;
+        }
+        let counts = [above, above + tied];
+        let shares = counts.map(|count| count as f64 / samples as f64);
+        for (at, (sum, squares)) in self.sides.iter_mut().enumerate() {
+            *sum += counts[at];
+            *squares += self.last.map_or(0.0, |last| (shares[at] - last[at]).powi(2));
+        }
+        self.pairs += u64::from(self.last.is_some());
+        (self.samples, self.blocks, self.last) = (self.samples + samples, self.blocks + 1, Some(shares));
+    }
+
+    /// Adds the counts of other blocks.
+    pub fn merge(&mut self, other: &Self) {
+        for (mine, theirs) in self.sides.iter_mut().zip(other.sides) {
+            *mine = (mine.0 + theirs.0, mine.1 + theirs.1);
+        }
+        self.samples += other.samples;
+        (self.blocks, self.pairs, self.last) = (self.blocks + other.blocks, self.pairs + other.pairs, None);
+    }
+
+    /// Its bytes, for a file.
+    pub fn encode(&self) -> Vec<u8> {
+        let [(above, squares_above), (at_least, squares_at_least)] = self.sides;
+        let squares = [squares_above.to_bits(), squares_at_least.to_bits()];
+        let words = [self.samples, self.blocks, self.pairs, above, at_least].into_iter().chain(squares);
+        words.flat_map(u64::to_le_bytes).collect()
+    }
+
+    /// Takes encoded counts off the front of `bytes`; `None` if there are none.
+    pub fn decode(bytes: &mut &[u8]) -> Option<Self> {
+        let mut word = || {
+            let (word, rest) = bytes.split_first_chunk()?;
+            *bytes = rest;
+            Some(u64::from_le_bytes(*word))
+        };
+        let [samples, blocks, pairs] = [word()?, word()?, word()?];
+        let sums = [word()?, word()?];
+        let squares = [f64::from_bits(word()?), f64::from_bits(word()?)];
+        let sound = sums.iter().all(|&sum| sum <= samples) && squares.iter().all(|square| *square >= 0.0);
+        let sound = sound && pairs <= blocks && blocks <= samples && samples < 1 << 48;
+        sound.then_some(Self {
+            samples,
+            blocks,
+            pairs,
+            sides: [(sums[0], squares[0]), (sums[1], squares[1])],
+            last: None,
+        })
+    }
+
+    /// Whether the key is that of the value at `fraction` (from the top) of the whole data, as far as a sample can tell: what
+    /// it may err by leaves the value among the entries with the key.
+    pub fn is_certain(&self, fraction: f64) -> bool {
+        if self.pairs == 0 {
+            return false;
+        }
+        let independent = (fraction * (1.0 - fraction) / self.samples as f64).sqrt();
+        let [above, at_least] = self.sides.map(|(sum, squares)| {
+            let error = (squares / (2 * self.pairs * self.blocks) as f64).sqrt().max(independent);
+            (sum as f64 / self.samples as f64, GUESS_SIGMAS * error)
+        });
+        above.0 + above.1 < fraction && at_least.0 - at_least.1 >= fraction
     }
 }
 
@@ -221,6 +313,58 @@ mod tests {
         assert_eq!(bounds_of_sample(&mut Vec::new(), 1, 0.5), None);
         assert_eq!(bounds_of_sample(&mut vec![5; 3], 1, 0.5), Some((0, KEYS as u32 - 1)), "too few to say anything");
         assert_eq!(bounds_of_sample(&mut vec![5; 100_000], 10, 0.5), Some((5, 5)));
+    }
+
+    /// Blocks of a sample in which so many of 4,096 are above the key, and have it, give or take a few, and with a slope.
+    fn blocks(above: u64, tied: u64, noise: u64, slope: u64) -> BlockCounts {
+        let (mut whole, mut half) = (BlockCounts::default(), BlockCounts::default());
+        for block in 0..400u64 {
+            let drift = slope * block / 400;
+            let random = |salt: u64| (block + salt).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
+            half.add(4096, above + drift + random(1) % (noise + 1), tied + random(2) % (noise + 1) - drift / 2);
+            half.add(0, 0, 0);
+            if block == 199 {
+                whole.merge(&std::mem::take(&mut half));
+            }
+        }
+        whole.merge(&half);
+        whole
+    }
+
+    #[test]
+    fn a_key_is_certain_where_its_entries_cover_what_the_sample_may_err_by() {
+        // 0.2 of 4,096 is 819.2; of 400 blocks the error is at least 0.0003 of them, or 1.3.
+        assert!(blocks(700, 400, 0, 0).is_certain(0.2));
+        assert!(!blocks(830, 400, 0, 0).is_certain(0.2), "too many above");
+        assert!(!blocks(300, 400, 0, 0).is_certain(0.2), "too few");
+        assert!(blocks(814, 400, 0, 0).is_certain(0.2) && !blocks(817, 400, 0, 0).is_certain(0.2));
+        assert!(!blocks(410, 410, 0, 0).is_certain(0.2) && blocks(410, 414, 0, 0).is_certain(0.2));
+        // Noise between neighbours counts; what changes from one end to the other does not.
+        assert!(blocks(750, 400, 100, 0).is_certain(0.2) && !blocks(765, 400, 100, 0).is_certain(0.2));
+        assert!(blocks(600, 700, 0, 400).is_certain(0.2));
+        assert!(!BlockCounts::default().is_certain(0.2));
+        let counts = blocks(750, 400, 100, 0);
+        let mut bytes = &*counts.encode();
+        let again = BlockCounts::decode(&mut bytes).unwrap();
+        assert_eq!((again.encode(), bytes), (counts.encode(), &[][..]));
+        assert!(BlockCounts::decode(&mut &counts.encode()[..40]).is_none());
+        assert!(BlockCounts::decode(&mut &[255; 56][..]).is_none(), "not counts");
+        let mut one = BlockCounts::default();
+        one.add(4096, 0, 4096);
+        assert!(!one.is_certain(0.2), "one block says nothing of its error");
+    }
+
+    #[test]
+    fn the_bin_of_a_fraction_holds_its_value() {
+        let mut groups = vec![MagnitudeSketch::new(Bracket::COARSE); PROBE_GROUPS];
+        let values: Vec<f32> = (1..=1000u16).map(f32::from).collect();
+        groups[3].add(Isa::detect(), &values);
+        for fraction in [0.001, 0.2, 0.5, 1.0] {
+            let bracket = probe(&groups).bin(fraction).unwrap();
+            let key = (1001.0 - (fraction * 1000.0) as f32).to_bits();
+            assert!(bracket.low <= key && u64::from(key) < bracket.end() && bracket.shift == 0, "{fraction}");
+        }
+        assert_eq!(probe(&[]).bin(0.2), None);
     }
 
     #[test]

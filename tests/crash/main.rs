@@ -11,6 +11,7 @@
 //! Afterwards the same command must give the same files. Before it, nothing may look like a model that is not one.
 
 mod analyze;
+mod guess;
 mod memory;
 mod packed;
 mod parts;

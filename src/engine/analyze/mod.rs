@@ -284,7 +284,7 @@ impl<'a> Looker<'a> {
         let workers = self.hands.iter_mut().filter_map(|hand| hand.worker.take()).collect();
         let mut passes = Passes::with_workers(&study.plan, &study.schedule, self.observer, None, &kept, workers);
         passes.notes = Some(self.notes);
-        let found = passes.shared_thresholds(unit, goals, &mut None);
+        let found = passes.shared_thresholds(unit, goals, &mut None, None);
         self.hands.iter_mut().zip(passes.workers).for_each(|(hand, worker)| hand.worker = Some(worker));
         found
     }

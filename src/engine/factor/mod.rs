@@ -80,7 +80,8 @@ impl Counted {
         let counts = |part: &[f64]| part.iter().map(|&count| count as u64).collect();
         let (survivors, agreeing) = sound.then(|| rest.split_at(models))?;
         let (conflicts, merged) = (conflicts as u64, merged as u64);
-        let tally = Tally { kept: counts(survivors), agreeing: counts(agreeing), conflicts, merged, bytes_read };
+        let counted = Tally { kept: counts(survivors), agreeing: counts(agreeing), ..Tally::of(models) };
+        let tally = Tally { conflicts, merged, bytes_read, ..counted };
         Some(Self { whole, kept, tally })
     }
 }
@@ -249,7 +250,7 @@ impl Factoring<'_> {
             }
             let goals = merged.goals(&unit);
             let mut resident = self.passes.hold(&unit);
-            let found = self.passes.shared_thresholds(&unit, &goals, &mut resident)?;
+            let found = self.passes.shared_thresholds(&unit, &goals, &mut resident, None)?;
             let cuts = cuts(merged, &goals, &found);
             let facts = self.passes.facts(&unit, &mut resident, &cuts)?;
             let majority = self.passes.majority(&unit, &mut resident, &cuts, &facts)?;
@@ -353,14 +354,7 @@ impl Factoring<'_> {
             last = held;
         }
         let own = self.passes.tally();
-        let difference = |now: &[u64], then: &[u64]| now.iter().zip(then).map(|(now, then)| now - then).collect();
-        let tally = Tally {
-            kept: difference(&own.kept, &before.kept),
-            agreeing: difference(&own.agreeing, &before.agreeing),
-            conflicts: own.conflicts - before.conflicts,
-            merged: own.merged - before.merged,
-            bytes_read: own.bytes_read - before.bytes_read,
-        };
+        let tally = own.since(&before);
         let squares: f64 = found.values.iter().take(rank).map(|value| value * value).sum();
         let counted = Counted { whole: module.whole.unwrap_or(0.0), kept: squares, tally };
         self.write(index, (&x, &y), &found, (writer, kept), &counted)?;

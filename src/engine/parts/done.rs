@@ -50,7 +50,7 @@ impl PartDone {
 
     /// What the passes counted.
     pub(super) fn take(&mut self, passes: &mut Passes<'_>, kept: &Kept) {
-        let Tally { kept: survivors, agreeing, conflicts, merged, bytes_read } = passes.tally();
+        let Tally { kept: survivors, agreeing, conflicts, merged, bytes_read, .. } = passes.tally();
         self.agreeing = agreeing;
         (self.kept, self.conflicts, self.merged, self.bytes_read) = (survivors, conflicts, merged, bytes_read);
         self.differing = std::mem::take(&mut passes.differing);

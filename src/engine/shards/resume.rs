@@ -1,6 +1,8 @@
 //! Takes over what earlier attempts left: reads every range that the journal vouches for and keeps those whose bytes are
 //! still what was written.
 
+use std::ops::Range;
+
 use super::{Follower, SealedShard, ShardFile};
 use crate::engine::check_inputs_unchanged;
 use crate::engine::kept::Kept;
@@ -24,27 +26,73 @@ impl Leftover {
     const NOTHING: Self = Self { file: None, published: false, elsewhere: None };
 }
 
+/// What the journal lists, before anything of it is looked at.
+#[derive(Default)]
+struct Listed {
+    /// Entries so far.
+    entries: usize,
+    /// Bytes of ranges that count.
+    bytes: u64,
+    /// Entries between a guess and the word that it was wrong.
+    void: Vec<Range<usize>>,
+    /// Bytes of ranges among them.
+    void_bytes: u64,
+    /// Where the last guess is, and the bytes of ranges since then.
+    guess: Option<(usize, u64)>,
+}
+
+impl Listed {
+    /// Takes in the next entry; false if it makes no sense there.
+    fn take(&mut self, entry: &Entry) -> bool {
+        self.entries += 1;
+        self.bytes += bytes_of(entry);
+        match (entry, &mut self.guess) {
+            (entry, guess) if entry.takes_guess() => *guess = Some((self.entries, 0)),
+            (Entry::Miss(_), guess) => {
+                let Some((start, bytes)) = guess.take() else { return false };
+                self.void.push(start..self.entries);
+                (self.void_bytes, self.bytes) = (self.void_bytes.max(bytes), self.bytes - bytes);
+            }
+            (Entry::Range(_), Some((_, bytes))) => *bytes += bytes_of(entry),
+            (Entry::Unit(_), guess) => *guess = None,
+            _ => {}
+        }
+        true
+    }
+
+    /// Whether `entry`, the one in `place`, is a range that was merged with a wrong guess.
+    fn is_void(&self, entry: &Entry, place: usize) -> bool {
+        matches!(entry, Entry::Range(_)) && self.void.iter().any(|void| void.contains(&place))
+    }
+}
+
 impl Follower<'_> {
     /// See the module's documentation. Shards that turn out to be complete are sealed.
     pub(super) fn take_over(&mut self, makes_sense: &dyn Fn(&Kept) -> bool) -> Result<Kept> {
         let (plan, output, observer) = (self.shards.plan, self.shards.output, self.shards.observer);
         let decode = |payload: &[u8]| records::decode(payload).ok_or_else(|| output.senseless_journal());
         self.compare_inputs()?;
-        let mut listed_bytes = 0;
+        let mut listed = Listed::default();
         output.each_done(|payload| {
-            listed_bytes += decode(payload)?.iter().map(bytes_of).sum::<u64>();
-            Ok(())
+            let sound = decode(payload)?.iter().all(|entry| listed.take(entry));
+            if sound { Ok(()) } else { Err(output.senseless_journal()) }
         })?;
-        observer.stage("check", listed_bytes);
+        observer.stage("check", listed.bytes);
         let left = (0..self.sealed.len()).map(|shard| self.leftover(shard)).collect::<Result<Vec<_>>>()?;
         let mut kept = Kept::new(plan);
         let mut buffer = Vec::new();
+        let mut places = 0..;
         output.each_done(|payload| {
-            for entry in decode(payload)? {
+            for (entry, place) in decode(payload)?.into_iter().zip(places.by_ref()) {
+                if listed.is_void(&entry, place) {
+                    continue;
+                }
                 observer.advance(bytes_of(&entry));
                 match entry {
                     Entry::Read(read) if self.shards.reads.as_ref().is_some_and(|r| r.know(&read).is_some()) => {}
                     Entry::Step(step) => kept.under_way.take(step),
+                    Entry::Guess(guess) if Kept::fits_guess(plan, &guess) => kept.add_guess(guess),
+                    Entry::Miss(miss) => kept.add_miss(&miss),
                     Entry::Unit(unit) if Kept::fits_unit(plan, &unit) => kept.add_unit(unit),
                     Entry::Range(range)
                         if Kept::fits(plan, &range) && plan.is_within(range.tensor, &self.shards.own) =>
@@ -64,7 +112,8 @@ impl Follower<'_> {
             return Err(output.senseless_journal());
         }
         // What was written without being recorded takes up room already.
-        let missing = self.remaining.iter().sum::<u64>().saturating_sub(2 * WRITE_BEHIND_BYTES);
+        let there = listed.void_bytes.saturating_add(2 * WRITE_BEHIND_BYTES);
+        let missing = self.remaining.iter().sum::<u64>().saturating_sub(there);
         // What was begun is not wrong for lack of room, and a job may wait for it.
         output
             .check_space_for(plan, missing)
@@ -73,7 +122,8 @@ impl Follower<'_> {
         for (shard, leftover) in left.iter().enumerate() {
             self.settle(shard, leftover)?;
         }
-        if !kept.is_empty() {
+        self.guessing = kept.is_guessing();
+        if !kept.is_empty() && !self.guessing {
             self.seal_complete()?;
         }
         Ok(kept)
@@ -201,6 +251,6 @@ impl Follower<'_> {
 fn bytes_of(entry: &Entry) -> u64 {
     match entry {
         Entry::Range(range) => range.pieces.iter().map(|piece| u64::from(piece.bytes)).sum(),
-        Entry::Unit(_) | Entry::Read(_) | Entry::Step(_) => 0,
+        _ => 0,
     }
 }

@@ -362,7 +362,7 @@ impl<'a> Group<'a> {
             let searching: Vec<&Out<'_>> = new.iter().map(|&out| &self.outs[out]).collect();
             let search = Search::new(self.union, &searching, unit);
             passes.floors = floors(self.union, self.outs, unit, &ready);
-            let found = passes.shared_thresholds(unit, &search.goals, &mut resident)?;
+            let found = passes.shared_thresholds(unit, &search.goals, &mut resident, None)?;
             for (number, &out) in new.iter().enumerate() {
                 let (goals, found) = search.of(number, &found);
                 ready[out] = Some(Ready::new(&self.outs[out], unit, goals, &found, Known::default()));

@@ -22,7 +22,11 @@ fn in_steps(isa: Isa, fused: Fused, stored: &Stored<'_>, out: &mut [u8], counted
         }
         finite &= all_finite(isa, &tau);
         if let Fused::Elected { .. } = fused {
-            counted.kept[model] += trim(isa, &mut tau, stored.min_keys[model]);
+            let key = stored.min_keys[model];
+            if stored.counts_ties {
+                counted.tied[model] += count_ties(isa, &tau, Ties { low: key, high: key });
+            }
+            counted.kept[model] += trim(isa, &mut tau, key);
         }
         tau
     };
@@ -99,34 +103,66 @@ fn checkpoints(float: Float, len: usize, count: usize, value: impl Fn(u64) -> Ve
     (0..=count as u64).map(each).collect()
 }
 
-/// Both ways, over all of the data and tile by tile, on every instruction set.
+/// Both ways, over all of the data and tile by tile, on every instruction set, with and without counts of ties.
 fn assert_alike(float: Float, len: usize, checkpoints: &[Vec<u8>], fused: Fused, weights: &[f32]) -> Option<u64> {
+    let found = assert_alike_with(float, len, checkpoints, (fused, false), weights);
+    let again = assert_alike_with(float, len, checkpoints, (fused, true), weights);
+    assert_eq!(found.is_some(), again.is_some());
+    found
+}
+
+fn assert_alike_with(
+    float: Float,
+    len: usize,
+    checkpoints: &[Vec<u8>],
+    (fused, counts_ties): (Fused, bool),
+    weights: &[f32],
+) -> Option<u64> {
     if len == 0 && !is_open(fused, weights) {
         return None;
     }
     let min_keys = min_keys(float, weights.len());
+    // A key that some entries have.
+    let tied = {
+        let decoded = |bytes: &[u8]| {
+            let mut values = vec![0.0; len];
+            load(Isa::baseline(), float, bytes, &mut values);
+            values
+        };
+        let (base, model) = (decoded(&checkpoints[0]), decoded(&checkpoints[1]));
+        let keys = base.iter().zip(&model).map(|(base, model)| key(model - base));
+        keys.filter(|key| (min_keys[0]..f32::INFINITY.to_bits()).contains(key)).last()
+    };
+    let tied: Vec<u32> = tied.into_iter().chain(min_keys.iter().copied().skip(1)).collect();
+    let min_keys = if counts_ties && tied.len() == min_keys.len() { tied } else { min_keys };
     type Merge = fn(Isa, Fused, &Stored<'_>, &mut [u8], Counted<'_>) -> Option<u64>;
     let run = |merge: Merge, isa: Isa, tiles: &[Range<usize>]| {
         let mut out = vec![0; len * float.width()];
-        let (mut kept, mut agreeing) = (vec![0; weights.len()], vec![0; weights.len()]);
+        let none = || vec![0; weights.len()];
+        let (mut kept, mut tied, mut agreeing) = (none(), none(), none());
         let mut opposed = Some(0);
         for tile in tiles {
             let bytes = tile.start * float.width()..tile.end * float.width();
             let models: Vec<&[u8]> = checkpoints[1..].iter().map(|bytes_of| &bytes_of[bytes.clone()]).collect();
             let base = Some(&checkpoints[0][bytes.clone()]);
-            let stored = Stored { float, base, models: &models, weights, min_keys: &min_keys };
-            let counted = Counted { kept: &mut kept, agreeing: &mut agreeing };
+            let stored = Stored { float, base, models: &models, weights, min_keys: &min_keys, counts_ties };
+            let counted = Counted { kept: &mut kept, tied: &mut tied, agreeing: &mut agreeing };
             let found = merge(isa, fused, &stored, &mut out[bytes], counted);
             opposed = opposed.and_then(|sum| Some(sum + found?));
         }
         // Without an answer nothing else has a meaning.
-        opposed.map(|opposed| (out, kept, agreeing, opposed))
+        opposed.map(|opposed| (out, kept, tied, agreeing, opposed))
     };
     let expected = everywhere(len, |isa, tiles| run(in_steps, isa, tiles));
     let found = everywhere(len, |isa, tiles| run(merge_stored, isa, tiles));
     let expected = expected.filter(|_| is_open(fused, weights));
     assert_eq!(found, expected, "{float:?}, {} models, {fused:?}", weights.len());
-    found.map(|(_, _, _, opposed)| opposed)
+    if let Some((_, kept, tied, ..)) = &found {
+        assert!(
+            tied.iter().zip(kept).all(|(tied, kept)| tied <= kept) && (counts_ties || *tied == vec![0; tied.len()])
+        );
+    }
+    found.map(|(.., opposed)| opposed)
 }
 
 #[test]
@@ -187,8 +223,10 @@ fn elections_under_which_survivors_may_vanish_have_no_loop() {
     let open = |float: Float, min_key: f32, weight: f32, lambda: f32| {
         let bytes = vec![0; float.width()];
         let min_keys = [min_key.to_bits().max(1)];
-        let stored = Stored { float, base: Some(&bytes), models: &[&bytes], weights: &[weight], min_keys: &min_keys };
-        let counted = Counted { kept: &mut [0], agreeing: &mut [0] };
+        let (base, models) = (Some(&*bytes), &[&*bytes]);
+        let weights = &[weight];
+        let stored = Stored { float, base, models, weights, min_keys: &min_keys, counts_ties: false };
+        let counted = Counted { kept: &mut [0], tied: &mut [0], agreeing: &mut [0] };
         let fused = Fused::Elected { zero_sign: 0.0, lambda };
         merge_stored(Isa::detect(), fused, &stored, &mut bytes.clone(), counted).is_some()
     };
@@ -213,9 +251,10 @@ fn other_types_and_more_models_have_no_loop() {
     let bytes = [0u8; 16];
     let merge = |float, count: usize| {
         let models = vec![&bytes[..]; count];
-        let stored = Stored { float, base: Some(&bytes), models: &models, weights: &vec![1.0; count], min_keys: &[] };
-        let (mut kept, mut agreeing) = (vec![0; count], vec![0; count]);
-        let counted = Counted { kept: &mut kept, agreeing: &mut agreeing };
+        let (base, weights) = (Some(&bytes[..]), &vec![1.0; count][..]);
+        let stored = Stored { float, base, models: &models, weights, min_keys: &[], counts_ties: false };
+        let none = || vec![0; count];
+        let counted = Counted { kept: &mut none(), tied: &mut none(), agreeing: &mut none() };
         merge_stored(Isa::detect(), Fused::Sum { lambda: 1.0 }, &stored, &mut [1; 16], counted)
     };
     assert_eq!(merge(Float::BF16, FUSED_MODELS), Some(0));
