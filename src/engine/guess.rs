@@ -201,7 +201,7 @@ impl Passes<'_> {
         resident: &mut Option<Resident>,
     ) -> Result<Beginning> {
         if let Some(done) = self.kept.taken_guess(unit.tensors[0]) {
-            if !self.guesses {
+            if !self.guesses || !self.plan.can_guess() {
                 return Err(self.writer().missed(done.bytes_read));
             }
             self.take_over_reads(done.bytes_read);
