@@ -494,10 +494,10 @@ fn sound_records_that_make_no_sense_are_refused() {
     let good = fs::read(&path).unwrap();
     let number = good.windows(4).filter(|bytes| *bytes == b"TSR\n").count() as u64;
     let before = tree(&saved);
-    let nonsense: [(&str, u8, Vec<u8>); 17] = [
+    let nonsense: [(&str, u8, Vec<u8>); 20] = [
         ("an unknown kind", 9, Vec::new()),
         ("a second beginning", 1, b"{}".to_vec()),
-        ("an unknown entry", 2, vec![7]),
+        ("an unknown entry", 2, vec![99]),
         ("an entry cut off", 2, range(3, 0, 10, &[], &[40])[..30].to_vec()),
         ("no such tensor", 2, range(9, 0, 10, &[], &[40])),
         ("beyond the tensor", 2, range(3, 209_999, 10, &[], &[40])),
@@ -510,6 +510,9 @@ fn sound_records_that_make_no_sense_are_refused() {
         ("a search cut off", 2, [&[4][..], &[0; 20], &[9, 0, 0, 0]].concat()),
         ("votes cut off", 2, [&[6][..], &[0; 36], &[9, 0, 0, 0]].concat()),
         ("a group of a probe cut off", 2, [&[5][..], &[0; 32], &[9, 0, 0, 0]].concat()),
+        ("a miss without a guess", 2, [8; 9].to_vec()),
+        ("a guess about too few models", 2, [&[7, 3, 0, 0, 0, 0][..], &[0; 12]].concat()),
+        ("a guess in a state that there is not", 2, [&[7, 3, 0, 0, 0, 3][..], &[0; 12]].concat()),
         ("inputs that are none", 6, b"{}".to_vec()),
         ("names that are none", 3, b"{}".to_vec()),
     ];
