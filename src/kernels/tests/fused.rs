@@ -130,8 +130,8 @@ fn assert_alike_with(
             values
         };
         let (base, model) = (decoded(&checkpoints[0]), decoded(&checkpoints[1]));
-        let keys = base.iter().zip(&model).map(|(base, model)| key(model - base));
-        keys.filter(|key| (min_keys[0]..f32::INFINITY.to_bits()).contains(key)).last()
+        let mut keys = base.iter().zip(&model).map(|(base, model)| key(model - base));
+        keys.rfind(|key| (min_keys[0]..f32::INFINITY.to_bits()).contains(key))
     };
     let tied: Vec<u32> = tied.into_iter().chain(min_keys.iter().copied().skip(1)).collect();
     let min_keys = if counts_ties && tied.len() == min_keys.len() { tied } else { min_keys };
