@@ -87,10 +87,13 @@ impl OutputDir {
     /// Removes what is uploaded: first what makes it loadable, and last the manifest, which says what there is.
     pub(super) fn remove_uploaded(&self, plan: &Plan) {
         let side_files = self.side_files().unwrap_or_default();
-        let shards = plan.layout.shards.iter().map(|shard| shard.name.as_str());
-        let all = LOADABLE.into_iter().chain(shards).chain(side_files.iter().map(String::as_str));
         // Best effort: all of it is where it should be.
-        all.for_each(|name| drop(self.storage.remove_file(&self.dir.join(name))));
+        let remove = |name: &str| drop(self.storage.remove_file(&self.dir.join(name)));
+        LOADABLE.into_iter().for_each(remove);
+        // What is loadable here after a crash is whole.
+        let _ = self.storage.sync_dir(&self.dir);
+        plan.layout.shards.iter().for_each(|shard| remove(&shard.name));
+        side_files.iter().for_each(|name| remove(name));
         // Before the journal goes, which says whose they are.
         let _ = self.storage.sync_dir(&self.dir);
     }
