@@ -93,7 +93,10 @@ impl OutputDir {
         // What is loadable here after a crash is whole.
         let _ = self.storage.sync_dir(&self.dir);
         plan.layout.shards.iter().for_each(|shard| remove(&shard.name));
-        side_files.iter().for_each(|name| remove(name));
+        side_files.iter().filter(|name| *name != MANIFEST).for_each(|name| remove(name));
+        // Before the manifest goes, which says what there is.
+        let _ = self.storage.sync_dir(&self.dir);
+        remove(MANIFEST);
         // Before the journal goes, which says whose they are.
         let _ = self.storage.sync_dir(&self.dir);
     }
