@@ -107,7 +107,7 @@ fn an_upload_of_parts_that_is_disturbed_anywhere_can_be_run_again() {
         let index = ["model.safetensors.index.json", "model.safetensors"].map(|name| format!("{ADDRESS}/{name}"));
         let (operations, changes) = undisturbed.counts();
         let faults = every_fault(operations, changes, |at| [KINDS[at as usize % KINDS.len()]; 2]);
-        for (at, fault, survives) in faults.into_iter().step_by(2 * STEP - 1) {
+        for (at, fault, survives) in faults.into_iter().step_by(4 * STEP - 1) {
             let what = format!("{fault:?} {at} of {changes} or {operations}, survives {survives:?}");
             let disturbed = before.fork(Some((at, fault)));
             let complete = upload_in_parts(&recipe, &disturbed).is_ok();
@@ -126,7 +126,7 @@ fn an_upload_of_parts_that_is_disturbed_anywhere_can_be_run_again() {
         }
     }
     say(&format!("{cases} uploads of parts disturbed"));
-    assert!(cases > 1000 / STEP, "{cases}");
+    assert!(cases > 800 / STEP, "{cases}");
 }
 
 #[test]
