@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use super::cut::Cut;
-use super::passes::{Passes, Resident, bounded_selectors, lock, prefetch, probed_selectors, probes_ahead};
+use super::passes::{Passes, Resident, bounded_selectors, load_blocks, lock, probed_selectors};
 use super::pool;
 use super::records::{Entry, GuessDone, GuessState, UnitDone};
 use super::select::{UnitThresholds, tensor_cuts};
@@ -25,7 +25,7 @@ use super::worker::{Known, Tally, Worker};
 use crate::error::Result;
 use crate::kernels::Ties;
 use crate::limits::PROBE_GROUPS;
-use crate::plan::{Goal, Plan, Schedule, Unit, UnitKind, Wanted};
+use crate::plan::{Goal, Plan, Schedule, Unit, UnitKind, Wanted, bytes_of};
 use crate::sketch::{BlockCounts, Bracket, MagnitudeSketch, Probe, Selector, Threshold};
 
 /// Per goal: the key that the threshold is taken for; `None` where nothing is cut or kept.
@@ -95,8 +95,7 @@ struct FineLook {
 
 impl FineLook {
     fn new(brackets: Vec<Option<Bracket>>) -> Self {
-        let empty = Bracket { low: 0, shift: 0, bins: 0 };
-        let sums = brackets.iter().map(|bracket| MagnitudeSketch::new(bracket.unwrap_or(empty))).collect();
+        let sums = brackets.iter().map(|bracket| MagnitudeSketch::new(bracket.unwrap_or(Bracket::NONE))).collect();
         Self { brackets, sums: Mutex::new(sums) }
     }
 
@@ -292,7 +291,7 @@ impl Passes<'_> {
             }
         }
         let share = Schedule::probe_blocks(plan, unit).count().div_ceil(PROBE_GROUPS);
-        let (ahead, keep_after) = (probes_ahead(self.schedule), self.schedule.keep_after);
+        let (schedule, keep_after) = (self.schedule, self.schedule.keep_after);
         let kept = Mutex::new((Vec::new(), Instant::now()));
         pool::run(
             &mut self.workers,
@@ -300,18 +299,12 @@ impl Passes<'_> {
             0,
             |_| (),
             |worker, _, group| {
-                let (reads, before) = (worker.reads.take(), worker.tally.bytes_read);
+                let before = worker.tally.bytes_read;
                 look.begin(worker);
                 // Neighbours together.
                 let blocks = || Schedule::probe_blocks(plan, unit).skip(group * share).take(share);
-                let mut next = blocks();
-                for (index, block) in blocks().enumerate() {
-                    let announced = if index == 0 { ahead } else { ahead.min(1) };
-                    next.by_ref().take(announced).for_each(|block| _ = prefetch(plan, block, wanted));
-                    let pieces = plan.pieces(block.tensor, wanted);
-                    worker.load(plan, block, pieces, observer, |worker, data| look.see(worker, group, data))?;
-                }
-                worker.reads = reads;
+                let see = |worker: &mut Worker, data: Loaded<'_>| look.see(worker, group, data);
+                load_blocks(worker, (plan, schedule), blocks, wanted, observer, see)?;
                 let sketches = look.end(worker, group);
                 let Some(notes) = notes else { return Ok(()) };
                 let (tensor, group, bytes_read) = (unit.tensors[0], group as u32, worker.tally.bytes_read - before);
@@ -345,11 +338,11 @@ impl Passes<'_> {
         kept.add_survivors(&unit.tensors, &mut survivors);
         kept.add_ties(&unit.tensors, &mut tied);
         let Some(found) = guess.proven(goals, &survivors, &tied) else {
-            return Err(writer.missed(bytes_read + bytes_of(plan, unit, Wanted::All)));
+            return Err(writer.missed(bytes_read + bytes_of(plan, &unit.tensors, Wanted::All)));
         };
         if !self.announces_passes() {
             // The stage that counts all reads counts those that are spared too.
-            self.observer.advance(bytes_of(plan, unit, Wanted::TaskVectors(&plan.searched(goals))));
+            self.observer.advance(bytes_of(plan, &unit.tensors, Wanted::TaskVectors(&plan.searched(goals))));
         }
         let thresholds = self.keep_proven(unit, goals, &found, bytes_read)?;
         self.thresholds.record(thresholds, &survivors);
@@ -401,12 +394,6 @@ impl Passes<'_> {
         self.writer().keep(UnitDone { tensor, found, majority: 0, bytes_read, facts: Vec::new() })?;
         Ok(thresholds)
     }
-}
-
-/// Tensor bytes that a pass over `unit` loads.
-fn bytes_of(plan: &Plan, unit: &Unit, wanted: Wanted<'_>) -> u64 {
-    let pieces = |tensor: u32| plan.pieces(tensor, wanted).map(move |piece| plan.bytes_used(tensor, piece));
-    unit.tensors.iter().flat_map(|&tensor| pieces(tensor)).sum()
 }
 
 #[cfg(test)]

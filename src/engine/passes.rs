@@ -456,7 +456,7 @@ impl<'a> Passes<'a> {
         let done = self.probed(unit, &models, &mut probes);
         let probes = Mutex::new((probes, Vec::new(), Instant::now()));
         let (observer, keep_after) = (self.observer, self.schedule.keep_after);
-        let probes_ahead = probes_ahead(self.schedule);
+        let schedule = self.schedule;
         pool::run(
             &mut self.workers,
             (0..PROBE_GROUPS).filter(|&group| !done[group]),
@@ -464,17 +464,10 @@ impl<'a> Passes<'a> {
             |_| (),
             |worker, _, group| {
                 worker.set_brackets(&brackets);
-                let (reads, before) = (worker.reads.take(), worker.tally.bytes_read);
-                let wanted = Wanted::TaskVectors(&models);
+                let (wanted, before) = (Wanted::TaskVectors(&models), worker.tally.bytes_read);
                 let blocks = || Schedule::probe_blocks(plan, unit).skip(group).step_by(PROBE_GROUPS);
-                let mut next = blocks();
-                for (index, block) in blocks().enumerate() {
-                    let announced = if index == 0 { probes_ahead } else { probes_ahead.min(1) };
-                    next.by_ref().take(announced).for_each(|block| _ = prefetch(plan, block, wanted));
-                    let pieces = plan.pieces(block.tensor, wanted);
-                    worker.load(plan, block, pieces, observer, |worker, data| worker.sketch(data, &brackets))?;
-                }
-                worker.reads = reads;
+                let see = |worker: &mut Worker, data: Loaded<'_>| worker.sketch(data, &brackets);
+                load_blocks(worker, (plan, schedule), blocks, wanted, observer, see)?;
                 let (probes, unkept, kept) = &mut *lock(&probes);
                 for (probe, sketch) in probes.iter_mut().zip(&worker.sketches).filter(|(_, s)| s.bins() > 0) {
                     probe.add_group(sketch);
@@ -665,6 +658,26 @@ pub(super) fn units_ahead(schedule: &Schedule) -> (u64, Weight) {
 
 /// What a unit of so many bytes weighs; see [`units_ahead`].
 pub(super) type Weight = fn(u64) -> u64;
+
+/// Shows `see` the `blocks` of a sample, some announced ahead where they come from a network. They are read again in all of
+/// the data: no hash is taken of them.
+pub(super) fn load_blocks<I: Iterator<Item = Chunk>>(
+    worker: &mut Worker,
+    (plan, schedule): (&Plan, &Schedule),
+    blocks: impl Fn() -> I,
+    wanted: Wanted<'_>,
+    observer: &dyn Observer,
+    see: impl Fn(&mut Worker, Loaded<'_>) -> Result<()>,
+) -> Result<()> {
+    let (ahead, reads, mut next) = (probes_ahead(schedule), worker.reads.take(), blocks());
+    for (index, block) in blocks().enumerate() {
+        let announced = if index == 0 { ahead } else { ahead.min(1) };
+        next.by_ref().take(announced).for_each(|block| _ = prefetch(plan, block, wanted));
+        worker.load(plan, block, plan.pieces(block.tensor, wanted), observer, &see)?;
+    }
+    worker.reads = reads;
+    Ok(())
+}
 
 /// How many blocks of a probe each worker announces ahead: a network is slow to answer, and a disk is not.
 pub(super) fn probes_ahead(schedule: &Schedule) -> usize {

@@ -238,7 +238,7 @@ impl<'a> Passes<'a> {
         let left = self.notes_of(unit)?.searches(unit)?;
         let first = left.first().filter(|first| first.elements <= unit.elements)?;
         let most_bins = self.schedule.sketch_bins.max(SKETCH_BINS_MIN);
-        let nothing = || MagnitudeSketch::new(Bracket { low: 0, shift: 0, bins: 0 });
+        let nothing = || MagnitudeSketch::new(Bracket::NONE);
         let mut selectors = vec![None; goals.len()];
         let mut sketches = vec![nothing(); goals.len()];
         for (at, (model, rank)) in sought(self.plan, goals) {

@@ -58,7 +58,7 @@ impl Passes<'_> {
     }
 }
 
-/// Merges a chunk with its tensor's cuts, of which none goes by position. It is not done yet.
+/// Merges a chunk with its tensor's cuts. It is not done yet. Where a cut goes by position, the chunk has to be the whole tensor.
 pub(super) fn merge_chunk<'w>(
     worker: &mut Worker,
     data: Loaded<'_>,

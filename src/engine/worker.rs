@@ -240,9 +240,9 @@ impl Worker {
 
     /// Gives every model's sketch its bracket; models without one are not sketched.
     pub(super) fn set_brackets(&mut self, brackets: &[Option<Bracket>]) {
-        self.sketches.resize_with(brackets.len(), || MagnitudeSketch::new(Bracket { low: 0, shift: 0, bins: 0 }));
+        self.sketches.resize_with(brackets.len(), || MagnitudeSketch::new(Bracket::NONE));
         for (sketch, bracket) in self.sketches.iter_mut().zip(brackets) {
-            sketch.reset(bracket.unwrap_or(Bracket { low: 0, shift: 0, bins: 0 }));
+            sketch.reset(bracket.unwrap_or(Bracket::NONE));
         }
     }
 

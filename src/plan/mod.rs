@@ -33,6 +33,7 @@ pub use layers::LAYER_COUNT_KEYS;
 pub(crate) use layers::split as split_layer;
 pub use manifest::{ListedFile, MANIFEST_VERSION, Manifest};
 pub use modules::may_describe;
+pub(crate) use passes::bytes_of;
 pub(crate) use schedule::near_keys;
 pub use schedule::{Chunk, Run, Schedule, Study, Together, Unit, UnitKind};
 pub use spooling::{Downloads, Spooling, spool_room};

@@ -80,7 +80,7 @@ impl Schedule {
 }
 
 /// Input bytes of `tensors` that a pass loads.
-pub(super) fn bytes_of(plan: &Plan, tensors: &[u32], wanted: Wanted<'_>) -> u64 {
+pub fn bytes_of(plan: &Plan, tensors: &[u32], wanted: Wanted<'_>) -> u64 {
     tensors.iter().map(|&t| plan.pieces(t, wanted).map(|p| plan.bytes_used(t, p)).sum::<u64>()).sum()
 }
 

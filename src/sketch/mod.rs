@@ -46,6 +46,9 @@ impl Bracket {
         bounds.map_or(Self::COARSE, |(low, high)| Self::over(low, u64::from(high) + 1, max_bins))
     }
 
+    /// No keys at all.
+    pub const NONE: Self = Self { low: 0, shift: 0, bins: 0 };
+
     /// All keys, 2^15 per bin: about 0.4 % of a magnitude.
     pub const COARSE: Self = Self { low: 0, shift: COARSE_SHIFT, bins: SKETCH_BINS_MIN };
 
@@ -264,7 +267,7 @@ mod tests {
         let mut sketch = MagnitudeSketch::new(Bracket::over(0x3a00_0000, 0x3a00_4000, 1 << 20));
         let values: Vec<f32> = (0..5000u32).map(|i| f32::from_bits(0x3a00_0000 + i * 7)).collect();
         sketch.add(Isa::detect(), &values);
-        let empty = MagnitudeSketch::new(Bracket { low: 0, shift: 0, bins: 0 });
+        let empty = MagnitudeSketch::new(Bracket::NONE);
         let coarse = MagnitudeSketch::new(Bracket::COARSE);
         let bytes: Vec<u8> = [&sketch, &empty, &coarse].iter().flat_map(|sketch| sketch.encode()).collect();
         let mut rest = &bytes[..];

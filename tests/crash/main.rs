@@ -252,15 +252,27 @@ fn lasting(tree: &Tree) -> BTreeMap<String, Vec<u8>> {
         .filter(|(name, _)| *name != ".tiesmith/lock")
         .map(|(name, (_, data))| (name.clone(), data.clone()))
         .collect();
-    if let Some(manifest) = lasting.get_mut("tiesmith.json") {
-        let mut value: Value = serde_json::from_slice(manifest).unwrap();
-        let report = value["report"].as_object_mut().unwrap();
-        for field in ["wall_seconds", "peak_memory_bytes", "resumed", "chunks_reused"] {
-            report.remove(field).unwrap();
-        }
-        *manifest = value.to_string().into_bytes();
-    }
+    lasting.get_mut("tiesmith.json").into_iter().for_each(forget_passing);
     lasting
+}
+
+/// The same of everything in and below the directory, where there are several outputs.
+fn lasting_below(memory: &Memory) -> BTreeMap<String, Vec<u8>> {
+    let passing = |name: &str| name.starts_with("sweep.") || name.ends_with(".tiesmith/lock");
+    let files = memory.tree(OUT).into_iter().filter(|(name, _)| !passing(name));
+    let mut files: BTreeMap<String, Vec<u8>> = files.map(|(name, (_, data))| (name, data)).collect();
+    files.iter_mut().filter(|(name, _)| name.ends_with("tiesmith.json")).for_each(|(_, data)| forget_passing(data));
+    files
+}
+
+/// Takes out of a manifest what depends on how a run went.
+fn forget_passing(manifest: &mut Vec<u8>) {
+    let mut value: Value = serde_json::from_slice(manifest).unwrap();
+    let report = value["report"].as_object_mut().unwrap();
+    for field in ["wall_seconds", "peak_memory_bytes", "resumed", "chunks_reused"] {
+        report.remove(field).unwrap();
+    }
+    *manifest = value.to_string().into_bytes();
 }
 
 struct Case<'a> {

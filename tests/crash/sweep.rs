@@ -3,13 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use serde_json::Value;
 use tiesmith::{
     Downloads, Error, OutputOptions, Plan, Recipe, Run, Scope, Storage, SweepOptions, SweepReport, TrimTies, Variant,
 };
 
 use super::memory::{Fault, Memory, Survives};
-use super::{KINDS, OUT, STEP, Silent, inputs, recipe, say};
+use super::{KINDS, OUT, STEP, Silent, inputs, lasting_below, recipe, say};
 
 fn sweep(base: &Recipe, packed: bool, memory: &Memory) -> Result<SweepReport, Error> {
     let storage: Arc<dyn Storage> = Arc::new(memory.clone());
@@ -29,22 +28,6 @@ fn sweep(base: &Recipe, packed: bool, memory: &Memory) -> Result<SweepReport, Er
     tiesmith::sweep(union, &variants, Run::new(96 << 20, 1), &options, &storage, &Silent)
 }
 
-/// What does not depend on how often a run was disturbed.
-fn lasting(memory: &Memory) -> BTreeMap<String, Vec<u8>> {
-    let files = memory.tree(OUT).into_iter().map(|(name, (_, data))| (name, data));
-    let mut files: BTreeMap<String, Vec<u8>> =
-        files.filter(|(name, _)| !name.starts_with("sweep.") && !name.ends_with(".tiesmith/lock")).collect();
-    for (_, manifest) in files.iter_mut().filter(|(name, _)| name.ends_with("/tiesmith.json")) {
-        let mut value: Value = serde_json::from_slice(manifest).unwrap();
-        let report = value["report"].as_object_mut().unwrap();
-        for field in ["wall_seconds", "peak_memory_bytes", "resumed", "chunks_reused"] {
-            report.remove(field).unwrap();
-        }
-        *manifest = value.to_string().into_bytes();
-    }
-    files
-}
-
 /// Goes on after `fault` at operation or change `at`, and compares.
 fn disturbed(
     (base, packed): (&Recipe, bool),
@@ -58,7 +41,7 @@ fn disturbed(
     let memory = memory.reboot(survives);
     let what = format!("at {at}, {fault:?}, survives {survives:?}");
     let report = sweep(base, packed, &memory).unwrap_or_else(|error| panic!("{what}: {error}"));
-    let found = lasting(&memory);
+    let found = lasting_below(&memory);
     assert!(found.keys().eq(expected.keys()), "{what}: {:?}", found.keys());
     for (name, data) in expected {
         assert!(found[name] == *data, "{what}: {name} differs");
@@ -80,7 +63,7 @@ fn an_interrupted_sweep_goes_on() {
         let memory = inputs().fork(None);
         sweep(&base, packed, &memory).unwrap();
         let (operations, changes) = memory.counts();
-        let expected = lasting(&memory);
+        let expected = lasting_below(&memory);
         let ending = if packed { ".tvz" } else { "/tiesmith.json" };
         assert_eq!(expected.keys().filter(|name| name.ends_with(ending)).count(), 3);
         for at in (1..=changes).step_by(STEP) {

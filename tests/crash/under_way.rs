@@ -6,14 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 
-use serde_json::Value;
 use tiesmith::{
     Downloads, Error, Job, Observer, OutputOptions, Part, Plan, Recipe, Run, Schedule, Scope, Storage, Study,
     SweepOptions, TrimTies, Variant,
 };
 
 use super::memory::{Fault, Memory, Survives};
-use super::{KINDS, OUT, STEP, Silent, StopAfter, large_inputs, recipe, say};
+use super::{KINDS, OUT, STEP, Silent, StopAfter, large_inputs, lasting_below, recipe, say};
 
 /// What is known is kept after every chunk.
 const RUN: Run = Run { keep_after: Duration::ZERO, ..Run::new(28 << 20, 1) };
@@ -100,24 +99,8 @@ fn works() -> Vec<Work> {
     ]
 }
 
-/// What does not depend on how often it was disturbed.
-fn lasting(memory: &Memory) -> BTreeMap<String, Vec<u8>> {
-    let passing = |name: &str| name.starts_with("sweep.") || name.ends_with(".tiesmith/lock");
-    let files = memory.tree(OUT).into_iter().filter(|(name, _)| !passing(name));
-    let mut files: BTreeMap<String, Vec<u8>> = files.map(|(name, (_, data))| (name, data)).collect();
-    for (_, manifest) in files.iter_mut().filter(|(name, _)| name.ends_with("tiesmith.json")) {
-        let mut value: Value = serde_json::from_slice(manifest).unwrap();
-        let report = value["report"].as_object_mut().unwrap();
-        for field in ["wall_seconds", "peak_memory_bytes", "resumed", "chunks_reused"] {
-            report.remove(field).unwrap();
-        }
-        *manifest = value.to_string().into_bytes();
-    }
-    files
-}
-
 fn compare(memory: &Memory, expected: &BTreeMap<String, Vec<u8>>, what: &str) {
-    let found = lasting(memory);
+    let found = lasting_below(memory);
     assert!(found.keys().eq(expected.keys()), "{what}: {:?}", found.keys());
     expected.iter().for_each(|(name, data)| assert!(found[name] == *data, "{what}: {name} differs"));
 }
@@ -137,7 +120,7 @@ fn a_run_that_never_gets_far_gets_through() {
     for Work { name, run } in works() {
         let whole = before.fork(None);
         run(&whole, &Silent).unwrap_or_else(|error| panic!("{name}: {error}"));
-        let expected = lasting(&whole);
+        let expected = lasting_below(&whole);
         let (mut memory, mut stops) = (before.fork(None), 0);
         while let Err(error) = run(&memory, &StopAfter(AtomicI64::new(patience(&memory)))) {
             assert_eq!(error.exit_code(), 130, "{name}: {error}");
@@ -159,7 +142,7 @@ fn work_that_is_disturbed_while_it_looks_ends_the_same() {
     for (number, Work { name, run, .. }) in works().into_iter().enumerate() {
         let whole = before.fork(None);
         run(&whole, &Silent).unwrap();
-        let (expected, (operations, changes)) = (lasting(&whole), whole.counts());
+        let (expected, (operations, changes)) = (lasting_below(&whole), whole.counts());
         let crash = |at: u64| (at, [Fault::CrashBefore, Fault::CrashIn][at as usize % 2]);
         let error = |at: u64| {
             let kind = KINDS[at as usize % KINDS.len()];
@@ -229,7 +212,7 @@ fn a_sweep_goes_on_with_searches_for_another_grid() {
     let fresh = |grid: &[(&[&str], f64)], before: &Memory| {
         let memory = before.fork(None);
         let read = sweep_of(grid, &memory, &Silent).unwrap();
-        (lasting(&memory), read)
+        (lasting_below(&memory), read)
     };
     // The same, fewer, in another order, and others too.
     let grids = [
@@ -244,7 +227,7 @@ fn a_sweep_goes_on_with_searches_for_another_grid() {
         let (expected, all) = fresh(&grid, &before);
         // The probe is for all models, whatever is sought.
         assert_eq!(read + 4_000_000 < all, goes_on, "{grid:?}: {read} of {all} bytes");
-        let found = lasting(&memory);
+        let found = lasting_below(&memory);
         expected.iter().for_each(|(name, data)| assert!(found[name] == *data, "{grid:?}: {name} differs"));
     }
     // A model that the output with the journal does not have is another now, as long as the other one: nothing that was
@@ -260,7 +243,7 @@ fn a_sweep_goes_on_with_searches_for_another_grid() {
         memory.remove_file(format!("{OUT}/{name}").as_ref()).unwrap();
     }
     sweep_of(&first, &memory, &Silent).unwrap();
-    let (found, expected) = (lasting(&memory), fresh(&first, &there).0);
+    let (found, expected) = (lasting_below(&memory), fresh(&first, &there).0);
     // Manifests have times.
     let models = expected.iter().filter(|(name, _)| name.ends_with(".safetensors"));
     models.for_each(|(name, data)| assert!(found[name] == *data, "{name} differs"));

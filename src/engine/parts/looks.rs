@@ -257,7 +257,7 @@ impl<'a> Looks<'a> {
         observer.stage(
             "probe",
             self.desk.schedule.passes.iter().filter(|p| p.name == "probe").map(|p| p.bytes_read).sum::<u64>()
-                / PROBE_GROUPS as u64,
+                / (PROBE_GROUPS as u64 * self.desk.schedule.probe_looks(plan)),
         );
         let models = plan.searched(goals);
         let brackets: Vec<_> = models.iter().map(|wanted| wanted.then_some(Bracket::COARSE)).collect();
@@ -301,8 +301,7 @@ impl<'a> Looks<'a> {
     /// What the parts' counts add up to.
     fn sum(&self, names: &[String], brackets: &[Option<Bracket>]) -> Result<Vec<MagnitudeSketch>> {
         let board = &self.desk.board;
-        let nothing = Bracket { low: 0, shift: 0, bins: 0 };
-        let mut sums: Vec<_> = brackets.iter().map(|b| MagnitudeSketch::new(b.unwrap_or(nothing))).collect();
+        let mut sums: Vec<_> = brackets.iter().map(|b| MagnitudeSketch::new(b.unwrap_or(Bracket::NONE))).collect();
         for name in names {
             let bytes = board.expect(name)?;
             let mut rest = bytes.get(8..).ok_or_else(|| board.senseless(name))?;
