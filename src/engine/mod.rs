@@ -230,9 +230,13 @@ struct Finished {
 }
 
 /// Whether `dir` holds the finished output of `plan`, and nothing of the work is left beside it: that is removed by whoever
-/// takes it up again.
+/// takes it up again. A mere lock of a run that is no more goes at once.
 pub fn is_finished(plan: &Plan, dir: &Path, storage: &dyn Storage) -> Result<bool> {
-    Ok(holds_output(plan, dir, storage)? && !OutputDir::is_begun(dir, storage)?)
+    let finished = holds_output(plan, dir, storage)? && !OutputDir::is_begun(dir, storage)?;
+    if finished {
+        OutputDir::forget_lock(dir, storage);
+    }
+    Ok(finished)
 }
 
 /// Whether what makes `dir` loadable is the output of `plan`, or was handed over as the one shard that it is.

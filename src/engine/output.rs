@@ -231,7 +231,10 @@ impl OutputDir {
             Ok((work, before))
         };
         // Whatever fails before anything is written.
-        let (work, before) = admit().map_err(Error::as_input)?;
+        let (work, before) = admit().map_err(|error| {
+            Self::forget_lock(dir, &**storage);
+            error.as_input()
+        })?;
         let unwritable = |e: Error| e.as_input().help("choose an --out that you may write to");
         let lock = storage.lock(&work.join(LOCK)).map_err(unwritable)?;
         let taken = Self::taken(dir, work.join(JOURNAL), lock, storage);
@@ -393,6 +396,21 @@ impl OutputDir {
         let _ = self.storage.remove_dir(&self.work);
         if self.created {
             let _ = self.storage.remove_dir(&self.dir);
+        }
+    }
+
+    /// Removes the work directory that a run killed at its very end left beside its output: of its files, only the lock
+    /// outlives the journal. Best effort: it is in nobody's way.
+    pub(super) fn forget_lock(dir: &Path, storage: &dyn Storage) {
+        let Ok(work) = work_dir(dir, storage) else { return };
+        let Ok(found) = Found::look(dir, &work, storage) else { return };
+        let is_left = storage.identity(&work).is_ok_and(|there| there.is_some());
+        if !is_left || !found.finished() || !found.work.iter().all(|name| name == LOCK) {
+            return;
+        }
+        if let Ok(Some(_lock)) = storage.try_lock(&work.join(LOCK)) {
+            let _ = storage.remove_file(&work.join(LOCK));
+            let _ = storage.remove_dir(&work);
         }
     }
 

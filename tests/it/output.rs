@@ -193,6 +193,28 @@ fn a_finished_output_never_has_work_files() {
     assert!(names(&output.path).iter().all(|name| !name.starts_with('.') && !name.contains("partial")));
 }
 
+#[test]
+fn what_a_run_leaves_that_is_killed_at_its_very_end_goes_with_the_next() {
+    let saved = Spec::default().family().save();
+    let output = saved.merge(&Recipe::default(), &[]);
+    let work = output.path.join(".tiesmith");
+    let again = || saved.run("merge", &Recipe::default(), &["--progress=none", "--out", &text(&output.path)]);
+    for with_lock in [false, true] {
+        fs::create_dir(&work).unwrap();
+        if with_lock {
+            fs::write(work.join("lock"), "process 1").unwrap();
+        }
+        assert!(again().error_line(2).contains("a finished merge is already there"));
+        assert!(!work.exists(), "with a lock: {with_lock}");
+    }
+    // Somebody else's work is not a trace.
+    fs::create_dir(&work).unwrap();
+    let lock = fs::File::create(work.join("lock")).unwrap();
+    lock.lock().unwrap();
+    again().error_line(2);
+    assert!(work.join("lock").exists());
+}
+
 /// Large enough for a run to be watched: eight shards.
 fn eight_shards() -> Family {
     let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
