@@ -189,7 +189,7 @@ const MOST_INSTRUCTIONS: [(&str, f64); 6] = [
     ("histogram, narrow", 4.2),
     ("keys near a threshold", 4.4),
     ("whole merge: linear, 3 models", 4.2),
-    ("whole merge: task_arithmetic, base and 3 models", 10.5),
+    ("whole merge: task_arithmetic, base and 3 models", 9.6),
     ("whole merge: ties, base and 3 models", 17.6),
 ];
 

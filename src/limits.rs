@@ -59,15 +59,19 @@ pub const MAX_MODELS: usize = 128;
 pub const TILE_ELEMENTS: usize = 2048;
 /// Elements of a chunk where memory allows: so many that its windows are worth mapping. Disks are kept busy by what is
 /// announced ahead.
-pub const CHUNK_ELEMENTS: u64 = 1 << 19;
+pub const CHUNK_ELEMENTS: u64 = 1 << 21;
 /// Shortest chunk that is worth reading: below, system calls cost more than arithmetic.
 pub const MIN_CHUNK_ELEMENTS: u64 = 1 << 14;
 /// Elements computed before they are written.
 pub const OUT_ELEMENTS: u64 = 1 << 17;
 /// Longest tensor that one worker takes alone; longer ones are shared, so that no worker is left with a long tail.
 pub const SOLO_ELEMENTS: u64 = 1 << 24;
-/// Longest unit whose threshold is selected among all its keys, and longest sample of a larger one in memory.
+/// Longest unit whose threshold is selected among all its keys.
 pub const SMALL_UNIT_ELEMENTS: u64 = 1 << 16;
+/// Elements of a block of a sample of a unit in memory: four cache lines of a 16-bit type.
+pub const SAMPLE_BLOCK: usize = 128;
+/// Longest sample of a unit in memory.
+pub const SAMPLE_ELEMENTS: u64 = 1 << 16;
 /// Most keys listed near the threshold of a unit in memory: one in [`NEAR_SHARE`], up to so many.
 pub const NEAR_KEYS: u64 = 1 << 18;
 /// See [`NEAR_KEYS`].
@@ -88,9 +92,13 @@ pub const RESIDENT_WINDOWS: u64 = 1 << 14;
 pub const ROW_ELEMENTS: u64 = OUT_ELEMENTS;
 
 /// One element in so many is probed.
-pub const PROBE_SHARE: u64 = 100;
-/// Elements of one probed block: 8 KiB of a 16-bit type.
-pub const PROBE_BLOCK: u64 = 1 << 12;
+pub const PROBE_SHARE: u64 = 64;
+/// Elements of one probed block: neighbours are alike, so many short blocks say more than few long ones.
+pub const PROBE_BLOCK: u64 = 1 << 10;
+/// The same where it is fetched from a network, which takes as long for more.
+pub const PROBE_REMOTE_BLOCK: u64 = 1 << 12;
+/// Most elements of a probe: more would say little more, and each block costs a disk a seek, or a network a request.
+pub const PROBE_MAX_ELEMENTS: u64 = 1 << 23;
 /// Fewest elements probed (or all, if there are fewer): keeps the bracket of a smaller model narrow.
 pub const PROBE_MIN_ELEMENTS: u64 = 1 << 17;
 
@@ -120,8 +128,6 @@ pub const AHEAD_SHARE: u64 = 8;
 pub const CONNECTIONS_BYTES: u64 = 8_000_000;
 /// Blocks of a probe that each worker announces ahead, where they are fetched from a network.
 pub const PROBES_AHEAD: usize = 64;
-/// Most elements of a probe that is fetched from a network: each block costs a request, and more would say little more.
-pub const PROBE_REMOTE_ELEMENTS: u64 = 1 << 23;
 /// Bytes of a part of an upload, unless that makes more parts than stores take.
 pub const UPLOAD_PART_BYTES: u64 = 8 << 20;
 /// Most parts of an upload.
@@ -158,7 +164,10 @@ pub fn upload_part_bytes(bytes: u64) -> u64 {
 
 const _: () = {
     assert!(MIN_CHUNK_ELEMENTS >= TILE_ELEMENTS as u64 && CHUNK_ELEMENTS >= MIN_CHUNK_ELEMENTS);
-    assert!(MIN_CHUNK_ELEMENTS >= PROBE_BLOCK, "a probed block fits into the smallest window");
+    assert!(
+        MIN_CHUNK_ELEMENTS >= PROBE_BLOCK && MIN_CHUNK_ELEMENTS >= PROBE_REMOTE_BLOCK,
+        "a probed block fits into the smallest window"
+    );
     assert!(SKETCH_BINS_MIN.is_power_of_two() && SKETCH_BINS_MAX.is_power_of_two());
     assert!(OUT_ELEMENTS.is_multiple_of(TILE_ELEMENTS as u64));
 };

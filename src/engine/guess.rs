@@ -9,11 +9,12 @@
 //!   goes on with it. No shard gets its name before the guess is proven. If it turns out to be wrong, the journal says so, what
 //!   was merged since is void, and thresholds are searched for.
 
+use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use super::cut::Cut;
-use super::passes::{Passes, Resident, bounded_selectors, load_blocks, lock, probed_selectors};
+use super::passes::{Passes, Resident, load_blocks, lock, probed_selectors, sampled_selectors};
 use super::pool;
 use super::records::{Entry, GuessDone, GuessState, UnitDone};
 use super::select::{UnitThresholds, tensor_cuts};
@@ -24,24 +25,24 @@ use super::under_way::{Notes, ProbeDone, Step};
 use super::worker::{Known, Tally, Worker};
 use crate::error::Result;
 use crate::kernels::Ties;
-use crate::limits::PROBE_GROUPS;
-use crate::plan::{Goal, Plan, Schedule, Unit, UnitKind, Wanted, bytes_of};
-use crate::sketch::{BlockCounts, Bracket, MagnitudeSketch, Probe, Selector, Threshold};
+use crate::limits::{PROBE_GROUPS, SAMPLE_BLOCK};
+use crate::plan::{Chunk, Goal, Plan, Schedule, Unit, UnitKind, Wanted, bytes_of};
+use crate::sketch::{BlockCounts, Bracket, MagnitudeSketch, Probe, Selector, Standing, Threshold, guess_of_sample};
 
 /// Per goal: the key that the threshold is taken for; `None` where nothing is cut or kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Guess(pub Vec<Option<u32>>);
 
 impl Guess {
-    /// The thresholds, if the `bounds` that a sample gives leave hardly a doubt about any: so many entries have that very
-    /// key.
-    pub(super) fn within(bounds: &[Option<(u32, u32)>], goals: &[Goal]) -> Option<Self> {
-        let one = |(goal, bounds): (&Goal, &Option<(u32, u32)>)| match (goal, bounds) {
-            (Goal::Keep { .. }, &Some((low, high))) => (low == high).then_some(Some(low)),
-            (Goal::Keep { .. }, None) => None,
-            (Goal::All | Goal::Nothing, _) => Some(None),
+    /// The thresholds, if the samples of all models' keys leave hardly a doubt about any: so many entries have that very key.
+    pub(super) fn of_samples(samples: &[Vec<u32>], goals: &[Goal]) -> Option<Self> {
+        let one = |(goal, sample): (&Goal, &Vec<u32>)| match *goal {
+            Goal::Keep { keep, elements } => {
+                guess_of_sample(sample, SAMPLE_BLOCK, keep as f64 / elements as f64).map(Some)
+            }
+            Goal::All | Goal::Nothing => Some(None),
         };
-        goals.iter().zip(bounds).map(one).collect::<Option<_>>().map(Self)
+        goals.iter().zip(samples).map(one).collect::<Option<_>>().map(Self)
     }
 
     /// What survives if it is right.
@@ -130,19 +131,49 @@ impl Look for FineLook {
     }
 }
 
+/// What each block of a sample stands for. A stratum is a tensor, or several that follow each other if they have too few blocks
+/// for their error to be told.
+fn standings(plan: &Plan, unit: &Unit) -> HashMap<(u32, u64), Standing> {
+    let mut blocks = Schedule::probe_blocks(plan, unit).peekable();
+    let mut strata: Vec<(u64, Vec<Chunk>)> = Vec::new();
+    let mut open = false;
+    for &tensor in &unit.tensors {
+        if !std::mem::replace(&mut open, true) {
+            strata.push((0, Vec::new()));
+        }
+        let (elements, sampled) = strata.last_mut().expect("one is open");
+        *elements += plan.length(tensor);
+        sampled.extend(std::iter::from_fn(|| blocks.next_if(|block| block.tensor == tensor)));
+        open = sampled.len() < 2;
+    }
+    if open && strata.len() > 1 {
+        let (elements, sampled) = strata.pop().expect("more than one");
+        let last = strata.last_mut().expect("one is left");
+        last.0 += elements;
+        last.1.extend(sampled);
+    }
+    let standing = |(stratum, (elements, sampled)): (usize, (u64, Vec<Chunk>))| {
+        let samples: u64 = sampled.iter().map(|block| block.count).sum();
+        let standing = Standing { stratum: stratum as u32, weight: elements as f64 / samples.max(1) as f64 };
+        sampled.into_iter().map(move |block| ((block.tensor, block.start), standing))
+    };
+    strata.into_iter().enumerate().flat_map(standing).collect()
+}
+
 /// What the blocks have above a key, and tied with it.
 struct CountLook<'p> {
     plan: &'p Plan,
+    standings: HashMap<(u32, u64), Standing>,
     brackets: Vec<Option<Bracket>>,
     /// By group, so that they are added up in one order.
     groups: Mutex<Vec<Vec<BlockCounts>>>,
 }
 
 impl<'p> CountLook<'p> {
-    fn new(plan: &'p Plan, keys: &[Option<u32>]) -> Self {
+    fn new(plan: &'p Plan, unit: &Unit, keys: &[Option<u32>]) -> Self {
         let single = |key: &Option<u32>| key.map(|low| Bracket { low, shift: 0, bins: 1 });
-        let none = vec![BlockCounts::default(); keys.len()];
-        Self { plan, brackets: keys.iter().map(single).collect(), groups: Mutex::new(vec![none; PROBE_GROUPS]) }
+        let groups = Mutex::new(vec![vec![BlockCounts::default(); keys.len()]; PROBE_GROUPS]);
+        Self { plan, standings: standings(plan, unit), brackets: keys.iter().map(single).collect(), groups }
     }
 
     /// Those of all groups, per goal.
@@ -168,10 +199,11 @@ impl Look for CountLook<'_> {
     fn see(&self, worker: &mut Worker, group: usize, data: Loaded<'_>) -> Result<()> {
         worker.set_brackets(&self.brackets);
         worker.sketch(data, &self.brackets)?;
+        let standing = self.standings[&(data.chunk.tensor, data.chunk.start)];
         for (model, counts) in lock(&self.groups)[group].iter_mut().enumerate() {
             if self.brackets[model].is_some() && self.plan.merged_length(data.chunk.tensor, model) > 0 {
                 let (above, tied) = worker.sketches[model].above_and_first();
-                counts.add(data.chunk.count, above, tied);
+                counts.add(standing, data.chunk.count, above, tied);
             }
         }
         Ok(())
@@ -214,13 +246,13 @@ impl Passes<'_> {
         let bins = self.schedule.sketch_bins;
         match unit.kind {
             UnitKind::Resident if self.plan.per_tensor() => {
-                let bounds = self.bounds(unit, resident, goals)?;
-                if let Some(guess) = Guess::within(&bounds, goals)
+                let samples = self.sample(unit, resident, goals)?;
+                if let Some(guess) = Guess::of_samples(&samples, goals)
                     && self.merge_resident(unit, goals, &guess, resident)?
                 {
                     return Ok(Beginning::Merged);
                 }
-                Ok(Beginning::Search(Some(bounded_selectors(&bounds, goals, bins))))
+                Ok(Beginning::Search(Some(sampled_selectors(samples, goals, bins))))
             }
             UnitKind::Streamed if self.guesses && self.kept.missed().is_none() && !searched => {
                 let before = self.tally().bytes_read;
@@ -263,7 +295,7 @@ impl Passes<'_> {
                 keys
             }
         };
-        let look = CountLook::new(self.plan, &keys);
+        let look = CountLook::new(self.plan, unit, &keys);
         self.look_again(unit, &models, COUNTS, &look)?;
         let counts = look.counts();
         let certain = |((goal, key), counts): ((&Goal, &Option<u32>), &BlockCounts)| {
@@ -420,14 +452,5 @@ mod tests {
         assert_eq!(proven(0, 20, 0), None);
         assert_eq!(guess(7).cuts(&goals), [Cut::Guess { min_key: 7 }, Cut::NonZero, Cut::Nothing]);
         assert_eq!(guess(0).cuts(&goals)[0], Cut::NonZero);
-    }
-
-    #[test]
-    fn bounds_that_meet_are_a_guess() {
-        let goals = [Goal::Keep { keep: 20, elements: 100 }, Goal::All];
-        let within = |bounds| Guess::within(&[bounds, None], &goals);
-        assert_eq!(within(Some((7, 7))), Some(Guess(vec![Some(7), None])));
-        assert_eq!(within(Some((7, 8))), None);
-        assert_eq!(within(None), None, "the sample says nothing");
     }
 }

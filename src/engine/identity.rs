@@ -12,7 +12,7 @@ use crate::plan::Plan;
 use crate::storage::InputFile;
 
 /// Version of the journal's format.
-const JOURNAL_VERSION: u32 = 6;
+const JOURNAL_VERSION: u32 = 7;
 const ADVICE: &str = "use --restart to start over, or another --out";
 const HASHES: &str = "a merge begun with --hash-inputs goes on over inputs that were only touched or copied";
 

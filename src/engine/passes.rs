@@ -22,9 +22,7 @@ use super::turns::{Ordered, Pending};
 use super::under_way::Notes;
 use super::worker::{Known, Tally, Worker};
 use crate::error::Result;
-use crate::limits::{
-    MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS, PROBES_AHEAD, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS,
-};
+use crate::limits::{MIN_CHUNK_ELEMENTS, PREFETCH_BYTES, PROBE_GROUPS, PROBES_AHEAD, SAMPLE_BLOCK, SAMPLE_ELEMENTS};
 use crate::plan::ThresholdKind;
 use crate::plan::{Action, Chunk, Goal, PassSummary, Piece, Plan, Schedule, Trim, Unit, UnitKind, Wanted};
 use crate::sketch::{Bracket, Probe, Selector, bounds_of_sample};
@@ -396,8 +394,8 @@ impl<'a> Passes<'a> {
             return Ok(goals.iter().enumerate().map(selector).collect());
         }
         if resident.is_some() {
-            let bounds = self.bounds(unit, resident, goals)?;
-            return Ok(bounded_selectors(&bounds, goals, bins));
+            let samples = self.sample(unit, resident, goals)?;
+            return Ok(sampled_selectors(samples, goals, bins));
         }
         let probes = self.probe(unit, goals)?;
         let selectors = probed_selectors(&probes, goals, bins);
@@ -405,26 +403,13 @@ impl<'a> Passes<'a> {
         Ok(if keeps { not_below_what_is_likely(&probes, goals, selectors) } else { selectors })
     }
 
-    /// Loads a resident unit, and says what keys a sample of it leaves each threshold between.
-    pub(super) fn bounds(
+    /// Loads a resident unit, and samples the keys of the models that need a threshold.
+    pub(super) fn sample(
         &mut self,
         unit: &Unit,
         resident: &mut Option<Resident>,
         goals: &[Goal],
-    ) -> Result<Vec<Option<(u32, u32)>>> {
-        let mut samples = self.sample(unit, resident, goals)?;
-        let models = samples.len();
-        let bounds = |(at, goal): (usize, &Goal)| match *goal {
-            Goal::Keep { keep, elements } => {
-                bounds_of_sample(&mut samples[at % models], TILE_ELEMENTS, keep as f64 / elements as f64)
-            }
-            Goal::All | Goal::Nothing => None,
-        };
-        Ok(goals.iter().enumerate().map(bounds).collect())
-    }
-
-    /// Loads a resident unit, and samples the keys of the models that need a threshold.
-    fn sample(&mut self, unit: &Unit, resident: &mut Option<Resident>, goals: &[Goal]) -> Result<Vec<Vec<u32>>> {
+    ) -> Result<Vec<Vec<u32>>> {
         let stride = sample_stride(unit.elements);
         let searched = self.plan.searched(goals);
         let samples = Mutex::new(vec![Vec::new(); searched.len()]);
@@ -434,7 +419,7 @@ impl<'a> Passes<'a> {
                     let keys = worker.keys(data, (model as usize, piece), (ordinal, stride))?;
                     let sample = &mut lock(&samples)[model as usize];
                     // Uneven chunks can give more than planned: a sample need not be complete.
-                    let room = SMALL_UNIT_ELEMENTS as usize - sample.len();
+                    let room = SAMPLE_ELEMENTS as usize - sample.len();
                     sample.extend_from_slice(&keys[..room.min(keys.len())]);
                 }
             }
@@ -558,13 +543,18 @@ impl<'a> Passes<'a> {
     }
 }
 
-/// Where each search starts, from bounds about each threshold.
-pub(super) fn bounded_selectors(bounds: &[Option<(u32, u32)>], goals: &[Goal], bins: usize) -> Vec<Option<Selector>> {
-    let selector = |(bounds, goal): (&Option<(u32, u32)>, &Goal)| match *goal {
-        Goal::Keep { keep, .. } => Some(Selector::exact(keep, Bracket::within(*bounds, bins), bins)),
+/// Where each search starts, from a sample of each model's keys.
+pub(super) fn sampled_selectors(mut samples: Vec<Vec<u32>>, goals: &[Goal], bins: usize) -> Vec<Option<Selector>> {
+    let models = samples.len();
+    let selector = |(at, goal): (usize, &Goal)| match *goal {
+        Goal::Keep { keep, elements } => {
+            let fraction = keep as f64 / elements as f64;
+            let bounds = bounds_of_sample(&mut samples[at % models], SAMPLE_BLOCK, fraction);
+            Some(Selector::exact(keep, Bracket::within(bounds, bins), bins))
+        }
         Goal::All | Goal::Nothing => None,
     };
-    bounds.iter().zip(goals).map(selector).collect()
+    goals.iter().enumerate().map(selector).collect()
 }
 
 /// Where each search starts, from a probe of each model.

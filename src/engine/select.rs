@@ -5,12 +5,14 @@ use super::guess::Guess;
 use super::slot::Loaded;
 use super::worker::Worker;
 use crate::error::Result;
-use crate::limits::{LISTED_THRESHOLDS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
+use crate::limits::{LISTED_THRESHOLDS, SAMPLE_BLOCK, SAMPLE_ELEMENTS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::method::Sparsify;
 use crate::plan::{Action, Chunk, Goal, Plan, ThresholdKind, Unit};
-use crate::sketch::{Bracket, MagnitudeSketch, Selector, Threshold, bounds_of_sample, select_in_place};
+use crate::sketch::{
+    Bracket, MagnitudeSketch, Selector, Threshold, bounds_of_sample, guess_of_sample, select_in_place,
+};
 
-/// One in so many elements of a unit in memory is sampled to bracket its threshold.
+/// One in so many elements of a unit in memory is sampled: a longer sample would cost more than what it would save.
 const SAMPLED_SHARE: u64 = 64;
 /// Fewest elements sampled.
 const SAMPLED_MIN: u64 = 1 << 14;
@@ -109,20 +111,15 @@ impl SoloSearch {
             let keys = worker.keys(data, (model as usize, piece), (0, stride))?;
             for at in own() {
                 let Goal::Keep { keep, .. } = goals[at] else { continue };
-                if stride == 1 {
+                if stride.is_none() {
                     found[at] = Some(select_in_place(keys, keep));
                 } else {
-                    bounds[at] = bounds_of_sample(keys, TILE_ELEMENTS, keep as f64 / chunk.count as f64);
+                    bounds[at] = bounds_of_sample(keys, SAMPLE_BLOCK, keep as f64 / chunk.count as f64);
                     selectors[at] = Some(Selector::exact(keep, Bracket::within(bounds[at], bins), bins));
                 }
             }
         }
         Ok(Self { found, bounds, selectors })
-    }
-
-    /// The thresholds, if the sample leaves hardly a doubt about any.
-    pub(super) fn guess(&self, goals: &[Goal]) -> Option<Guess> {
-        Guess::within(&self.bounds, goals)
     }
 
     /// The thresholds, from looks at all of the unit.
@@ -168,14 +165,27 @@ pub(super) fn solo_thresholds(
     SoloSearch::begin(worker, data, goals, bins)?.end(worker, data, goals)
 }
 
-/// Every how many tiles of a unit of `elements` to sample: 1, for all of them, if there are few; else so that a longer
-/// sample would cost more than the keys near the threshold that it would save.
-pub(super) fn sample_stride(elements: u64) -> usize {
-    if elements <= SMALL_UNIT_ELEMENTS {
-        return 1;
+/// The thresholds of a unit that one worker holds in memory, if a sample of it leaves hardly a doubt about any.
+pub(super) fn solo_guess(worker: &mut Worker, data: Loaded<'_>, goals: &[Goal]) -> Result<Option<Guess>> {
+    let Some(stride) = sample_stride(data.chunk.count) else { return Ok(None) };
+    let mut guess = vec![None; goals.len()];
+    for &(model, piece) in data.merge().models {
+        let model = model as usize;
+        if let Goal::Keep { keep, elements } = goals[model] {
+            let keys = worker.keys(data, (model, piece), (0, Some(stride)))?;
+            let key = guess_of_sample(keys, SAMPLE_BLOCK, keep as f64 / elements as f64);
+            let Some(key) = key else { return Ok(None) };
+            guess[model] = Some(key);
+        }
     }
-    let sampled = (elements / SAMPLED_SHARE).clamp(SAMPLED_MIN, SMALL_UNIT_ELEMENTS / 2);
-    elements.div_ceil(sampled) as usize
+    Ok(Some(Guess(guess)))
+}
+
+/// Of every how many tiles of a unit of `elements` a block is sampled; `None` if there are so few that all are.
+pub(super) fn sample_stride(elements: u64) -> Option<usize> {
+    let sampled = (elements / SAMPLED_SHARE).clamp(SAMPLED_MIN, SAMPLE_ELEMENTS);
+    let stride = elements * SAMPLE_BLOCK as u64 / (sampled * TILE_ELEMENTS as u64);
+    (elements > SMALL_UNIT_ELEMENTS).then_some(stride.max(1) as usize)
 }
 
 /// Shows each selector that still searches the sketch made with its bracket.

@@ -215,6 +215,15 @@ impl<'a> Span<'a> {
         (float, self.data.slot.tile(float, piece, self.from, self.length))
     }
 
+    /// Leaves a block of the tile, another one each time: what repeats in the data (rows, heads) is met in all of its phases.
+    pub(super) fn shorten(&mut self, block: usize, time: usize) {
+        let places = (self.length / block).max(1);
+        // The multiples of the golden ratio, modulo 1.
+        let place = (time as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        self.from += ((place * places as u64) >> 32) as usize * block;
+        self.length = self.length.min(block);
+    }
+
     /// Asks for a share of the next tile of base and models, where what is loaded is too much for the caches: one of
     /// `shares`, between two steps of the work on this tile. All at once would be more requests than a core has room for.
     pub(super) fn ask_ahead(&self, share: usize, shares: usize) {

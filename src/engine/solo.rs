@@ -8,7 +8,7 @@ use super::looks::solo_facts;
 use super::passes::{Passes, lock, prefetch, units_ahead, whole};
 use super::pool;
 use super::records::UnitDone;
-use super::select::{SoloSearch, UnitThresholds, cuts, tensor_cuts};
+use super::select::{UnitThresholds, cuts, solo_guess, solo_thresholds, tensor_cuts};
 use super::shards::{ChunkWriter, ShardWriter};
 use super::slot::Loaded;
 use super::worker::{Known, Worker};
@@ -28,13 +28,12 @@ impl Passes<'_> {
         pool::run_weighed(&mut self.workers, items, lookahead, ahead, |worker, _, unit| {
             let (chunk, goals) = (whole(unit), plan.goals(unit));
             worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
-                let search = SoloSearch::begin(worker, data, &goals, bins)?;
-                let guess = if guesses { search.guess(&goals) } else { None };
+                let guess = if guesses { solo_guess(worker, data, &goals)? } else { None };
                 let guessed = guess.map(|guess| merge_guessed(worker, data, writer, &goals, &guess)).transpose()?;
                 let (out, found, known) = match guessed.flatten() {
                     Some((out, found)) => (out, found, Known::default()),
                     None => {
-                        let found = search.end(worker, data, &goals)?;
+                        let found = solo_thresholds(worker, data, &goals, bins)?;
                         let cuts = cuts(plan, &goals, &found);
                         let mut known = Known { facts: solo_facts(worker, data, &cuts)?, ..Known::default() };
                         let cuts = tensor_cuts(plan, chunk, &cuts, &known.facts);

@@ -18,7 +18,7 @@ use super::stored::Short;
 use crate::dtype::Float;
 use crate::error::Result;
 use crate::kernels::{self, Isa, Ties};
-use crate::limits::{OUT_ELEMENTS, SMALL_UNIT_ELEMENTS};
+use crate::limits::{OUT_ELEMENTS, SAMPLE_BLOCK, SAMPLE_ELEMENTS, SMALL_UNIT_ELEMENTS};
 use crate::method::{Inputs, Look, Merger, Tile};
 use crate::plan::near_keys;
 use crate::plan::{Chunk, Piece, Plan, Schedule};
@@ -291,18 +291,22 @@ impl Worker {
         Ok(())
     }
 
-    /// The keys of `model`'s task vector in every `stride`-th tile of the chunk (1 for all), for selection in memory.
-    /// `ordinal` counts the chunks of a unit, so that many short ones are sampled evenly too.
+    /// The keys of `model`'s task vector in all of the chunk, or in a block of every `stride`-th tile of it, for selection in
+    /// memory. `ordinal` counts the chunks of a unit, so that many short ones are sampled evenly too.
     pub(super) fn keys(
         &mut self,
         data: Loaded<'_>,
         model: (usize, Piece),
-        (ordinal, stride): (usize, usize),
+        (ordinal, stride): (usize, Option<usize>),
     ) -> Result<&mut Vec<u32>> {
         self.keys.clear();
-        self.keys.reserve_exact(SMALL_UNIT_ELEMENTS.min(data.chunk.count) as usize);
-        let first = (stride - ordinal % stride) % stride;
-        for span in data.tiles().skip(first).step_by(stride) {
+        self.keys.reserve_exact(SMALL_UNIT_ELEMENTS.max(SAMPLE_ELEMENTS).min(data.chunk.count) as usize);
+        let step = stride.unwrap_or(1);
+        let first = (step - ordinal % step) % step;
+        for (nth, mut span) in data.tiles().skip(first).step_by(step).enumerate() {
+            if stride.is_some() {
+                span.shorten(SAMPLE_BLOCK, ordinal + nth);
+            }
             self.load_base(span);
             self.task_vector(span, model)?;
             self.keys.extend(self.tiles.inputs[model.0][..span.length].iter().copied().map(kernels::key));

@@ -180,9 +180,12 @@ impl Rule for Average {
 }
 
 /// θ0 + λ Σ w τ.
-struct Sum;
+///
+/// With `POSITIVE`, weights and λ are above zero and no task vector vanishes under them: then entries of either sign are there
+/// exactly where one of them has not the sign of the merged one.
+struct Sum<const POSITIVE: bool>;
 
-impl Rule for Sum {
+impl<const POSITIVE: bool> Rule for Sum<POSITIVE> {
     const BASE: bool = true;
 
     #[inline(always)]
@@ -193,16 +196,26 @@ impl Rule for Sum {
         let (mut positive, mut negative) = (0i32, SIGN);
         for model in 0..N {
             taus[model] = thetas[model] - base;
-            sum += settings.weights[model] * taus[model];
-            positive = positive.max(taus[model].to_bits().cast_signed());
-            negative = negative.max(taus[model].to_bits());
+            let weighed = settings.weights[model] * taus[model];
+            if POSITIVE {
+                // A sum of -0.0 makes the same result as one of 0.0: task vectors are -0.0 only where base is 0.0.
+                sum = if model == 0 { weighed } else { sum + weighed };
+            } else {
+                sum += weighed;
+                positive = positive.max(taus[model].to_bits().cast_signed());
+                negative = negative.max(taus[model].to_bits());
+            }
         }
-        counts.conflicts += mask(positive > 0) & mask(negative > SIGN) & 1;
         let merged = sum * settings.lambda;
-        let side = Side::of(merged, Side::NONE);
+        let side = Side::of_sum(merged);
+        let mut opposed = side.seen_from(taus[0]);
         for model in 0..N {
-            counts.agreeing[model] += side.holds(taus[model], 1) & 1;
+            let seen = side.seen_from(taus[model]);
+            counts.agreeing[model] += mask(seen.cast_signed() > 0) & 1;
+            opposed = opposed.max(seen);
         }
+        let clash = if POSITIVE { mask(opposed > SIGN) } else { mask(positive > 0) & mask(negative > SIGN) };
+        counts.conflicts += clash & 1;
         merged + base
     }
 }
@@ -277,11 +290,22 @@ impl Side {
         Self { sign: select(zero, instead.sign, value.to_bits() & SIGN), none: zero & instead.none }
     }
 
+    /// The sign of `value`, or none.
+    #[inline(always)]
+    fn of_sum(value: f32) -> Self {
+        Self { sign: value.to_bits() & SIGN, none: mask(value == 0.0) & SIGN }
+    }
+
+    /// The key of `tau` if it has this sign, else more than the key: [`SIGN`] is added.
+    #[inline(always)]
+    fn seen_from(self, tau: f32) -> u32 {
+        (tau.to_bits() ^ self.sign) | self.none
+    }
+
     /// All ones if `tau` has this sign and a key of at least `min_key`, which is above 0. Not for NaN.
     #[inline(always)]
     fn holds(self, tau: f32, min_key: u32) -> u32 {
-        // The key if the sign is the same, else negative.
-        mask(((tau.to_bits() ^ self.sign) | self.none).cast_signed() >= min_key.cast_signed())
+        mask(self.seen_from(tau).cast_signed() >= min_key.cast_signed())
     }
 }
 
@@ -403,7 +427,10 @@ fn merge_models<C: Packed<W>, const W: usize, const N: usize>(
         }
         Fused::Sum { lambda } => {
             settings.lambda = lambda;
-            merge::<Sum, C, W, N>(stored, &settings, out, counted)
+            match sum_keeps_signs(&settings, C::STEP) {
+                true => merge::<Sum<true>, C, W, N>(stored, &settings, out, counted),
+                false => merge::<Sum<false>, C, W, N>(stored, &settings, out, counted),
+            }
         }
         Fused::Elected { zero_sign, lambda } => {
             settings.lambda = lambda;
@@ -420,12 +447,22 @@ fn merge_models<C: Packed<W>, const W: usize, const N: usize>(
     }
 }
 
+/// Sixteen times the smallest f32, for what rounding may take.
+const LEAST: f64 = f64::from_bits((1023 - 145) << 52);
+
+/// Whether weights and λ are above zero, and no task vector becomes zero under them. `step` is the smallest difference of two
+/// stored values.
+#[inline(always)]
+fn sum_keeps_signs<const N: usize>(settings: &Settings<N>, step: f64) -> bool {
+    let least = |weight: &f32| f64::from(*weight) * step;
+    let keeps = |weighed: f64| weighed >= LEAST && f64::from(settings.lambda) * weighed >= LEAST;
+    settings.weights.iter().map(least).all(keeps)
+}
+
 /// Whether weights and λ are above zero, no product of a survivor with them becomes zero, and what is not finite
 /// survives. `step` is the smallest difference of two stored values.
 #[inline(always)]
 fn nothing_vanishes<const N: usize>(settings: &Settings<N>, step: f64) -> bool {
-    // Sixteen times the smallest f32, for what rounding may take.
-    const LEAST: f64 = f64::from_bits((1023 - 145) << 52);
     let Settings { weights, min_keys, lambda, .. } = settings;
     let survivors = min_keys.map(|key| f64::from(f32::from_bits(key)).max(step));
     let products = weights.iter().zip(survivors).all(|(&weight, survivor)| f64::from(weight) * survivor >= LEAST);

@@ -23,9 +23,9 @@ use crate::error::{Error, Result, printable};
 use crate::limits::{
     AHEAD_BYTES, AHEAD_SHARE, CHUNK_ELEMENTS, CONNECTIONS_BYTES, GUESS_LOOKS, KEEP_AFTER_SECONDS, LISTED_BYTES,
     LISTED_THRESHOLDS, MAPPED_BYTES, MIN_CHUNK_ELEMENTS, NEAR_KEYS, NEAR_SHARE, OUT_ELEMENTS, PAGE_BYTES, PROBE_BLOCK,
-    PROBE_GROUPS, PROBE_MIN_ELEMENTS, PROBE_REMOTE_ELEMENTS, PROBE_SHARE, PROCESS_BYTES, RESIDENT_BYTES,
-    RESIDENT_WINDOWS, SKETCH_BINS_MAX, SKETCH_BINS_MIN, SMALL_UNIT_ELEMENTS, SOLO_ELEMENTS, THREAD_BYTES,
-    TILE_ELEMENTS,
+    PROBE_GROUPS, PROBE_MAX_ELEMENTS, PROBE_MIN_ELEMENTS, PROBE_REMOTE_BLOCK, PROBE_SHARE, PROCESS_BYTES,
+    RESIDENT_BYTES, RESIDENT_WINDOWS, SAMPLE_ELEMENTS, SKETCH_BINS_MAX, SKETCH_BINS_MIN, SMALL_UNIT_ELEMENTS,
+    SOLO_ELEMENTS, THREAD_BYTES, TILE_ELEMENTS,
 };
 use crate::method::{Look, MAX_RANKS};
 use crate::recipe::ThresholdKind;
@@ -318,25 +318,36 @@ impl Schedule {
         })
     }
 
-    /// The blocks that a probe of `unit` reads: evenly spread over its elements, about 1 % of a large one.
+    /// The blocks that a probe of `unit` reads, in order: one in each of as many cells of equal length as there are, at a place
+    /// in it that changes, so that what repeats in the data (rows, heads) is met in all of its phases.
     pub fn probe_blocks<'a>(plan: &'a Plan, unit: &'a Unit) -> impl Iterator<Item = Chunk> + 'a {
-        let most = if plan.is_remote() { PROBE_REMOTE_ELEMENTS } else { u64::MAX };
-        let wanted = (unit.elements / PROBE_SHARE).min(most).max(PROBE_MIN_ELEMENTS.min(unit.elements)).max(1);
-        let stride = (u128::from(unit.elements) * u128::from(PROBE_BLOCK) / u128::from(wanted)) as u64;
-        let stride = stride.max(PROBE_BLOCK);
-        let mut first = 0u64;
-        unit.tensors.iter().flat_map(move |&tensor| {
-            let length = plan.length(tensor);
-            let begin = first;
-            first += length;
-            // A small unit is probed whole, across the ends of its tensors.
-            let start = if stride == PROBE_BLOCK { 0 } else { begin.div_ceil(stride) * stride - begin };
-            (0..).map(move |i| start + i * stride).take_while(move |&s| s < length).map(move |start| Chunk {
-                tensor,
-                start,
-                count: PROBE_BLOCK.min(length - start),
-            })
-        })
+        let block = if plan.is_remote() { PROBE_REMOTE_BLOCK } else { PROBE_BLOCK };
+        let wanted = (unit.elements / PROBE_SHARE).min(PROBE_MAX_ELEMENTS).max(PROBE_MIN_ELEMENTS.min(unit.elements));
+        let cell = (u128::from(unit.elements) * u128::from(block) / u128::from(wanted.max(1))) as u64;
+        // A small unit is probed whole, across the ends of its tensors.
+        let whole = cell <= block;
+        let room = u128::from(cell.saturating_sub(block) + 1);
+        let place = move |index: u64| {
+            // The multiples of the golden ratio, modulo 1, are as even as any sequence that goes on for ever.
+            let offset = (u128::from(index.wrapping_mul(0x9e37_79b9_7f4a_7c15)) * room) >> 64;
+            index * cell + offset as u64
+        };
+        let mut places = (0..if whole { 0 } else { unit.elements / cell }).map(place);
+        let mut tensors = unit.tensors.iter().map(|&tensor| (tensor, plan.length(tensor)));
+        let (mut current, mut begin) = (tensors.next(), 0);
+        let sampled = std::iter::from_fn(move || {
+            let place = places.next()?;
+            loop {
+                let (tensor, length) = current?;
+                if place < begin + length {
+                    let start = place - begin;
+                    return Some(Chunk { tensor, start, count: block.min(length - start) });
+                }
+                begin += length;
+                current = tensors.next();
+            }
+        });
+        whole.then(|| Self::chunks(plan, &unit.tensors, block)).into_iter().flatten().chain(sampled)
     }
 
     /// How often the sample of a probe is looked at, at most.
@@ -552,8 +563,9 @@ impl Demand {
             let searches = self.models * self.bounds;
             let sketches = (n + 1) * searches * bins as u64 * 8;
             // A worker's sample and the keys near each threshold; samples of a unit that all workers share.
-            let sample = SMALL_UNIT_ELEMENTS.min(slot_elements);
-            let keys = n * 4 * (sample + searches * near_keys(slot_elements)) + self.models * 4 * SMALL_UNIT_ELEMENTS;
+            let sample = SMALL_UNIT_ELEMENTS.max(SAMPLE_ELEMENTS);
+            let own = sample.min(slot_elements) + searches * near_keys(slot_elements);
+            let keys = 4 * (n * own + self.models * sample);
             let keys = if self.exact { keys } else { 0 };
             let probe = if self.exact || self.spool.is_some() {
                 PROBE_GROUPS as u64 * self.models * SKETCH_BINS_MIN as u64 * 4

@@ -16,7 +16,7 @@ mod probe;
 mod select;
 
 pub use near::NearKeys;
-pub use probe::{BlockCounts, Probe, bounds_of_sample};
+pub use probe::{BlockCounts, Probe, Standing, bounds_of_sample, guess_of_sample};
 pub use select::{Selector, Threshold, select_in_place};
 
 use crate::kernels::{self, Isa, NO_KEY, STRAY};

@@ -9,8 +9,8 @@ use crate::limits::SKETCH_BINS_MIN;
 
 /// Half width of the bracket in standard errors: with 7 degrees of freedom, a miss in about 10^4.
 const SIGMAS: f64 = 8.0;
-/// Half width of what a guess has to leave aside, in standard errors: a miss in about 10^3.
-const GUESS_SIGMAS: f64 = 3.0;
+/// Half width of what a guess has to leave aside, in standard errors: at the worst place, a miss in about 160.
+const GUESS_SIGMAS: f64 = 2.5;
 
 /// A sample of magnitudes in [`crate::limits::PROBE_GROUPS`] groups.
 #[derive(Debug, Clone, Default)]
@@ -88,34 +88,48 @@ impl Probe {
     }
 }
 
+/// What a block of a sample stands for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Standing {
+    /// A stretch of the data of which it is one of several blocks.
+    pub stratum: u32,
+    /// How many values of it each value of the block stands for.
+    pub weight: f64,
+}
+
 /// Counts of a sample about one key, block by block: whether that is the key of the value at a fraction of the whole data.
 ///
-/// Blocks lie evenly over the data, and neighbours are alike. So the error of the sample is that of blocks about their
-/// neighbours, and what differs from one end of the data to the other is no part of it.
+/// The sample is stratified: what differs from one stratum to the next is no part of its error. Inside of one, that is told from the
+/// differences between neighbouring blocks (successive differences: Wolter, Introduction to Variance Estimation, 2007, chapter 8).
 #[derive(Debug, Clone, Copy, Default)]
 pub struct BlockCounts {
     samples: u64,
-    blocks: u64,
-    pairs: u64,
-    /// The sums of counts, and of squared differences of neighbours' shares: above the key, and from it on.
-    sides: [(u64, f64); 2],
-    last: Option<[f64; 2]>,
+    /// Values that the sample stands for: the sum over blocks, and of its squares by block; of those compared with a neighbour.
+    weights: [f64; 3],
+    /// Above the key, and from it on: the values that the sample says there are, and the sum of squared differences of neighbours.
+    sides: [(f64, f64); 2],
+    last: Option<(u32, [f64; 2])>,
 }
 
 impl BlockCounts {
     /// Takes in the next block, of `samples` values: so many are above the key, and so many have it.
-    pub fn add(&mut self, samples: u64, above: u64, tied: u64) {
+    pub fn add(&mut self, Standing { stratum, weight }: Standing, samples: u64, above: u64, tied: u64) {
         if samples == 0 {
             return;
         }
         let counts = [above, above + tied];
         let shares = counts.map(|count| count as f64 / samples as f64);
+        let all = weight * samples as f64;
+        let last = self.last.filter(|(of, _)| *of == stratum);
         for (at, (sum, squares)) in self.sides.iter_mut().enumerate() {
-            *sum += counts[at];
-            *squares += self.last.map_or(0.0, |last| (shares[at] - last[at]).powi(2));
+            *sum += weight * counts[at] as f64;
+            *squares += last.map_or(0.0, |(_, last)| (all * (shares[at] - last[at])).powi(2));
         }
-        self.pairs += u64::from(self.last.is_some());
-        (self.samples, self.blocks, self.last) = (self.samples + samples, self.blocks + 1, Some(shares));
+        let [whole, squares, compared] = &mut self.weights;
+        *whole += all;
+        *squares += all * all;
+        *compared += last.map_or(0.0, |_| all * all);
+        (self.samples, self.last) = (self.samples + samples, Some((stratum, shares)));
     }
 
     /// Adds the counts of other blocks.
@@ -123,16 +137,16 @@ impl BlockCounts {
         for (mine, theirs) in self.sides.iter_mut().zip(other.sides) {
             *mine = (mine.0 + theirs.0, mine.1 + theirs.1);
         }
-        self.samples += other.samples;
-        (self.blocks, self.pairs, self.last) = (self.blocks + other.blocks, self.pairs + other.pairs, None);
+        self.weights.iter_mut().zip(other.weights).for_each(|(mine, theirs)| *mine += theirs);
+        (self.samples, self.last) = (self.samples + other.samples, None);
     }
 
     /// Its bytes, for a file.
     pub fn encode(&self) -> Vec<u8> {
         let [(above, squares_above), (at_least, squares_at_least)] = self.sides;
-        let squares = [squares_above.to_bits(), squares_at_least.to_bits()];
-        let words = [self.samples, self.blocks, self.pairs, above, at_least].into_iter().chain(squares);
-        words.flat_map(u64::to_le_bytes).collect()
+        let sums = [above, squares_above, at_least, squares_at_least];
+        let words = self.weights.into_iter().chain(sums).map(f64::to_bits);
+        [self.samples].into_iter().chain(words).flat_map(u64::to_le_bytes).collect()
     }
 
     /// Takes encoded counts off the front of `bytes`; `None` if there are none.
@@ -142,58 +156,72 @@ impl BlockCounts {
             *bytes = rest;
             Some(u64::from_le_bytes(*word))
         };
-        let [samples, blocks, pairs] = [word()?, word()?, word()?];
-        let sums = [word()?, word()?];
-        let squares = [f64::from_bits(word()?), f64::from_bits(word()?)];
-        let sound = sums.iter().all(|&sum| sum <= samples) && squares.iter().all(|square| *square >= 0.0);
-        let sound = sound && pairs <= blocks && blocks <= samples && samples < 1 << 48;
-        sound.then_some(Self {
-            samples,
-            blocks,
-            pairs,
-            sides: [(sums[0], squares[0]), (sums[1], squares[1])],
-            last: None,
-        })
+        let samples = word()?;
+        let mut sum = || word().map(f64::from_bits).filter(|sum| *sum >= 0.0 && sum.is_finite());
+        let weights = [sum()?, sum()?, sum()?];
+        let sides = [(sum()?, sum()?), (sum()?, sum()?)];
+        (samples < 1 << 48).then_some(Self { samples, weights, sides, last: None })
     }
 
     /// Whether the key is that of the value at `fraction` (from the top) of the whole data, as far as a sample can tell: what
     /// it may err by leaves the value among the entries with the key.
     pub fn is_certain(&self, fraction: f64) -> bool {
-        if self.pairs == 0 {
+        let [whole, squares, compared] = self.weights;
+        if compared <= 0.0 {
             return false;
         }
         let independent = (fraction * (1.0 - fraction) / self.samples as f64).sqrt();
-        let [above, at_least] = self.sides.map(|(sum, squares)| {
-            let error = (squares / (2 * self.pairs * self.blocks) as f64).sqrt().max(independent);
-            (sum as f64 / self.samples as f64, GUESS_SIGMAS * error)
+        let [above, at_least] = self.sides.map(|(sum, differences)| {
+            // Blocks without a neighbour are like the others.
+            let error = (differences / 2.0 * squares / compared).sqrt() / whole;
+            (sum / whole, GUESS_SIGMAS * error.max(independent))
         });
         above.0 + above.1 < fraction && at_least.0 - at_least.1 >= fraction
     }
 }
 
+/// The key of the value at `fraction` (from the top) of a part of a sample of keys, taken in blocks of `block` neighbours:
+/// what the rest then judges. `None` if there is no such value.
+fn suggested(keys: &[u32], block: usize, fraction: f64) -> Option<u32> {
+    /// One block in so many.
+    const SHARE: usize = 8;
+    let mut few: Vec<u32> = keys.chunks(block).step_by(SHARE).flatten().copied().collect();
+    let rank = (fraction * few.len() as f64) as usize;
+    (rank < few.len()).then(|| *few.select_nth_unstable_by(rank, |a, b| b.cmp(a)).1)
+}
+
+/// The key of the value at `fraction` (from the top) of data in memory, if a sample of its keys, taken in blocks of `block`
+/// neighbours, leaves hardly a doubt about it.
+pub fn guess_of_sample(keys: &[u32], block: usize, fraction: f64) -> Option<u32> {
+    let key = suggested(keys, block, fraction)?;
+    let mut counts = BlockCounts::default();
+    for block in keys.chunks(block) {
+        let count = |is: fn(u32, u32) -> bool| block.iter().map(|&other| u32::from(is(other, key))).sum::<u32>();
+        let (above, at_least) = (count(|other, key| other > key), count(|other, key| other >= key));
+        let whole = Standing { stratum: 0, weight: 1.0 };
+        counts.add(whole, block.len() as u64, above.into(), (at_least - above).into());
+    }
+    counts.is_certain(fraction).then_some(key)
+}
+
 /// Bounds (smallest and largest key) about the value at `fraction` (from the top) of data in memory, from a sample of its
-/// keys taken in blocks of `block` neighbours; `None` if the sample says nothing. The sample is reordered and doubled
-/// in length on the way. A miss costs another look but no reading, so it may be likelier here.
-pub fn bounds_of_sample(keys: &mut Vec<u32>, block: usize, fraction: f64) -> Option<(u32, u32)> {
+/// keys taken in blocks of `block` neighbours; `None` if the sample says nothing. The sample is reordered. A miss costs
+/// another look but no reading, so it may be likelier here.
+pub fn bounds_of_sample(keys: &mut [u32], block: usize, fraction: f64) -> Option<(u32, u32)> {
     /// Half width of the bracket in standard errors.
     const HALF_WIDTH: f64 = 3.0;
     let n = keys.len();
     let rank = |share: f64| (share.max(0.0) * n as f64) as usize;
-    if rank(fraction) >= n {
-        return None;
-    }
+    let middle = suggested(keys, block, fraction)?;
     let descending = |a: &u32, b: &u32| b.cmp(a);
-    keys.extend_from_within(..);
-    let (sample, copy) = keys.split_at_mut(n);
-    let middle = *copy.select_nth_unstable_by(rank(fraction), descending).1;
     let share = |block: &[u32]| block.iter().filter(|&&key| key > middle).count() as f64 / block.len() as f64;
-    let half = HALF_WIDTH * standard_error(sample.chunks(block).map(share), fraction, n as f64);
+    let half = HALF_WIDTH * standard_error(keys.chunks(block).map(share), fraction, n as f64);
     let (upper, lower) = (rank(fraction - half), rank(fraction + half));
     let (larger, low) = match lower {
         // Beyond the sample's smallest there may be anything.
-        beyond if beyond >= n => (sample, 0),
+        beyond if beyond >= n => (keys, 0),
         _ => {
-            let (larger, low, _) = sample.select_nth_unstable_by(lower, descending);
+            let (larger, low, _) = keys.select_nth_unstable_by(lower, descending);
             (larger, *low)
         }
     };
@@ -310,19 +338,47 @@ mod tests {
             let key = sorted[(fraction * 1e6) as usize - 1];
             assert!(low <= key && key <= high, "{fraction}: {low} to {high} misses {key}");
         }
-        assert_eq!(bounds_of_sample(&mut Vec::new(), 1, 0.5), None);
-        assert_eq!(bounds_of_sample(&mut vec![5; 3], 1, 0.5), Some((0, KEYS as u32 - 1)), "too few to say anything");
+        assert_eq!(bounds_of_sample(&mut [], 1, 0.5), None);
+        assert_eq!(bounds_of_sample(&mut [5; 3], 1, 0.5), Some((0, KEYS as u32 - 1)), "too few to say anything");
         assert_eq!(bounds_of_sample(&mut vec![5; 100_000], 10, 0.5), Some((5, 5)));
     }
 
-    /// Blocks of a sample in which so many of 4,096 are above the key, and have it, give or take a few, and with a slope.
-    fn blocks(above: u64, tied: u64, noise: u64, slope: u64) -> BlockCounts {
+    #[test]
+    fn a_key_in_memory_is_guessed_where_it_is_common() {
+        let guess = |keys: &[u32], fraction| guess_of_sample(keys, 100, fraction);
+        let keys: Vec<u32> = (0..60_000).map(|i| value(i).to_bits() >> 20).collect();
+        let mut sorted = keys.clone();
+        sorted.sort_unstable_by(|a, b| b.cmp(a));
+        let mut guessed = 0;
+        for rank in (0..60_000).step_by(997) {
+            if let Some(key) = guess(&keys, (rank + 1) as f64 / 60_000.0) {
+                assert_eq!(key, sorted[rank], "rank {rank}");
+                guessed += 1;
+            }
+        }
+        assert!(guessed > 30, "{guessed} of 61");
+        let distinct: Vec<u32> = (0..60_000).map(|i| value(i).to_bits()).collect();
+        assert_eq!(guess(&distinct, 0.2), None);
+        assert_eq!((guess(&[], 0.2), guess(&[7; 50], 0.2), guess(&[7; 500], 1.0)), (None, None, None));
+        assert_eq!(guess(&[7; 50_000], 0.2), Some(7));
+    }
+
+    /// 400 blocks of a sample, in strata of so many, in which so many of 4,096 are above the key, and have it, give or take a few,
+    /// and with a slope and a step per stratum.
+    fn blocks(strata: u64, above: u64, tied: u64, noise: u64, [slope, step]: [u64; 2]) -> BlockCounts {
         let (mut whole, mut half) = (BlockCounts::default(), BlockCounts::default());
         for block in 0..400u64 {
-            let drift = slope * block / 400;
+            let stratum = block / strata;
+            let drift = slope * block / 400 + step * (stratum % 2);
             let random = |salt: u64| (block + salt).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
-            half.add(4096, above + drift + random(1) % (noise + 1), tied + random(2) % (noise + 1) - drift / 2);
-            half.add(0, 0, 0);
+            let standing = Standing { stratum: stratum as u32, weight: 100.0 };
+            half.add(
+                standing,
+                4096,
+                above + drift + random(1) % (noise + 1),
+                tied + random(2) % (noise + 1) - drift / 2,
+            );
+            half.add(standing, 0, 0, 0);
             if block == 199 {
                 whole.merge(&std::mem::take(&mut half));
             }
@@ -333,25 +389,45 @@ mod tests {
 
     #[test]
     fn a_key_is_certain_where_its_entries_cover_what_the_sample_may_err_by() {
+        let plain = |above, tied| blocks(400, above, tied, 0, [0, 0]);
         // 0.2 of 4,096 is 819.2; of 400 blocks the error is at least 0.0003 of them, or 1.3.
-        assert!(blocks(700, 400, 0, 0).is_certain(0.2));
-        assert!(!blocks(830, 400, 0, 0).is_certain(0.2), "too many above");
-        assert!(!blocks(300, 400, 0, 0).is_certain(0.2), "too few");
-        assert!(blocks(814, 400, 0, 0).is_certain(0.2) && !blocks(817, 400, 0, 0).is_certain(0.2));
-        assert!(!blocks(410, 410, 0, 0).is_certain(0.2) && blocks(410, 414, 0, 0).is_certain(0.2));
-        // Noise between neighbours counts; what changes from one end to the other does not.
-        assert!(blocks(750, 400, 100, 0).is_certain(0.2) && !blocks(765, 400, 100, 0).is_certain(0.2));
-        assert!(blocks(600, 700, 0, 400).is_certain(0.2));
-        assert!(!BlockCounts::default().is_certain(0.2));
-        let counts = blocks(750, 400, 100, 0);
+        assert!(plain(700, 400).is_certain(0.2));
+        assert!(!plain(830, 400).is_certain(0.2), "too many above");
+        assert!(!plain(300, 400).is_certain(0.2), "too few");
+        assert!(plain(814, 400).is_certain(0.2) && !plain(817, 400).is_certain(0.2));
+        assert!(!plain(410, 410).is_certain(0.2) && plain(410, 414).is_certain(0.2));
+        // Noise between neighbours counts; what changes from one end to the other, or from stratum to stratum, does not.
+        let noisy = |above| blocks(400, above, 400, 100, [0, 0]);
+        assert!(noisy(750).is_certain(0.2) && !noisy(768).is_certain(0.2));
+        assert!(blocks(400, 600, 700, 0, [400, 0]).is_certain(0.2));
+        assert!(blocks(4, 713, 400, 0, [0, 200]).is_certain(0.2) && !blocks(1, 713, 400, 0, [0, 200]).is_certain(0.2));
+        let counts = noisy(750);
         let mut bytes = &*counts.encode();
         let again = BlockCounts::decode(&mut bytes).unwrap();
         assert_eq!((again.encode(), bytes), (counts.encode(), &[][..]));
         assert!(BlockCounts::decode(&mut &counts.encode()[..40]).is_none());
-        assert!(BlockCounts::decode(&mut &[255; 56][..]).is_none(), "not counts");
+        assert!(BlockCounts::decode(&mut &[255; 64][..]).is_none(), "not counts");
+        assert!(!BlockCounts::default().is_certain(0.2));
         let mut one = BlockCounts::default();
-        one.add(4096, 0, 4096);
+        one.add(Standing { stratum: 0, weight: 1.0 }, 4096, 0, 4096);
         assert!(!one.is_certain(0.2), "one block says nothing of its error");
+    }
+
+    /// Blocks stand for what they are few of.
+    #[test]
+    fn strata_count_as_much_as_there_is_of_them() {
+        let counts = |weights: [f64; 2]| {
+            let mut counts = BlockCounts::default();
+            for block in 0..40 {
+                let stratum = block / 20;
+                let standing = Standing { stratum, weight: weights[stratum as usize] };
+                counts.add(standing, 1024, if stratum == 0 { 100 } else { 300 }, 100);
+            }
+            counts
+        };
+        // 0.195 above in both together, 0.146 where the first counts thrice, 0.244 where the second does.
+        assert!(counts([1.0, 1.0]).is_certain(0.24) && counts([3.0, 1.0]).is_certain(0.2));
+        assert!(!counts([3.0, 1.0]).is_certain(0.26) && !counts([1.0, 3.0]).is_certain(0.24));
     }
 
     #[test]

@@ -4,8 +4,17 @@ use super::*;
 
 /// Elements of the only tensor: not held in memory, and sampled in blocks.
 const ELEMENTS: u64 = 1_500_001;
-/// A sample of 131,072 elements in blocks of 4,096.
-const STRIDE: u64 = ELEMENTS * 4096 / 131_072;
+/// A sample of 131,072 elements: a block of 1,024 somewhere in each cell of so many.
+const CELL: u64 = ELEMENTS * BLOCK / 131_072;
+const BLOCK: u64 = 1024;
+
+/// Whether the sample has element `i`.
+fn is_sampled(i: u64) -> bool {
+    let (cell, at) = (i / CELL, i % CELL);
+    let phase = u128::from(cell.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    let begin = (phase * u128::from(CELL - BLOCK + 1) >> 64) as u64;
+    cell < ELEMENTS / CELL && (begin..begin + BLOCK).contains(&at)
+}
 
 /// Of few magnitudes: a fifth of the entries is cut in the midst of those with 2. Where the sample is to mislead, it is cut in
 /// the midst of those with 3 instead, of which there are more outside the sample.
@@ -13,7 +22,7 @@ fn value(i: u64, seed: u64, misleads: bool) -> f32 {
     let hash = i.wrapping_add(seed << 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let magnitude = match (hash >> 33) % 100 {
         0..5 => 3.0,
-        5..30 if misleads && i % STRIDE >= 4096 => 3.0,
+        5..30 if misleads && !is_sampled(i) => 3.0,
         5..35 => 2.0,
         35..60 => 1.0,
         _ => 0.0,
@@ -34,7 +43,7 @@ fn inputs(misleads: bool) -> Memory {
 
 /// Tensor bytes of all inputs, and of the sample.
 const ALL: u64 = 3 * 4 * ELEMENTS;
-const SAMPLE: u64 = 3 * 4 * 4096 * ELEMENTS.div_ceil(STRIDE);
+const SAMPLE: u64 = 3 * 4 * BLOCK * (ELEMENTS / CELL);
 
 fn job() -> Job {
     Job { name: "guess", recipe: Recipe { max_shard_bytes: 1 << 30, ..recipe() }, force: false, copied: false }
@@ -99,7 +108,7 @@ fn a_merge_with_a_guess_that_never_gets_far_gets_through() {
         let (before, expected, _) = undisturbed(misleads);
         let (mut memory, mut stops) = (before, 0);
         // Enough for all looks at the sample, then for a chunk of anything.
-        let patience = |stops: usize| [108, 5, 6, 7, 45][stops % 5];
+        let patience = |stops: usize| [396, 5, 6, 7, 180][stops % 5];
         while let Err(error) = job().run_with(&memory, 1, 28 << 20, &StopAfter(AtomicI64::new(patience(stops)))) {
             assert_eq!(error.exit_code(), 130, "{error}");
             memory = memory.reboot(Survives::Nothing);

@@ -110,7 +110,7 @@ fn compare(memory: &Memory, expected: &BTreeMap<String, Vec<u8>>, what: &str) {
 fn patience(memory: &Memory) -> i64 {
     let written =
         |name: &String| name.ends_with(".partial") || name.ends_with(".spool") && !memory.tree(OUT)[name].1.is_empty();
-    if memory.tree(OUT).keys().any(written) { 150 } else { 20 }
+    if memory.tree(OUT).keys().any(written) { 150 } else { 40 }
 }
 
 /// However soon each attempt is stopped, as long as it does one step of anything.
@@ -198,7 +198,7 @@ fn sweep_of(grid: &[(&[&str], f64)], memory: &Memory, observer: &dyn Observer) -
 /// The sweep of `grid`, stopped in the middle of its search.
 fn stopped(grid: &[(&[&str], f64)], before: &Memory) -> Memory {
     let memory = before.fork(None);
-    assert!(sweep_of(grid, &memory, &StopAfter(AtomicI64::new(70))).is_err());
+    assert!(sweep_of(grid, &memory, &StopAfter(AtomicI64::new(150))).is_err());
     let memory = memory.reboot(Survives::Nothing);
     assert!(memory.tree(OUT).keys().all(|name| !name.ends_with(".partial")), "it merges already");
     memory

@@ -103,24 +103,27 @@ fn chunks_follow_each_other_and_end_where_tensors_do() {
 }
 
 #[test]
-fn a_probe_is_a_hundredth_spread_over_everything() {
-    let family = Family::new(1, &[30_000_000, 7, 9_000_000, 1_000_000]);
+fn a_probe_is_spread_over_everything() {
+    let family = Family::new(1, &[30_000_000, 7, 9_000_000, 1_000_000, 0]);
     let plan = family.plan(|_| ());
     let schedule = schedule(&plan, least(&plan), 1);
     let [unit] = &schedule.units[..] else { panic!("model scope has one unit") };
-    let mut per_tensor = [0u64; 4];
+    let mut per_tensor = [0u64; 5];
+    let mut phases = [false; 8];
     let mut end = (0, 0);
     for block in Schedule::probe_blocks(&plan, unit) {
         assert!(block.start + block.count <= plan.length(block.tensor), "{block:?}");
         assert!((block.tensor, block.start) >= end, "{block:?} overlaps");
         end = (block.tensor, block.start + block.count);
         per_tensor[block.tensor as usize] += block.count;
+        phases[(block.start % 8192 / 1024) as usize] = true;
     }
+    assert_eq!(phases, [true; 8], "blocks of rows of 8,192 elements");
     let total: u64 = per_tensor.iter().sum();
-    assert!((0.99..1.02).contains(&(total as f64 / 400_000.07)), "{total} of 40,000,007 elements are probed");
-    for (tensor, probed) in per_tensor.iter().enumerate().filter(|(t, _)| *t != 1) {
-        let share = *probed as f64 / plan.length(tensor as u32) as f64;
-        assert!((0.007..0.013).contains(&share), "{share} of tensor {tensor} is probed");
+    assert!((0.99..1.02).contains(&(total as f64 / 625_000.0)), "{total} of 40,000,007 elements are probed");
+    for tensor in [0, 2, 3] {
+        let share = per_tensor[tensor] as f64 / plan.length(tensor as u32) as f64;
+        assert!((0.013..0.018).contains(&share), "{share} of tensor {tensor} is probed");
     }
 }
 
