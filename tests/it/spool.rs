@@ -105,7 +105,7 @@ fn every_byte_is_downloaded_once_whatever_is_merged() {
         }
     }
     // One type throughout goes a shorter way through the merge.
-    let remote = Remote::of(&spec(33, Dtype::F16, &[Dtype::F16; 3], Deltas::HeavyTailed));
+    let remote = Remote::of(&spec(38, Dtype::F16, &[Dtype::F16; 3], Deltas::HeavyTailed));
     compare(&remote, &ties, &[], &hf);
     // A base on this machine is read here, twice.
     let base = text(&remote.saved.base);
