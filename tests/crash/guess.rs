@@ -12,7 +12,7 @@ const BLOCK: u64 = 1024;
 fn is_sampled(i: u64) -> bool {
     let (cell, at) = (i / CELL, i % CELL);
     let phase = u128::from(cell.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    let begin = (phase * u128::from(CELL - BLOCK + 1) >> 64) as u64;
+    let begin = ((phase * u128::from(CELL - BLOCK + 1)) >> 64) as u64;
     cell < ELEMENTS / CELL && (begin..begin + BLOCK).contains(&at)
 }
 
