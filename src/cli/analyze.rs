@@ -1,11 +1,11 @@
 //! `tiesmith analyze`: what a family's task vectors have in common and where they disagree.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use tiesmith::{
     Analysis, AnalysisReport, Error, Line, Observer, OutputOptions, Plan, Recipe, Result, Scope, Storage, Study,
-    ThresholdKind, Value, printable,
+    ThresholdKind, Value, printable, spool_room,
 };
 
 use super::args::{InputArgs, RunArgs, scopes, thresholds};
@@ -89,6 +89,14 @@ pub struct LookArgs {
     #[arg(long, value_name = "N", value_parser = parse::whole)]
     pub seed: Option<u64>,
 
+    /// Where to keep what is downloaded and needed again until the run ends, or 'none' [default: in --out]
+    ///
+    /// Where thresholds are sought over the whole model (--scope model), inputs are read twice. Of inputs on the network,
+    /// everything is kept on the disk for the second time, compressed; what that has no room for is downloaded again. With
+    /// 'none', or a --cache, nothing is kept.
+    #[arg(long, value_name = "DIR")]
+    pub spool: Option<PathBuf>,
+
     /// Replace a finished report
     #[arg(long)]
     pub force: bool,
@@ -108,14 +116,11 @@ pub fn run(args: &AnalyzeArgs) -> Result<u8> {
     let recipe = recipe(args, &*storage)?;
     let progress = Progress::new(args.run.report.progress);
     let plan = Plan::new(&recipe, &storage)?;
+    let spool = args.look.spool.as_deref();
     let study = Study::new(plan, &args.look.densities, lower::run(&args.run))?;
-    let again = study.schedule.downloaded_again();
-    if again > 0 && args.run.cache.dir.is_none() {
-        progress.warn(&format!(
-            "{} are downloaded twice: with --cache DIR --cache-size {}GB they are kept for the second time",
-            human::bytes(again),
-            again.div_ceil(1_000_000_000)
-        ));
+    let study = study.keeping(&lower::downloads_in(spool, &args.run));
+    if let Some(text) = downloads(&study, spool.unwrap_or(&dir), args.run.cache.dir.is_some(), &*storage)? {
+        progress.warn(&text);
     }
     let output = OutputOptions { dir, force: args.look.force, restart: args.look.restart, ..OutputOptions::default() };
     let report = tiesmith::analyze(&study, &output, &storage, &progress)?;
@@ -127,6 +132,28 @@ pub fn run(args: &AnalyzeArgs) -> Result<u8> {
         return print_json(&report);
     }
     print(&render(&report))
+}
+
+/// What is worth knowing of what is downloaded and needed again, before it begins: kept in `dir`, or in a cache.
+fn downloads(study: &Study, dir: &Path, cached: bool, storage: &dyn Storage) -> Result<Option<String>> {
+    let again = study.schedule.downloaded_again();
+    if again > 0 && !cached {
+        return Ok(Some(format!(
+            "{} are downloaded twice: with --cache DIR --cache-size {}GB they are kept for the second time",
+            human::bytes(again),
+            again.div_ceil(1_000_000_000)
+        )));
+    }
+    let Some(spool) = &study.schedule.spool else { return Ok(None) };
+    let mut text = format!(
+        "at most about {} that are downloaded are kept on the disk until the end (--spool DIR says where)",
+        human::bytes(spool.bytes)
+    );
+    let room = spool_room(dir, (dir, 0), storage)?;
+    if room < spool.bytes {
+        text += &format!(", where there is room for {}: the rest is downloaded twice", human::bytes(room));
+    }
+    Ok(Some(text))
 }
 
 /// What is looked at, as a merge with `ties`.

@@ -83,11 +83,16 @@ pub fn schedule(plan: &Plan, args: &MergeArgs) -> Result<Schedule> {
 
 /// What becomes of what is downloaded and needed again.
 pub fn downloads(args: &MergeArgs) -> Downloads {
-    match &args.output.spool {
-        None if args.run.cache.dir.is_some() => Downloads::Forgotten,
+    downloads_in(args.output.spool.as_deref(), &args.run)
+}
+
+/// The same with `spool` as the user gave it.
+pub fn downloads_in(spool: Option<&Path>, run: &RunArgs) -> Downloads {
+    match spool {
+        None if run.cache.dir.is_some() => Downloads::Forgotten,
         None => Downloads::Beside,
         Some(dir) if dir.as_os_str() == "none" => Downloads::Forgotten,
-        Some(dir) => Downloads::In(dir.clone()),
+        Some(dir) => Downloads::In(dir.to_owned()),
     }
 }
 

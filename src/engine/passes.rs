@@ -387,7 +387,7 @@ impl<'a> Passes<'a> {
         let share = |(keep, elements): (u64, u64)| keep as f64 / elements as f64;
         if trim.threshold == ThresholdKind::Sketch {
             // What is to be kept for the merge is all that a bracket is for.
-            let probes = if self.spool.is_some() { self.probe(unit, goals)? } else { Vec::new() };
+            let probes = if self.spool.is_some_and(Spool::has_bounds) { self.probe(unit, goals)? } else { Vec::new() };
             let least =
                 |at, goal| probes.get(at % self.plan.models()).map_or(0, |probe: &Probe| probe.least(share(goal)));
             let selector = |(at, goal)| keep(goal).map(|goal| Selector::coarse(goal.0).not_below(least(at, goal)));
@@ -399,7 +399,7 @@ impl<'a> Passes<'a> {
         }
         let probes = self.probe(unit, goals)?;
         let selectors = probed_selectors(&probes, goals, bins);
-        let keeps = self.spool.is_some();
+        let keeps = self.spool.is_some_and(Spool::has_bounds);
         Ok(if keeps { not_below_what_is_likely(&probes, goals, selectors) } else { selectors })
     }
 

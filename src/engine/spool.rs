@@ -3,6 +3,7 @@
 //! - Of a model's chunk those elements are kept that may survive the trim: whose key is at or above a bound, or that are not
 //!   finite. The others come back as base's: their task vector is zero then, and below the bound it is trimmed as well.
 //!   So results are the same to the bit, ties and counts included, as long as no threshold lies below the bound.
+//! - For a look at the models (`analyze/`) all of what a pass downloads is kept.
 //! - The spool is a log of records that vouch for themselves: nothing depends on what of it is durable. What is missing or
 //!   damaged is downloaded again. A run that goes on takes over what records it finds.
 //! - When the disk has no more room, the rest is downloaded again too.
@@ -303,6 +304,11 @@ impl<'a> Spool<'a> {
         })
     }
 
+    /// Whether of models is kept what lies above a bound, and not everything.
+    pub(super) fn has_bounds(&self) -> bool {
+        !self.spooling.is_whole()
+    }
+
     /// Whether `chunk` of `piece` is there.
     pub(super) fn holds(&self, chunk: Chunk, piece: Piece) -> bool {
         let mut records = self.records(chunk, piece).peekable();
@@ -527,7 +533,11 @@ impl<'a> Passes<'a> {
     pub(super) fn keeper(&self, models: &[bool]) -> impl Fn(&mut Worker, Loaded<'_>) -> Result<()> + Sync + use<'a> {
         let spool = self.spool;
         let least = |model: usize| self.least.get(model).copied().flatten();
-        let keep: Vec<Keep> = (0..).zip(models).map(|(model, &loaded)| Keep::of(least(model), loaded)).collect();
+        let keep = |(model, &loaded): (usize, &bool)| match spool {
+            Some(spool) if loaded && !spool.has_bounds() => Keep::All,
+            _ => Keep::of(least(model), loaded),
+        };
+        let keep: Vec<Keep> = (0..).zip(models).map(keep).collect();
         move |worker, data| spool.map_or(Ok(()), |spool| spool.put(worker, data, &keep))
     }
 }

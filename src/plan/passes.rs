@@ -1,7 +1,7 @@
 //! What a run reads and writes, pass by pass.
 
 use super::requests::OfPasses;
-use super::spooling::remote_bytes_of;
+use super::spooling::{Spooling, remote_bytes_of};
 use super::{Chunk, PassSummary, Plan, Schedule, ThresholdKind, UnitKind, Wanted};
 use crate::method::Look;
 
@@ -36,7 +36,7 @@ impl Schedule {
                 let wanted = Wanted::TaskVectors(&models);
                 sketch += bytes_of(plan, &unit.tensors, wanted);
                 far_sketch += remote_bytes_of(plan, &unit.tensors, wanted);
-                if exact || self.spool.is_some() {
+                if exact || self.spool.as_ref().is_some_and(Spooling::needs_bounds) {
                     for block in Self::probe_blocks(plan, unit) {
                         let [near, far] = chunk_bytes(plan, block, wanted).map(|bytes| bytes * self.probe_looks(plan));
                         (probe, far_probe) = (probe + near + far, far_probe + far);

@@ -125,7 +125,7 @@ impl OfPasses {
         if models.contains(&true) {
             self.sketch += over(Wanted::TaskVectors(&models), false);
             let exact = plan.trim.as_ref().is_some_and(|trim| trim.threshold == ThresholdKind::Exact);
-            if exact || schedule.spool.is_some() {
+            if exact || schedule.spool.as_ref().is_some_and(|spool| spool.needs_bounds()) {
                 let mut probe = none();
                 for block in Schedule::probe_blocks(plan, unit) {
                     let pieces = plan.pieces(block.tensor, Wanted::TaskVectors(&models));

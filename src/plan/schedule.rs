@@ -186,23 +186,24 @@ impl Schedule {
         Self::cut_keeping(plan, run, demand, spool)
     }
 
-    /// Cuts a look at the models of `plan` for `run`: nothing is written, and no unit is held in memory by all workers.
-    pub fn of_study(plan: &Plan, run: Run, study: Study) -> Result<Self> {
+    /// Cuts a look at the models of `plan` for `run`, that seeks `goals` in a unit: nothing is written, and no unit is held in
+    /// memory by all workers.
+    pub fn of_study(plan: &Plan, run: Run, study: Study, goals: &dyn Fn(&Unit) -> Vec<Goal>) -> Result<Self> {
         let mut demand = Demand::of(plan);
         demand.bounds = study.densities.max(1);
         demand.granule = study.block_elements;
         demand.sums = study.sums;
         demand.direct.clear();
         demand.study = Some(study);
-        Self::cut(plan, run, demand)
+        let spool = Spooling::of_study(plan, &demand.grouped, goals);
+        Self::cut_keeping(plan, run, demand, spool)
     }
 
     /// The same with sketches of `bins` bins, as runs that add up their sketches must have, and with room to write them
     /// down.
     pub fn with_bins(plan: &Plan, run: Run, bins: usize) -> Result<Self> {
         let demand = Demand { fixed_bins: Some(bins), ..Demand::of(plan) };
-        // Without a probe that all parts share, there is no bound for what is kept.
-        let spool = if demand.exact { Spooling::of(plan, &demand.grouped) } else { None };
+        let spool = Spooling::of(plan, &demand.grouped);
         Self::cut_keeping(plan, run, demand, spool)
     }
 
@@ -567,11 +568,11 @@ impl Demand {
             let own = sample.min(slot_elements) + searches * near_keys(slot_elements);
             let keys = 4 * (n * own + self.models * sample);
             let keys = if self.exact { keys } else { 0 };
-            let probe = if self.exact || self.spool.is_some() {
-                PROBE_GROUPS as u64 * self.models * SKETCH_BINS_MIN as u64 * 4
-            } else {
-                0
-            };
+            // Parts probe together, if one of them has room for what is kept.
+            let bounds =
+                self.spool.as_ref().is_some_and(Spooling::needs_bounds) || self.fixed_bins.is_some() && self.remote;
+            let probe =
+                if self.exact || bounds { PROBE_GROUPS as u64 * self.models * SKETCH_BINS_MIN as u64 * 4 } else { 0 };
             terms.push(("magnitude sketches".to_string(), sketches + keys + probe));
             if self.fixed_bins.is_some() {
                 // All of them compressed, in the worst case to their own length, and one on its way there.

@@ -3,6 +3,7 @@
 //! - It applies where a pass over the whole model finds thresholds: of a model's task vector only what may survive is
 //!   kept, for whatever lies below is trimmed, and trimmed values are alike. Base is kept whole, and so is a model of
 //!   another type than base's.
+//! - A look at the models needs all of their task vectors again, so all of what is downloaded is kept.
 //! - What a pass reads first, later passes take from there. What only one pass reads is not kept.
 //!
 //! How it is kept is the engine's business.
@@ -54,6 +55,8 @@ pub struct Spooling {
     searched: Vec<bool>,
     /// Whether a pass before the merge reads everything.
     votes: bool,
+    /// Whether models are kept whole, and not what of them may survive.
+    whole: bool,
     /// Elements of all tensors, and how many of them there are.
     elements: u64,
     tensors: u64,
@@ -67,7 +70,15 @@ impl Spooling {
         if !plan.is_remote() || plan.per_tensor() || !plan.selects() || flips(plan) {
             return None;
         }
-        Self::over(plan, grouped, &plan.goals(&unit_of(plan, grouped)))
+        Self::over(plan, grouped, &plan.goals(&unit_of(plan, grouped)), false)
+    }
+
+    /// The same for a look at the models that seeks `goals` in a unit.
+    pub(super) fn of_study(plan: &Plan, grouped: &[u32], goals: &dyn Fn(&Unit) -> Vec<Goal>) -> Option<Self> {
+        if !plan.is_remote() || plan.per_tensor() {
+            return None;
+        }
+        Self::over(plan, grouped, &goals(&unit_of(plan, grouped)), true)
     }
 
     /// The same where all outputs of `together` are made from what `plan` loads.
@@ -75,11 +86,11 @@ impl Spooling {
         if !plan.is_remote() || plan.per_tensor() || together.plans.iter().any(|plan| flips(plan)) {
             return None;
         }
-        Self::over(plan, grouped, &(together.goals)(&unit_of(plan, grouped)))
+        Self::over(plan, grouped, &(together.goals)(&unit_of(plan, grouped)), false)
     }
 
     /// Goal i of `goals` is about model i mod n.
-    fn over(plan: &Plan, grouped: &[u32], goals: &[Goal]) -> Option<Self> {
+    fn over(plan: &Plan, grouped: &[u32], goals: &[Goal], whole: bool) -> Option<Self> {
         if plan.needs().rows {
             return None;
         }
@@ -90,6 +101,7 @@ impl Spooling {
             remote: plan.checkpoints.iter().map(|checkpoint| checkpoint.is_remote()).collect(),
             searched: plan.searched(goals),
             votes: plan.votes(),
+            whole,
             elements: unit.elements,
             tensors: grouped.len() as u64,
             width: 0,
@@ -102,7 +114,8 @@ impl Spooling {
         for &tensor in grouped {
             for (piece, model) in spooling.kept(plan, tensor, false) {
                 let (elements, width) = (plan.length(tensor), plan.float_width(piece));
-                let of_base = model.filter(|&model| spooling.searched[model] && is_like_base(plan, tensor, piece));
+                let trimmed = |model: &usize| !whole && spooling.searched[*model] && is_like_base(plan, tensor, piece);
+                let of_base = model.filter(trimmed);
                 bytes += match of_base {
                     Some(model) => elements.div_ceil(8) + (elements as f64 * shares[model]) as u64 * width,
                     None => elements * width,
@@ -118,6 +131,16 @@ impl Spooling {
     /// Whether anything of checkpoint `index` may be kept.
     pub fn keeps(&self, index: usize) -> bool {
         self.remote[index]
+    }
+
+    /// Whether models are kept whole.
+    pub fn is_whole(&self) -> bool {
+        self.whole
+    }
+
+    /// Whether a sample has to tell what of the models is kept.
+    pub(super) fn needs_bounds(&self) -> bool {
+        !self.whole
     }
 
     /// Widest element of what is kept, in bytes.

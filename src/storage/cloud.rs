@@ -316,7 +316,7 @@ mod stores {
             E::NotFound { .. } => Error::input("there is no such object").at(path).help("check the address"),
             E::PermissionDenied { .. } | E::Unauthenticated { .. } => Error::input("access is denied")
                 .at(path)
-                .help("check the keys in the environment (AWS_ACCESS_KEY_ID, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_KEY)"),
+                .help("check the keys in the environment (AWS_ACCESS_KEY_ID, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_KEY), and this machine's clock"),
             E::Precondition { .. } => changed(path),
             E::NotSupported { .. } => ignores_ranges(path),
             other => {

@@ -269,6 +269,11 @@ fn join(url: &str, target: &str) -> String {
     }
 }
 
+fn untrusted(error: &ureq::Error) -> Error {
+    Error::input(format!("no trusted connection: {}", printable(&error.to_string())))
+        .help("check the address, and this machine's clock and trusted certificates")
+}
+
 fn failure_of(error: &ureq::Error, url: &str) -> Failure {
     let at = |error: Error| Failure::Final(error.at(Path::new(origin(url))));
     match error {
@@ -276,9 +281,9 @@ fn failure_of(error: &ureq::Error, url: &str) -> Failure {
             at(Error::input("there is no such host, or no network").help("check the address and the network"))
         }
         ureq::Error::BadUri(_) => at(Error::input("not an address").help("check it")),
-        ureq::Error::Tls(_) | ureq::Error::Rustls(_) => {
-            at(Error::input(format!("no trusted connection: {}", printable(&error.to_string()))))
-        }
+        ureq::Error::Tls(_) | ureq::Error::Rustls(_) => at(untrusted(error)),
+        // What a certificate is refused for comes while the connection is made; it is no better the next time.
+        ureq::Error::Io(io) if io.to_string().contains("invalid peer certificate") => at(untrusted(error)),
         other => Failure::Passing(printable(&other.to_string()), None),
     }
 }

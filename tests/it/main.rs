@@ -16,6 +16,7 @@
 //! | `golden` | outputs of the paper's own code and of mergekit |
 //! | `digits` | accuracies of a real, tiny family |
 //! | `analyze` | every number of a report against its definition |
+//! | `far` | looks at models on the network: downloaded once |
 //! | `hostile` | what stands beside the weights, and where outputs go: as in `corpus` |
 //! | `bad_input` | one line, exit code 2, nothing written |
 //! | `cli` | verbs, help, reports, exit codes |
@@ -49,6 +50,7 @@ mod determinism;
 mod digits;
 mod draws;
 mod factors;
+mod far;
 mod fisher;
 mod formats;
 mod forms;

@@ -143,9 +143,9 @@ fn remote_inputs_give_the_bytes_of_local_ones() {
 }
 
 /// Where inputs come from: how a checkpoint is called, and what else is asked for.
-type Kind = (&'static str, Box<dyn Fn(&str) -> String>, Vec<String>);
+pub type Kind = (&'static str, Box<dyn Fn(&str) -> String>, Vec<String>);
 
-fn kinds(remote: &Remote, cache: &Path) -> Vec<Kind> {
+pub fn kinds(remote: &Remote, cache: &Path) -> Vec<Kind> {
     let content = remote.hub.address("org", "");
     let address = move |name: &str| {
         let file = if name == "model1" { "model.safetensors" } else { "model.safetensors.index.json" };

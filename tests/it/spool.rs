@@ -19,7 +19,7 @@ use crate::support::run::{Outcome, run};
 /// Too little to hold the inputs between the passes, in one thread and in two.
 const LITTLE: [&str; 3] = ["--memory=52MB", "--threads=2", "--max-shard-size=2MB"];
 
-fn spec(seed: u64, base: Dtype, models: &[Dtype], deltas: Deltas) -> Spec {
+pub fn spec(seed: u64, base: Dtype, models: &[Dtype], deltas: Deltas) -> Spec {
     let shapes =
         vec![("a", vec![900, 1000]), ("b", vec![600_001]), ("c", vec![3]), ("d", vec![]), ("e", vec![700, 1001])];
     Spec { seed, shapes, base, models: models.to_vec(), deltas }
@@ -156,7 +156,7 @@ fn what_the_spool_is_no_help_for_is_read_again_and_the_plan_says_so() {
 }
 
 /// Length of all inputs.
-fn input_bytes(remote: &Remote) -> u64 {
+pub fn input_bytes(remote: &Remote) -> u64 {
     let files = ["base", "model1", "model2", "model3"].map(|name| remote.saved.dir.path().join(name));
     let tensors = |dir: &PathBuf| -> u64 {
         let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
@@ -171,10 +171,25 @@ fn each_part_of_a_merge_downloads_its_tensors_once() {
     let bf16 = Dtype::BF16;
     let remote = Remote::of(&spec(43, bf16, &[bf16, Dtype::F32, bf16], Deltas::HeavyTailed));
     let once = input_bytes(&remote);
-    for more in [&[][..], &["--trim-ties=lowest", "--zero-sum=majority"], &["--spool=."], &["--spool=none"]] {
+    let ways: [&[&str]; 6] = [
+        &[],
+        &["--trim-ties=lowest", "--zero-sum=majority"],
+        &["--threshold=sketch"],
+        &["--threshold=sketch", "--trim-ties=sample", "--spool=."],
+        &["--spool=."],
+        &["--spool=none"],
+    ];
+    for more in ways {
         let flags = [&LITTLE[..], more].concat();
-        let local =
-            lasting(&remote.saved.merge(&Recipe::default(), &flags[..flags.len() - usize::from(more.len() == 1)]).path);
+        let local = lasting(
+            &remote
+                .saved
+                .merge(
+                    &Recipe::default(),
+                    &flags.iter().copied().filter(|f| !f.starts_with("--spool")).collect::<Vec<_>>(),
+                )
+                .path,
+        );
         for stages in [&[&[][..]][..], &[&["--stage=sketch"], &["--stage=merge", "--memory=96MB"]]] {
             let dir = tempfile::tempdir().unwrap();
             let (merged, job) = (dir.path().join("merged"), text(&dir.path().join("job")));
@@ -288,7 +303,7 @@ fn where_the_disk_is_full_the_rest_is_downloaded_again() {
 }
 
 /// A merge that is running; killed when it is dropped.
-struct Running(std::process::Child);
+pub struct Running(pub std::process::Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -311,7 +326,7 @@ fn finish(remote: &Remote, args: &[&str]) -> Outcome {
 }
 
 /// The spool in `dir`, and its length.
-fn spool_in(dir: &Path) -> Option<(PathBuf, u64)> {
+pub fn spool_in(dir: &Path) -> Option<(PathBuf, u64)> {
     let path = std::fs::read_dir(dir).ok()?.flatten().map(|entry| entry.path()).find(|path| {
         path.file_name().is_some_and(|name| name == "spool" || name.to_string_lossy().ends_with(".spool"))
     })?;

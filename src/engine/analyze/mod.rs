@@ -22,20 +22,23 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::kept::Kept;
-use super::passes::{Passes, lookahead, prefetch, units_ahead};
+use super::passes::{Passes, lookahead, prefetch, prefetch_pieces, units_ahead};
 use super::pool;
 use super::select::solo_thresholds;
+use super::slot::Loaded;
+use super::spool::{Site, Spool, Use};
 use super::turns::{Ordered, Pending, Turns};
 use super::under_way::Notes;
 use super::worker::Worker;
-use super::{Observer, OutputOptions, check_inputs_unchanged, check_memory, peak_memory_bytes};
+use super::{Observer, OutputOptions, can_be_resumed, check_inputs_unchanged, check_memory, peak_memory_bytes};
 use crate::error::{ErrorKind, Result};
-use crate::plan::{Chunk, Goal, Plan, Unit, UnitKind, Wanted};
+use crate::plan::{Chunk, Goal, Piece, Plan, Unit, UnitKind, Wanted};
 use crate::report::{self, Analysis, Line, Row};
 use crate::sketch::Threshold;
 use crate::storage::Storage;
 use gather::{Entry, Gathered, Gatherer};
 use meter::{BLOCK_ELEMENTS, Cuts, Meter};
+use study::REPORT_BYTES;
 use work::{REPORT, WorkDir};
 
 /// Name and version of the report's format.
@@ -105,12 +108,38 @@ fn run(
     storage: &Arc<dyn Storage>,
     observer: &dyn Observer,
 ) -> Result<(AnalysisReport, Vec<String>)> {
-    let mut gathered = taken_over(study, work)?;
+    let gathered = taken_over(study, work)?;
+    let site = Site {
+        own: work.spool(),
+        name: String::new(),
+        out: &work.dir,
+        at_once: REPORT_BYTES,
+        takes_over: work.resumes,
+        storage: &**storage,
+    };
+    let spool = Spool::open_at(&study.plan, &study.schedule, &site, gathered.thresholds.is_none(), observer)?;
+    let done = look(study, work, storage, observer, gathered, spool.as_ref());
+    // What can be gone on with needs it.
+    if let Some(spool) = spool.filter(|_| !done.as_ref().is_err_and(can_be_resumed)) {
+        spool.remove();
+    }
+    done
+}
+
+/// Looks at what is not in `gathered`, and stages the report.
+fn look(
+    study: &Study,
+    work: &WorkDir,
+    storage: &Arc<dyn Storage>,
+    observer: &dyn Observer,
+    mut gathered: Gathered,
+    spool: Option<&Spool<'_>>,
+) -> Result<(AnalysisReport, Vec<String>)> {
     let (reused, left) = (gathered.done, std::mem::take(&mut gathered.under_way));
     // All of a tensor is read again before its thresholds are recorded.
     let more_to_come = study.plan.per_tensor();
-    let mut looker =
-        Looker::new(study, observer, Notes { keeper: work, left: &left, of: Default::default(), more_to_come });
+    let notes = Notes { keeper: work, left: &left, of: Default::default(), more_to_come };
+    let mut looker = Looker { spool, ..Looker::new(study, observer, notes) };
     let (mut gatherer, outcome) = looker.look(Gatherer::new(study, work, &**storage, gathered));
     // What was finished is kept, whatever ended the look.
     let flushed = gatherer.flush();
@@ -205,6 +234,8 @@ struct Looker<'a> {
     study: &'a Study,
     observer: &'a dyn Observer,
     notes: Notes<'a>,
+    /// What the first pass downloads.
+    spool: Option<&'a Spool<'a>>,
     hands: Vec<Hand>,
 }
 
@@ -215,7 +246,7 @@ impl<'a> Looker<'a> {
             meter: Meter::new(&study.aim.shape),
             blocks: Vec::new(),
         };
-        Self { study, observer, notes, hands: (0..study.schedule.threads).map(hand).collect() }
+        Self { study, observer, notes, spool: None, hands: (0..study.schedule.threads).map(hand).collect() }
     }
 
     fn bytes_read(&self) -> u64 {
@@ -284,7 +315,9 @@ impl<'a> Looker<'a> {
         let workers = self.hands.iter_mut().filter_map(|hand| hand.worker.take()).collect();
         let mut passes = Passes::with_workers(&study.plan, &study.schedule, self.observer, None, &kept, workers);
         passes.notes = Some(self.notes);
+        passes.spool = self.spool;
         let found = passes.shared_thresholds(unit, goals, &mut None, None);
+        let found = found.and_then(|found| passes.keep_for(&found).map(|()| found));
         self.hands.iter_mut().zip(passes.workers).for_each(|(hand, worker)| hand.worker = Some(worker));
         found
     }
@@ -309,20 +342,28 @@ impl<'a> Looker<'a> {
         chunk_elements: u64,
         gatherer: Gatherer<'a>,
     ) -> (Gatherer<'a>, Result<()>) {
-        let (study, observer) = (self.study, self.observer);
+        let (study, observer, spool) = (self.study, self.observer, self.spool);
         let plan = &study.plan;
         let turns = Turns::new(gatherer);
         let ordered: &dyn Ordered = &turns;
         let lookahead = lookahead(&study.schedule, chunk_elements);
-        let ahead = |chunk: &Chunk| _ = prefetch(plan, *chunk, Wanted::All);
+        let ahead = |&chunk: &Chunk| {
+            let kept = |piece: &Piece| spool.is_some_and(|spool| spool.holds(chunk, *piece));
+            prefetch_pieces(plan, chunk, plan.pieces(chunk.tensor, Wanted::All).filter(|piece| !kept(piece)));
+        };
         let chunks = chunks(plan, tensors, chunk_elements);
         let outcome = pool::run(&mut self.hands, chunks, lookahead, ahead, |hand, ordinal, chunk| {
             let mut pending = Pending::new(ordered, ordinal);
             let Hand { worker: Some(worker), meter, blocks } = hand else { unreachable!("the worker is back") };
             blocks.clear();
-            worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
+            let measure = |worker: &mut Worker, data: Loaded<'_>| {
                 meter.measure(worker, data, &study.aim, cuts, |sums| blocks.extend_from_slice(sums))
-            })?;
+            };
+            let pieces = plan.pieces(chunk.tensor, Wanted::All);
+            match spool {
+                Some(spool) => worker.load_kept(Use { spool, counts: false }, chunk, pieces, measure)?,
+                None => worker.load(plan, chunk, pieces, observer, measure)?,
+            }
             turns.take(ordinal, |gatherer| {
                 gatherer.part(&meter.counts, blocks.chunks_exact(study.aim.shape.sums()));
                 let last = chunk.start + chunk.count == plan.length(chunk.tensor);

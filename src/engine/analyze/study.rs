@@ -14,7 +14,9 @@ use super::meter::{Aim, BLOCK_ELEMENTS, Cuts, Meter};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::method::Inputs;
-use crate::plan::{Action, Goal, Plan, Run, Schedule, Scope, Study as Demand, Trim, TrimTies, Unit, split_layer};
+use crate::plan::{
+    Action, Downloads, Goal, Plan, Run, Schedule, Scope, Study as Demand, Trim, TrimTies, Unit, split_layer,
+};
 use crate::sketch::Threshold;
 
 /// Most subsets of models of one size that are looked at.
@@ -24,7 +26,7 @@ const GROUPS: usize = 1024;
 /// Most densities: each is a threshold to be found in every task vector.
 const DENSITIES: usize = 32;
 /// What the report takes while it is written: the page, one tensor's entry, and the journal's record.
-const REPORT_BYTES: u64 = 12_000_000;
+pub(super) const REPORT_BYTES: u64 = 12_000_000;
 /// Name of the group of tensors outside the layers.
 const OUTSIDE: &str = "outside the layers";
 /// Name of the group that all groups beyond [`GROUPS`] share.
@@ -107,28 +109,19 @@ impl Study {
                 + tensors.len() as u64 * 16
                 + REPORT_BYTES,
         };
-        let schedule = Schedule::of_study(&plan, run, demand)?;
+        let schedule = Schedule::of_study(&plan, run, demand, &|unit| goals(&plan, &densities, unit))?;
         Ok(Self { plan, schedule, densities, aim, tensors, layers, kinds })
+    }
+
+    /// Keeps what is downloaded and needed again as `kept` says.
+    pub fn keeping(mut self, kept: &Downloads) -> Self {
+        self.schedule = self.schedule.keeping(&self.plan, kept);
+        self
     }
 
     /// What is sought in `unit`: goal k·n + t is about density k and model t.
     pub(super) fn goals(&self, unit: &Unit) -> Vec<Goal> {
-        let plan = &self.plan;
-        let goal = |density: Density, model: usize| {
-            let elements: u64 = unit.tensors.iter().map(|&t| plan.merged_length(t, model)).sum();
-            let fraction = match density {
-                Density::Uniform(fraction) => fraction,
-                Density::Planned => plan.params_of(unit.tensors[0]).density[model],
-            };
-            let keep = ((fraction * elements as f64) as u64).min(elements);
-            let tiny = keep == 0 && fraction > 0.0 && plan.scope == Scope::Tensor;
-            match if tiny { 1.min(elements) } else { keep } {
-                0 => Goal::Nothing,
-                keep if keep >= elements => Goal::All,
-                keep => Goal::Keep { keep, elements },
-            }
-        };
-        self.densities.iter().flat_map(|&density| (0..plan.models()).map(move |model| goal(density, model))).collect()
+        goals(&self.plan, &self.densities, unit)
     }
 
     /// What survives, from what was found for [`Self::goals`].
@@ -150,6 +143,25 @@ impl Study {
         };
         self.tensors[from..].iter().map(bytes).sum()
     }
+}
+
+/// See [`Study::goals`].
+fn goals(plan: &Plan, densities: &[Density], unit: &Unit) -> Vec<Goal> {
+    let goal = |density: Density, model: usize| {
+        let elements: u64 = unit.tensors.iter().map(|&t| plan.merged_length(t, model)).sum();
+        let fraction = match density {
+            Density::Uniform(fraction) => fraction,
+            Density::Planned => plan.params_of(unit.tensors[0]).density[model],
+        };
+        let keep = ((fraction * elements as f64) as u64).min(elements);
+        let tiny = keep == 0 && fraction > 0.0 && plan.scope == Scope::Tensor;
+        match if tiny { 1.min(elements) } else { keep } {
+            0 => Goal::Nothing,
+            keep if keep >= elements => Goal::All,
+            keep => Goal::Keep { keep, elements },
+        }
+    };
+    densities.iter().flat_map(|&density| (0..plan.models()).map(move |model| goal(density, model))).collect()
 }
 
 /// The densities to look at, in order, and the place of the plan's own.

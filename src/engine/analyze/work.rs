@@ -139,6 +139,11 @@ impl WorkDir {
         self.storage.sync_dir(&self.dir)
     }
 
+    /// Where the spool of what is downloaded is, and the directory that it is in.
+    pub(super) fn spool(&self) -> (PathBuf, PathBuf) {
+        (self.work.join("spool"), self.work.clone())
+    }
+
     /// Records entries that are done.
     pub(super) fn record(&self, payload: &[u8]) -> Result<()> {
         let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);

@@ -22,7 +22,7 @@ use super::page::Page;
 use super::{Desk, file_of, files_of};
 use crate::error::{Error, Result};
 use crate::limits::PROBE_GROUPS;
-use crate::plan::{Goal, Schedule, ThresholdKind, Unit, Wanted};
+use crate::plan::{Downloads, Goal, Schedule, ThresholdKind, Unit, Wanted};
 use crate::sketch::{Bracket, MagnitudeSketch, Probe, Selector, Threshold};
 
 /// The file that holds the thresholds once they are found.
@@ -228,10 +228,16 @@ impl<'a> Looks<'a> {
     /// Where the searches start.
     fn first_selectors(&self, passes: &mut Passes<'_>, unit: &Unit, goals: &[Goal]) -> Result<Vec<Option<Selector>>> {
         let (plan, desk) = (self.desk.plan, self.desk);
-        if plan.trim.as_ref().is_some_and(|trim| trim.threshold == ThresholdKind::Sketch) {
-            let coarse =
+        let coarse = plan.trim.as_ref().is_some_and(|trim| trim.threshold == ThresholdKind::Sketch);
+        let coarse = coarse.then(|| {
+            let search =
                 |goal: &Goal| if let Goal::Keep { keep, .. } = goal { Some(Selector::coarse(*keep)) } else { None };
-            return Ok(goals.iter().map(coarse).collect());
+            goals.iter().map(search).collect::<Vec<_>>()
+        });
+        // All parts must agree on what is below what is kept, whether the memory of each is enough to keep it or not.
+        let keeps = plan.is_remote() && desk.job.downloads != Downloads::Forgotten;
+        if let Some(selectors) = coarse.as_ref().filter(|_| !keeps) {
+            return Ok(selectors.clone());
         }
         let names: Vec<String> = (1..=PROBE_GROUPS).map(|group| format!("probe-{group}")).collect();
         let first = desk.part.index % PROBE_GROUPS;
@@ -247,7 +253,7 @@ impl<'a> Looks<'a> {
                 }
             }
         }
-        let selectors = probed_selectors(&probes, goals, desk.job.sketch_bins);
+        let selectors = coarse.unwrap_or_else(|| probed_selectors(&probes, goals, desk.job.sketch_bins));
         Ok(if plan.is_remote() { not_below_what_is_likely(&probes, goals, selectors) } else { selectors })
     }
 
