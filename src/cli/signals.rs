@@ -25,9 +25,9 @@ mod unix {
     use tiesmith::Error;
 
     /// How long work has to end by itself.
-    const PATIENCE: Duration = Duration::from_millis(1700);
+    const PATIENCE: Duration = Duration::from_millis(1500);
     /// How long the last line has to be written.
-    const LAST_LINE: Duration = Duration::from_millis(100);
+    const LAST_LINE: Duration = Duration::from_millis(300);
 
     const GO_ON: &str = "run the same command again to go on";
 
