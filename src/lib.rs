@@ -79,3 +79,9 @@ pub mod bench {
         histogram, load, merge_stored, store, task_vector, trim,
     };
 }
+
+/// What the fuzz targets take apart. No part of the API: it changes without notice.
+#[doc(hidden)]
+pub mod fuzz {
+    pub use crate::engine::{Decoded, decode_journal};
+}

@@ -119,6 +119,11 @@ fn journal() {
 }
 
 #[test]
+fn records() {
+    target("records", 20, cases::records::run);
+}
+
+#[test]
 fn adapter() {
     target("adapter", 10, cases::adapter::run);
 }

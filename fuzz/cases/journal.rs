@@ -110,7 +110,7 @@ fn interrupted(dir: &Path, kind: Kind) -> Interrupted {
 }
 
 /// A record with a right checksum.
-fn record(number: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
+pub fn record(number: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
     let mut record = [&b"TSR\n"[..], &[kind, 0, 0, 0], &number.to_le_bytes()].concat();
     record.extend((payload.len() as u32).to_le_bytes());
     record.extend((payload.len() as u32).to_le_bytes());

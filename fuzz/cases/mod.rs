@@ -10,6 +10,7 @@ pub mod journal;
 pub mod manifest;
 pub mod packed;
 pub mod recipe;
+pub mod records;
 pub mod torch;
 
 use std::path::{Path, PathBuf};

@@ -6,6 +6,7 @@
 
 mod analyze;
 mod cut;
+mod decoded;
 mod diff;
 mod elements;
 mod exceptions;
@@ -43,6 +44,7 @@ mod votes;
 mod worker;
 
 pub use analyze::{AnalysisReport, Study, analyze};
+pub use decoded::{Decoded, decode_journal};
 pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};
 pub use factor::FactorReport;
 pub use hand_over::OnShard;

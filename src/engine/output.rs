@@ -53,7 +53,7 @@ const SPARE_DISK_BYTES: u64 = 32_000_000;
 const COPY_BYTES: usize = 1 << 20;
 
 /// Kinds of journal records.
-mod kind {
+pub(super) mod kind {
     /// What the run is a run of.
     pub const BEGIN: u8 = 1;
     /// Work that is done.
@@ -190,7 +190,7 @@ fn finished_already(dir: &Path) -> Error {
 
 /// What a journal says, apart from the work that is done.
 #[derive(Default)]
-struct Log {
+pub(super) struct Log {
     begin: Option<Begin>,
     stale: Option<Vec<String>>,
     committed: bool,
@@ -198,7 +198,8 @@ struct Log {
 }
 
 impl Log {
-    fn take(&mut self, record: &Record) -> Option<()> {
+    /// Takes in a record; `None` if it makes no sense.
+    pub(super) fn take(&mut self, record: &Record) -> Option<()> {
         match (record.kind, &self.begin) {
             (kind::BEGIN, None) => self.begin = Some(Begin::decode(&record.payload)?),
             (kind::DONE, Some(_)) => {}

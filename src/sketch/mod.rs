@@ -26,6 +26,8 @@ use crate::limits::{SKETCH_BINS_MAX, SKETCH_BINS_MIN};
 const COARSE_SHIFT: u32 = 15;
 /// Bytes of an encoded sketch before its bins.
 const HEAD_BYTES: usize = 32;
+/// No sketch that was encoded has as many values: whatever bytes are decoded, sums of sketches fit.
+const TOO_MANY: u64 = 1 << 56;
 /// One more than the largest key.
 const KEYS: u64 = 1 << 31;
 
@@ -203,7 +205,8 @@ impl MagnitudeSketch {
         let bracket = Bracket { low, shift, bins };
         let last = u64::from(low) + ((bins as u64).saturating_sub(1) << shift.min(31));
         let sound = words.len() == bins && shift < 32 && last < KEYS;
-        sound.then_some(Self { bracket, common: NO_KEY, seen: 0, above, bins: words })
+        let sketch = Self { bracket, common: NO_KEY, seen: 0, above, bins: words };
+        (sound && sketch.total().is_some_and(|total| total < TOO_MANY)).then_some(sketch)
     }
 
     /// Values counted; `None` if they are more than can be counted.
@@ -260,6 +263,22 @@ mod tests {
         let mut coarse = MagnitudeSketch::new(Bracket::COARSE);
         coarse.add(Isa::detect(), &values);
         assert_eq!(coarse.mode(), None, "bins of many keys");
+    }
+
+    #[test]
+    fn counts_whose_sum_does_not_fit_are_not_decoded() {
+        let bracket = Bracket::over(8, 10, 2);
+        for (above, bins, sound) in [
+            (TOO_MANY - 3, [1, 1 | STRAY], true),
+            (TOO_MANY - 2, [1, 1], false),
+            (u64::MAX, [0, 0], false),
+            (0, [!STRAY, 0], false),
+            (u64::MAX, [u64::MAX; 2], false),
+        ] {
+            let sketch = MagnitudeSketch { above, bins: bins.to_vec(), ..MagnitudeSketch::new(bracket) };
+            let found = MagnitudeSketch::decode(&mut &sketch.encode()[..]);
+            assert_eq!(found.is_some(), sound, "{above} {bins:?}");
+        }
     }
 
     #[test]
