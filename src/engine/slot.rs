@@ -10,7 +10,7 @@ use crate::dtype::Float;
 use crate::error::Result;
 use crate::kernels::{self, Isa};
 use crate::limits::TILE_ELEMENTS;
-use crate::plan::{Action, Chunk, Piece, Plan, Wanted};
+use crate::plan::{Action, Chunk, Piece, Plan, Wanted, changing_place};
 use crate::storage::{InputFile, Window};
 
 /// More than a core's share of the caches.
@@ -217,10 +217,8 @@ impl<'a> Span<'a> {
 
     /// Leaves a block of the tile, another one each time: what repeats in the data (rows, heads) is met in all of its phases.
     pub(super) fn shorten(&mut self, block: usize, time: usize) {
-        let places = (self.length / block).max(1);
-        // The multiples of the golden ratio, modulo 1.
-        let place = (time as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        self.from += ((place * places as u64) >> 32) as usize * block;
+        let places = (self.length / block).max(1) as u64;
+        self.from += changing_place(time as u64, places) as usize * block;
         self.length = self.length.min(block);
     }
 

@@ -34,8 +34,8 @@ pub(crate) use layers::split as split_layer;
 pub use manifest::{ListedFile, MANIFEST_VERSION, Manifest};
 pub use modules::may_describe;
 pub(crate) use passes::bytes_of;
-pub(crate) use schedule::near_keys;
 pub use schedule::{Chunk, Run, Schedule, Study, Together, Unit, UnitKind};
+pub(crate) use schedule::{changing_place, near_keys};
 pub use spooling::{Downloads, Spooling, spool_room};
 pub use summary::{InputSummary, PassSummary, PlanSummary, Spread};
 

@@ -327,13 +327,9 @@ impl Schedule {
         let cell = (u128::from(unit.elements) * u128::from(block) / u128::from(wanted.max(1))) as u64;
         // A small unit is probed whole, across the ends of its tensors.
         let whole = cell <= block;
-        let room = u128::from(cell.saturating_sub(block) + 1);
-        let place = move |index: u64| {
-            // The multiples of the golden ratio, modulo 1, are as even as any sequence that goes on for ever.
-            let offset = (u128::from(index.wrapping_mul(0x9e37_79b9_7f4a_7c15)) * room) >> 64;
-            index * cell + offset as u64
-        };
-        let mut places = (0..if whole { 0 } else { unit.elements / cell }).map(place);
+        let room = cell.saturating_sub(block) + 1;
+        let cells = if whole { 0 } else { unit.elements / cell };
+        let mut places = (0..cells).map(move |index| index * cell + changing_place(index, room));
         let mut tensors = unit.tensors.iter().map(|&tensor| (tensor, plan.length(tensor)));
         let (mut current, mut begin) = (tensors.next(), 0);
         let sampled = std::iter::from_fn(move || {
@@ -636,6 +632,12 @@ impl Demand {
 /// What `windows` windows hold that show `bytes` bytes: those that are mapped show whole pages.
 fn held_bytes(bytes: u64, windows: u64) -> u64 {
     bytes + bytes / MAPPED_BYTES as u64 * PAGE_BYTES + windows * WINDOW_BYTES
+}
+
+/// One of `places` that changes with `index`: the multiples of the golden ratio, modulo 1, are as even as those of any number.
+pub fn changing_place(index: u64, places: u64) -> u64 {
+    let share = index.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    ((u128::from(share) * u128::from(places)) >> 64) as u64
 }
 
 /// Most keys that a worker with windows of `slot_elements` lists near one threshold.
