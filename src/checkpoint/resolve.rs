@@ -263,10 +263,14 @@ impl<'a> HubId<'a> {
 
 fn in_cache(id: &HubId<'_>, path: &Path, storage: &dyn Storage, env: Env<'_>) -> Result<Found> {
     let HubId { id: name, revision } = id;
+    // The Hub would be asked else.
+    let allow = if storage.is_offline() { ", unset HF_HUB_OFFLINE" } else { "" };
     let download = match revision {
-        Some(revision) => format!("download it with `hf download {name} --revision {revision}`, or check the path"),
+        Some(revision) => {
+            format!("download it with `hf download {name} --revision {revision}`{allow}, or check the path")
+        }
         None => format!(
-            "download it with `hf download {name}` (older: `huggingface-cli download {name}`), or check the path"
+            "download it with `hf download {name}` (older: `huggingface-cli download {name}`){allow}, or check the path"
         ),
     };
     let Some(cache) = hub_cache(env) else {

@@ -481,7 +481,9 @@ fn what_is_not_there_is_explained() {
     says(&["inspect", "http://example.invalid/model.safetensors"], &["not encrypted", "use https://"]);
     let mut offline = remote.command();
     offline.env("HF_HUB_OFFLINE", "1").args(["inspect", "hf://org/base"]);
-    assert!(run(offline).refusal().contains("not in the Hub cache"));
+    let outcome = run(offline);
+    let line = outcome.refusal();
+    assert!(line.contains("not in the Hub cache") && line.contains("unset HF_HUB_OFFLINE"), "{line}");
     let mut nobody = remote.command();
     nobody.env("HF_ENDPOINT", "http://127.0.0.1:1").args(["inspect", "hf://org/base"]);
     let outcome = run(nobody);

@@ -151,7 +151,8 @@ fn what_the_spool_is_no_help_for_is_read_again_and_the_plan_says_so() {
     assert!(refused.refusal().contains("no such directory for --spool"), "{}", refused.stderr);
     assert!(!remote.saved.path("base/nowhere").exists());
     // What nothing keeps is said by commands that have no plan.
-    let analyzed = remote.merge("analyze", &hf, &["--memory=96MB", "--threads=2", "--out=report"]).succeeded();
+    let args = ["--memory=96MB", "--threads=2", "--spool=none", "--out=report"];
+    let analyzed = remote.merge("analyze", &hf, &args).succeeded();
     assert!(analyzed.stderr.contains("are downloaded twice: with --cache DIR"), "{}", analyzed.stderr);
 }
 
