@@ -118,7 +118,7 @@ impl Storage for Memory {
 }
 
 /// The content of a `begin` that makes sense.
-const BEGIN: &[u8] = br#"{"version":6,"program":"tiesmith","fingerprint":"0","untimed_fingerprint":"0","recipe":{},"inputs":[],"shards":[],"hashes":false}"#;
+const BEGIN: &[u8] = br#"{"version":7,"program":"tiesmith","fingerprint":"0","untimed_fingerprint":"0","recipe":{},"inputs":[],"shards":[],"hashes":false}"#;
 
 /// The journal that `data` stands for, and how many sound records it has, where that is known.
 fn journal(data: &[u8]) -> Option<(Vec<u8>, Option<u64>)> {
@@ -166,6 +166,11 @@ pub fn run(data: &[u8]) {
         }
     };
     assert!(count.is_none_or(|count| decoded.map_or(count == 0, |found| found.records <= count)), "{decoded:?}");
+    // Else no work would be decoded.
+    assert!(
+        data[0] % 4 != 1 || decoded.is_some_and(|found| found.records > 0),
+        "the first record is not of this version"
+    );
     let whole = now();
     assert!(bytes.starts_with(&whole), "something was changed that was to be cut off");
     let again = decode_journal(&path, &storage).expect("what was cut off is whole");

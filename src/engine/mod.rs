@@ -284,11 +284,7 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
         warnings.extend(differing_warning(plan, &passes.differing));
         reused = kept.ranges;
         drop(passes);
-        // What can be gone on with needs it.
-        if let Some(spool) = spool.filter(|_| !done.as_ref().is_err_and(can_be_resumed)) {
-            spool.remove();
-        }
-        done
+        Spool::forget(spool, done)
     })?;
     check_inputs_unchanged(plan)?;
     observer.go_on()?;

@@ -13,7 +13,7 @@ use super::guess::Beginning;
 use super::kept::Kept;
 use super::pool;
 use super::records::UnitDone;
-use super::select::{Thresholds, UnitThresholds, cuts, sample_stride, tensor_cuts};
+use super::select::{Thresholds, UnitThresholds, coarse_selectors, cuts, sample_stride, tensor_cuts};
 use super::shard_hash::Digest;
 use super::shards::ShardWriter;
 use super::slot::{Loaded, Slot, locate};
@@ -383,15 +383,13 @@ impl<'a> Passes<'a> {
         goals: &[Goal],
     ) -> Result<Vec<Option<Selector>>> {
         let bins = self.schedule.sketch_bins;
-        let keep = |goal: &Goal| if let Goal::Keep { keep, elements } = *goal { Some((keep, elements)) } else { None };
-        let share = |(keep, elements): (u64, u64)| keep as f64 / elements as f64;
         if trim.threshold == ThresholdKind::Sketch {
             // What is to be kept for the merge is all that a bracket is for.
-            let probes = if self.spool.is_some_and(Spool::has_bounds) { self.probe(unit, goals)? } else { Vec::new() };
-            let least =
-                |at, goal| probes.get(at % self.plan.models()).map_or(0, |probe: &Probe| probe.least(share(goal)));
-            let selector = |(at, goal)| keep(goal).map(|goal| Selector::coarse(goal.0).not_below(least(at, goal)));
-            return Ok(goals.iter().enumerate().map(selector).collect());
+            let selectors = coarse_selectors(goals);
+            if !self.spool.is_some_and(Spool::has_bounds) {
+                return Ok(selectors);
+            }
+            return Ok(not_below_what_is_likely(&self.probe(unit, goals)?, goals, selectors));
         }
         if resident.is_some() {
             let samples = self.sample(unit, resident, goals)?;

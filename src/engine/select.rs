@@ -97,9 +97,7 @@ impl SoloSearch {
         let (mut found, mut bounds, mut selectors) =
             (vec![None; goals.len()], vec![None; goals.len()], vec![None; goals.len()]);
         if plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Sketch) {
-            let coarse =
-                |goal: &Goal| if let Goal::Keep { keep, .. } = goal { Some(Selector::coarse(*keep)) } else { None };
-            selectors = goals.iter().map(coarse).collect();
+            selectors = coarse_selectors(goals);
             return Ok(Self { found, bounds, selectors });
         }
         let bins = bins.min(IN_MEMORY_BINS);
@@ -163,6 +161,12 @@ pub(super) fn solo_thresholds(
     bins: usize,
 ) -> Result<Vec<Option<Threshold>>> {
     SoloSearch::begin(worker, data, goals, bins)?.end(worker, data, goals)
+}
+
+/// Where each search starts that ends at a coarse bin.
+pub(super) fn coarse_selectors(goals: &[Goal]) -> Vec<Option<Selector>> {
+    let coarse = |goal: &Goal| if let Goal::Keep { keep, .. } = goal { Some(Selector::coarse(*keep)) } else { None };
+    goals.iter().map(coarse).collect()
 }
 
 /// The thresholds of a unit that one worker holds in memory, if a sample of it leaves hardly a doubt about any.

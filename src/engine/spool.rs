@@ -12,13 +12,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
-use super::Observer;
 use super::identity::Begin;
 use super::output::OutputDir;
 use super::pack::mark_all;
 use super::passes::Passes;
 use super::slot::{Loaded, Slot};
 use super::worker::{Worker, subtract};
+use super::{Observer, can_be_resumed};
 use crate::checkpoint::packed::{CHUNK, Decoder, Encoder, checksum};
 use crate::error::{Error, Result};
 use crate::kernels;
@@ -306,7 +306,7 @@ impl<'a> Spool<'a> {
 
     /// Whether of models is kept what lies above a bound, and not everything.
     pub(super) fn has_bounds(&self) -> bool {
-        !self.spooling.is_whole()
+        self.spooling.needs_bounds()
     }
 
     /// Whether `chunk` of `piece` is there.
@@ -495,6 +495,14 @@ impl<'a> Spool<'a> {
             out.copy_from_slice(&whole[asked]);
             sound
         })
+    }
+
+    /// Removes it, unless it is of use to a run that goes on after `done`.
+    pub(super) fn forget<T>(spool: Option<Self>, done: Result<T>) -> Result<T> {
+        if let Some(spool) = spool.filter(|_| !done.as_ref().is_err_and(can_be_resumed)) {
+            spool.remove();
+        }
+        done
     }
 
     /// Removes it.

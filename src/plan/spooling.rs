@@ -133,13 +133,8 @@ impl Spooling {
         self.remote[index]
     }
 
-    /// Whether models are kept whole.
-    pub fn is_whole(&self) -> bool {
-        self.whole
-    }
-
-    /// Whether a sample has to tell what of the models is kept.
-    pub(super) fn needs_bounds(&self) -> bool {
+    /// Whether of models is kept what lies above a bound, which a sample has to tell, and not everything.
+    pub fn needs_bounds(&self) -> bool {
         !self.whole
     }
 

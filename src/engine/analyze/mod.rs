@@ -30,7 +30,7 @@ use super::spool::{Site, Spool, Use};
 use super::turns::{Ordered, Pending, Turns};
 use super::under_way::Notes;
 use super::worker::Worker;
-use super::{Observer, OutputOptions, can_be_resumed, check_inputs_unchanged, check_memory, peak_memory_bytes};
+use super::{Observer, OutputOptions, check_inputs_unchanged, check_memory, peak_memory_bytes};
 use crate::error::{ErrorKind, Result};
 use crate::plan::{Chunk, Goal, Piece, Plan, Unit, UnitKind, Wanted};
 use crate::report::{self, Analysis, Line, Row};
@@ -119,11 +119,7 @@ fn run(
     };
     let spool = Spool::open_at(&study.plan, &study.schedule, &site, gathered.thresholds.is_none(), observer)?;
     let done = look(study, work, storage, observer, gathered, spool.as_ref());
-    // What can be gone on with needs it.
-    if let Some(spool) = spool.filter(|_| !done.as_ref().is_err_and(can_be_resumed)) {
-        spool.remove();
-    }
-    done
+    Spool::forget(spool, done)
 }
 
 /// Looks at what is not in `gathered`, and stages the report.

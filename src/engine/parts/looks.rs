@@ -13,7 +13,7 @@ use super::super::kept::Kept;
 use super::super::passes::{Passes, lock, not_below_what_is_likely, prefetch, probed_selectors, probes_ahead};
 use super::super::pool;
 use super::super::records::{self, Entry, UnitDone};
-use super::super::select::{UnitThresholds, cuts, observe, tensor_cuts};
+use super::super::select::{UnitThresholds, coarse_selectors, cuts, observe, tensor_cuts};
 use super::super::shard_hash::Digest;
 use super::super::spool::least_of;
 use super::super::under_way::{Notes, UnderWay};
@@ -229,11 +229,7 @@ impl<'a> Looks<'a> {
     fn first_selectors(&self, passes: &mut Passes<'_>, unit: &Unit, goals: &[Goal]) -> Result<Vec<Option<Selector>>> {
         let (plan, desk) = (self.desk.plan, self.desk);
         let coarse = plan.trim.as_ref().is_some_and(|trim| trim.threshold == ThresholdKind::Sketch);
-        let coarse = coarse.then(|| {
-            let search =
-                |goal: &Goal| if let Goal::Keep { keep, .. } = goal { Some(Selector::coarse(*keep)) } else { None };
-            goals.iter().map(search).collect::<Vec<_>>()
-        });
+        let coarse = coarse.then(|| coarse_selectors(goals));
         // All parts must agree on what is below what is kept, whether the memory of each is enough to keep it or not.
         let keeps = plan.is_remote() && desk.job.downloads != Downloads::Forgotten;
         if let Some(selectors) = coarse.as_ref().filter(|_| !keeps) {

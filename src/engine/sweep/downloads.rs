@@ -5,7 +5,6 @@ use std::path::Path;
 use super::Sweep;
 use super::group::Out;
 use super::ready::Ready;
-use crate::engine::can_be_resumed;
 use crate::engine::spool::{Site, Spool};
 use crate::error::Result;
 use crate::plan::{Goal, Plan, Schedule, Unit};
@@ -50,14 +49,6 @@ pub(super) fn floors(union: &Plan, outs: &[Out<'_>], unit: &Unit, ready: &[Optio
         }
     }
     floors
-}
-
-/// Removes what was downloaded, unless it is of use to a run that goes on.
-pub(super) fn forget<T>(downloads: Option<Spool<'_>>, done: Result<T>) -> Result<T> {
-    if let Some(downloads) = downloads.filter(|_| !done.as_ref().is_err_and(can_be_resumed)) {
-        downloads.remove();
-    }
-    done
 }
 
 /// Removes what a run left that ended when it had nothing more to download.

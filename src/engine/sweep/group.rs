@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::chunks::{Search, left};
-use super::downloads::{floors, forget};
+use super::downloads::floors;
 use super::ready::Ready;
 use super::spool::{self, Framer, Spool};
 use super::{Sweep, Variant, families, places};
@@ -192,7 +192,7 @@ impl Sweep<'_> {
         let at_once = variants.iter().map(|variant| super::packed_bytes_max(&variant.plan)).sum();
         let downloads = self.downloads(schedule, at_once)?;
         let done = Group::new(self.union, schedule, self.observer, &outs)?.run(downloads.as_ref());
-        let (made, read) = forget(downloads, done)?;
+        let (made, read) = Downloaded::forget(downloads, done)?;
         self.bytes_read = self.bytes_read.saturating_add(read);
         self.storage.check_mapped()?;
         check_inputs_unchanged(self.union)?;
@@ -232,7 +232,7 @@ impl Sweep<'_> {
             }
             join_families(&mut outs);
             let done = Group::new(union, schedule, observer, &outs)?.run(downloads.as_ref());
-            (made, read) = forget(downloads.take(), done)?;
+            (made, read) = Downloaded::forget(downloads.take(), done)?;
             Ok(())
         })?;
         self.bytes_read = self.bytes_read.saturating_add(read);
