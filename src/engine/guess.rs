@@ -34,13 +34,12 @@ use crate::sketch::{BlockCounts, Bracket, MagnitudeSketch, Probe, Selector, Stan
 pub(super) struct Guess(pub Vec<Option<u32>>);
 
 impl Guess {
-    /// The thresholds, if the samples of all models' keys leave hardly a doubt about any: so many entries have that very key.
+    /// The thresholds, if samples of all models' keys say that they are likely to be right, all together.
     pub(super) fn of_samples(samples: &[Vec<u32>], goals: &[Goal]) -> Option<Self> {
-        let one = |(goal, sample): (&Goal, &Vec<u32>)| match *goal {
-            Goal::Keep { keep, elements } => {
-                guess_of_sample(sample, SAMPLE_BLOCK, keep as f64 / elements as f64).map(Some)
-            }
-            Goal::All | Goal::Nothing => Some(None),
+        let mut odds = Odds::default();
+        let one = |(goal, sample): (&Goal, &Vec<u32>)| match goal.fraction() {
+            Some(fraction) => odds.guess(sample, fraction).map(Some),
+            None => Some(None),
         };
         goals.iter().zip(samples).map(one).collect::<Option<_>>().map(Self)
     }
@@ -57,18 +56,48 @@ impl Guess {
 
     /// The thresholds if it is right: `kept` survivors were counted with [`Self::cuts`], `tied` of them with the key.
     pub(super) fn proven(&self, goals: &[Goal], kept: &[u64], tied: &[u64]) -> Option<Vec<Option<Threshold>>> {
+        let found = self.judged(goals, kept, tied);
+        let proven = goals.iter().zip(&found).all(|(goal, found)| found.is_some() || !goal.needs_threshold());
+        proven.then_some(found)
+    }
+
+    /// The thresholds that it is right about.
+    pub(super) fn judged(&self, goals: &[Goal], kept: &[u64], tied: &[u64]) -> Vec<Option<Threshold>> {
         let one = |(at, (goal, key)): (usize, (&Goal, &Option<u32>))| match (goal, *key) {
             (&Goal::Keep { keep, elements }, Some(key)) => {
                 // Zeros are not among the survivors.
                 let tied = if key == 0 { elements.checked_sub(kept[at])? } else { tied[at] };
                 let above = if key == 0 { kept[at] } else { kept[at].checked_sub(tied)? };
                 let right = above < keep && keep <= above + tied;
-                right.then_some(Some(Threshold { ties: Ties { low: key, high: key }, above, tied }))
+                right.then_some(Threshold { ties: Ties { low: key, high: key }, above, tied })
             }
-            (Goal::Keep { .. }, None) => None,
-            (Goal::All | Goal::Nothing, _) => Some(None),
+            _ => None,
         };
         goals.iter().zip(&self.0).enumerate().map(one).collect()
+    }
+}
+
+/// How likely it is that all thresholds of a unit in memory are those that samples suggest.
+pub(super) struct Odds(f64);
+
+impl Default for Odds {
+    fn default() -> Self {
+        Self(1.0)
+    }
+}
+
+impl Odds {
+    /// What is merged in vain costs hardly more than the look that a right guess saves.
+    const LEAST: f64 = 0.5;
+
+    /// The next model's key at `fraction` (from the top), unless that makes the guess too bold: then all further ones are.
+    pub(super) fn guess(&mut self, sample: &[u32], fraction: f64) -> Option<u32> {
+        if self.0 < Self::LEAST {
+            return None;
+        }
+        let (key, likelihood) = guess_of_sample(sample, SAMPLE_BLOCK, fraction).unwrap_or_default();
+        self.0 *= likelihood;
+        (self.0 >= Self::LEAST).then_some(key)
     }
 }
 
@@ -273,10 +302,6 @@ impl Passes<'_> {
     /// common key about each, one for its counts. What they say is kept; tensor bytes read from `before` on are for it.
     fn guess(&mut self, unit: &Unit, goals: &[Goal], probes: Vec<Probe>, before: u64) -> Result<Option<Guess>> {
         let (tensor, models, writer) = (unit.tensors[0], self.plan.searched(goals), self.writer());
-        let fraction = |goal: &Goal| match *goal {
-            Goal::Keep { keep, elements } => Some(keep as f64 / elements as f64),
-            Goal::All | Goal::Nothing => None,
-        };
         let probed = self.tally().bytes_read;
         let known = self.kept.guess(tensor);
         known.iter().for_each(|known| self.take_over_reads(known.bytes_read));
@@ -284,7 +309,7 @@ impl Passes<'_> {
             Some(GuessDone { state: GuessState::Doubted, .. }) => return Ok(None),
             Some(known) => known.keys.clone(),
             None => {
-                let bin = |(probe, goal): (&Probe, &Goal)| fraction(goal).and_then(|fraction| probe.bin(fraction));
+                let bin = |(probe, goal): (&Probe, &Goal)| goal.fraction().and_then(|fraction| probe.bin(fraction));
                 let bins: Vec<Option<Bracket>> = probes.iter().zip(goals).map(bin).collect();
                 drop(probes);
                 let look = FineLook::new(bins);
@@ -299,7 +324,7 @@ impl Passes<'_> {
         self.look_again(unit, &models, COUNTS, &look)?;
         let counts = look.counts();
         let certain = |((goal, key), counts): ((&Goal, &Option<u32>), &BlockCounts)| {
-            fraction(goal).is_none_or(|fraction| key.is_some() && counts.is_certain(fraction))
+            goal.fraction().is_none_or(|fraction| key.is_some() && counts.is_certain(fraction))
         };
         let certain = goals.iter().zip(&keys).zip(&counts).all(certain);
         let read = self.tally().bytes_read;

@@ -545,9 +545,8 @@ impl<'a> Passes<'a> {
 pub(super) fn sampled_selectors(mut samples: Vec<Vec<u32>>, goals: &[Goal], bins: usize) -> Vec<Option<Selector>> {
     let models = samples.len();
     let selector = |(at, goal): (usize, &Goal)| match *goal {
-        Goal::Keep { keep, elements } => {
-            let fraction = keep as f64 / elements as f64;
-            let bounds = bounds_of_sample(&mut samples[at % models], SAMPLE_BLOCK, fraction);
+        Goal::Keep { keep, .. } => {
+            let bounds = bounds_of_sample(&mut samples[at % models], SAMPLE_BLOCK, goal.fraction()?);
             Some(Selector::exact(keep, Bracket::within(bounds, bins), bins))
         }
         Goal::All | Goal::Nothing => None,
@@ -558,9 +557,7 @@ pub(super) fn sampled_selectors(mut samples: Vec<Vec<u32>>, goals: &[Goal], bins
 /// Where each search starts, from a probe of each model.
 pub(super) fn probed_selectors(probes: &[Probe], goals: &[Goal], bins: usize) -> Vec<Option<Selector>> {
     let selector = |(probe, goal): (&Probe, &Goal)| match *goal {
-        Goal::Keep { keep, elements } => {
-            Some(Selector::exact(keep, probe.bracket(keep as f64 / elements as f64, bins), bins))
-        }
+        Goal::Keep { keep, .. } => Some(Selector::exact(keep, probe.bracket(goal.fraction()?, bins), bins)),
         Goal::All | Goal::Nothing => None,
     };
     probes.iter().cycle().zip(goals).map(selector).collect()
@@ -572,10 +569,7 @@ pub(super) fn not_below_what_is_likely(
     goals: &[Goal],
     selectors: Vec<Option<Selector>>,
 ) -> Vec<Option<Selector>> {
-    let least = |(probe, goal): (&Probe, &Goal)| match *goal {
-        Goal::Keep { keep, elements } => probe.least(keep as f64 / elements as f64),
-        Goal::All | Goal::Nothing => 0,
-    };
+    let least = |(probe, goal): (&Probe, &Goal)| goal.fraction().map_or(0, |fraction| probe.least(fraction));
     let least = probes.iter().cycle().zip(goals).map(least);
     selectors.into_iter().zip(least).map(|(selector, least)| selector.map(|s| s.not_below(least))).collect()
 }

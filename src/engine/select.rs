@@ -1,16 +1,14 @@
 //! From densities to cuts: what has to be selected in a unit, and what survives once it is known.
 
 use super::cut::Cut;
-use super::guess::Guess;
+use super::guess::{Guess, Odds};
 use super::slot::Loaded;
 use super::worker::Worker;
 use crate::error::Result;
 use crate::limits::{LISTED_THRESHOLDS, SAMPLE_BLOCK, SAMPLE_ELEMENTS, SMALL_UNIT_ELEMENTS, TILE_ELEMENTS};
 use crate::method::Sparsify;
 use crate::plan::{Action, Chunk, Goal, Plan, ThresholdKind, Unit};
-use crate::sketch::{
-    Bracket, MagnitudeSketch, Selector, Threshold, bounds_of_sample, guess_of_sample, select_in_place,
-};
+use crate::sketch::{Bracket, MagnitudeSketch, Selector, Threshold, bounds_of_sample, select_in_place};
 
 /// One in so many elements of a unit in memory is sampled: a longer sample would cost more than what it would save.
 const SAMPLED_SHARE: u64 = 64;
@@ -80,57 +78,99 @@ impl Thresholds {
     }
 }
 
-/// The search for the thresholds of a unit that one worker holds in memory: what a sample of it says.
-pub(super) struct SoloSearch {
-    /// Per goal: what is known already, because the sample was everything.
+/// The search for the thresholds of a unit that one worker holds in memory.
+pub(super) struct SoloSearch<'g> {
+    goals: &'g [Goal],
+    bins: usize,
+    /// Per goal: what is known already.
     found: Vec<Option<Threshold>>,
-    /// Per goal: the keys that a threshold lies between.
+    /// Per goal: the keys that a threshold lies between, as a sample says.
     bounds: Vec<Option<(u32, u32)>>,
+    /// Per goal: where the search goes on if it is not found between them.
     selectors: Vec<Option<Selector>>,
 }
 
-impl SoloSearch {
-    /// Samples the unit.
-    pub(super) fn begin(worker: &mut Worker, data: Loaded<'_>, goals: &[Goal], bins: usize) -> Result<Self> {
-        let (plan, chunk) = (data.plan, data.chunk);
-        let stride = sample_stride(chunk.count);
-        let (mut found, mut bounds, mut selectors) =
-            (vec![None; goals.len()], vec![None; goals.len()], vec![None; goals.len()]);
-        if plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Sketch) {
-            selectors = coarse_selectors(goals);
-            return Ok(Self { found, bounds, selectors });
-        }
+impl<'g> SoloSearch<'g> {
+    /// A search with sketches of at most `bins` bins, of which nothing is known.
+    pub(super) fn new(goals: &'g [Goal], bins: usize) -> Self {
         let bins = bins.min(IN_MEMORY_BINS);
+        Self {
+            goals,
+            bins,
+            found: vec![None; goals.len()],
+            bounds: vec![None; goals.len()],
+            selectors: vec![None; goals.len()],
+        }
+    }
+
+    /// The thresholds, if a sample of the unit says that they are likely to be right, all together.
+    pub(super) fn guess(&mut self, worker: &mut Worker, data: Loaded<'_>) -> Result<Option<Guess>> {
+        let Some(stride) = sample_stride(data.chunk.count) else { return Ok(None) };
+        let (mut odds, mut guess, mut whole) = (Odds::default(), vec![None; self.goals.len()], true);
         for &(model, piece) in data.merge().models {
-            let own = || (model as usize..goals.len()).step_by(plan.models());
-            if !own().any(|at| matches!(goals[at], Goal::Keep { .. })) {
-                continue;
-            }
-            let keys = worker.keys(data, (model as usize, piece), (0, stride))?;
-            for at in own() {
-                let Goal::Keep { keep, .. } = goals[at] else { continue };
-                if stride.is_none() {
-                    found[at] = Some(select_in_place(keys, keep));
-                } else {
-                    bounds[at] = bounds_of_sample(keys, SAMPLE_BLOCK, keep as f64 / chunk.count as f64);
-                    selectors[at] = Some(Selector::exact(keep, Bracket::within(bounds[at], bins), bins));
+            let model = model as usize;
+            if let Some(fraction) = self.goals[model].fraction() {
+                let keys = worker.keys(data, (model, piece), (0, Some(stride)))?;
+                guess[model] = odds.guess(keys, fraction);
+                if guess[model].is_none() {
+                    whole = false;
+                    self.bound(model, keys);
                 }
             }
         }
-        Ok(Self { found, bounds, selectors })
+        Ok(whole.then_some(Guess(guess)))
+    }
+
+    /// Takes in thresholds that were found otherwise.
+    pub(super) fn learn(&mut self, found: Vec<Option<Threshold>>) {
+        self.found = found;
+    }
+
+    /// Bounds a threshold by a sample of the keys.
+    fn bound(&mut self, at: usize, sample: &mut [u32]) {
+        let goal = self.goals[at];
+        if let (Goal::Keep { keep, .. }, Some(fraction)) = (goal, goal.fraction()) {
+            self.bounds[at] = bounds_of_sample(sample, SAMPLE_BLOCK, fraction);
+            self.selectors[at] = Some(Selector::exact(keep, Bracket::within(self.bounds[at], self.bins), self.bins));
+        }
+    }
+
+    /// Whether nothing is known of a threshold that is needed.
+    fn is_open(&self, at: usize) -> bool {
+        self.goals[at].needs_threshold() && self.found[at].is_none() && self.selectors[at].is_none()
+    }
+
+    /// Samples the unit for what nothing is known of.
+    fn sample(&mut self, worker: &mut Worker, data: Loaded<'_>) -> Result<()> {
+        let stride = sample_stride(data.chunk.count);
+        for &(model, piece) in data.merge().models {
+            let own = || (model as usize..self.goals.len()).step_by(data.plan.models());
+            let open: Vec<usize> = own().filter(|&at| self.is_open(at)).collect();
+            if open.is_empty() {
+                continue;
+            }
+            let keys = worker.keys(data, (model as usize, piece), (0, stride))?;
+            for at in open {
+                match self.goals[at] {
+                    Goal::Keep { keep, .. } if stride.is_none() => self.found[at] = Some(select_in_place(keys, keep)),
+                    _ => self.bound(at, keys),
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The thresholds, from looks at all of the unit.
-    pub(super) fn end(
-        mut self,
-        worker: &mut Worker,
-        data: Loaded<'_>,
-        goals: &[Goal],
-    ) -> Result<Vec<Option<Threshold>>> {
+    pub(super) fn end(mut self, worker: &mut Worker, data: Loaded<'_>) -> Result<Vec<Option<Threshold>>> {
+        if data.plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Sketch) {
+            self.selectors = coarse_selectors(self.goals);
+        } else {
+            self.sample(worker, data)?;
+        }
         // All in one look, which loads base once.
         if self.bounds.iter().any(Option::is_some) {
             worker.list_near(data, &self.bounds)?;
-            for (at, goal) in goals.iter().enumerate() {
+            for (at, goal) in self.goals.iter().enumerate() {
                 if let (Goal::Keep { keep, .. }, Some(_)) = (goal, self.bounds[at]) {
                     self.found[at] = worker.near[at].threshold(*keep);
                     self.selectors[at].take_if(|_| self.found[at].is_some());
@@ -160,29 +200,13 @@ pub(super) fn solo_thresholds(
     goals: &[Goal],
     bins: usize,
 ) -> Result<Vec<Option<Threshold>>> {
-    SoloSearch::begin(worker, data, goals, bins)?.end(worker, data, goals)
+    SoloSearch::new(goals, bins).end(worker, data)
 }
 
 /// Where each search starts that ends at a coarse bin.
 pub(super) fn coarse_selectors(goals: &[Goal]) -> Vec<Option<Selector>> {
     let coarse = |goal: &Goal| if let Goal::Keep { keep, .. } = goal { Some(Selector::coarse(*keep)) } else { None };
     goals.iter().map(coarse).collect()
-}
-
-/// The thresholds of a unit that one worker holds in memory, if a sample of it leaves hardly a doubt about any.
-pub(super) fn solo_guess(worker: &mut Worker, data: Loaded<'_>, goals: &[Goal]) -> Result<Option<Guess>> {
-    let Some(stride) = sample_stride(data.chunk.count) else { return Ok(None) };
-    let mut guess = vec![None; goals.len()];
-    for &(model, piece) in data.merge().models {
-        let model = model as usize;
-        if let Goal::Keep { keep, elements } = goals[model] {
-            let keys = worker.keys(data, (model, piece), (0, Some(stride)))?;
-            let key = guess_of_sample(keys, SAMPLE_BLOCK, keep as f64 / elements as f64);
-            let Some(key) = key else { return Ok(None) };
-            guess[model] = Some(key);
-        }
-    }
-    Ok(Some(Guess(guess)))
 }
 
 /// Of every how many tiles of a unit of `elements` a block is sampled; `None` if there are so few that all are.

@@ -8,7 +8,7 @@ use super::looks::solo_facts;
 use super::passes::{Passes, lock, prefetch, units_ahead, whole};
 use super::pool;
 use super::records::UnitDone;
-use super::select::{UnitThresholds, cuts, solo_guess, solo_thresholds, tensor_cuts};
+use super::select::{SoloSearch, UnitThresholds, cuts, tensor_cuts};
 use super::shards::{ChunkWriter, ShardWriter};
 use super::slot::Loaded;
 use super::worker::{Known, Worker};
@@ -28,12 +28,14 @@ impl Passes<'_> {
         pool::run_weighed(&mut self.workers, items, lookahead, ahead, |worker, _, unit| {
             let (chunk, goals) = (whole(unit), plan.goals(unit));
             worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
-                let guess = if guesses { solo_guess(worker, data, &goals)? } else { None };
+                let mut search = SoloSearch::new(&goals, bins);
+                let guess = if guesses { search.guess(worker, data)? } else { None };
                 let guessed = guess.map(|guess| merge_guessed(worker, data, writer, &goals, &guess)).transpose()?;
-                let (out, found, known) = match guessed.flatten() {
-                    Some((out, found)) => (out, found, Known::default()),
-                    None => {
-                        let found = solo_thresholds(worker, data, &goals, bins)?;
+                let (out, found, known) = match guessed {
+                    Some((Some(out), found)) => (out, found, Known::default()),
+                    wrong => {
+                        wrong.into_iter().for_each(|(_, found)| search.learn(found));
+                        let found = search.end(worker, data)?;
                         let cuts = cuts(plan, &goals, &found);
                         let mut known = Known { facts: solo_facts(worker, data, &cuts)?, ..Known::default() };
                         let cuts = tensor_cuts(plan, chunk, &cuts, &known.facts);
@@ -70,20 +72,21 @@ pub(super) fn merge_chunk<'w>(
     Ok(out)
 }
 
-/// Merges a unit in memory with guessed thresholds; `None`, and nothing counted, if they turn out to be others.
+/// Merges a unit in memory with guessed thresholds. If some turn out to be others, there is nothing merged or counted, and
+/// what was found are the rest.
 fn merge_guessed<'w>(
     worker: &mut Worker,
     data: Loaded<'_>,
     writer: &'w ShardWriter<'_>,
     goals: &[Goal],
     guess: &Guess,
-) -> Result<Option<(ChunkWriter<'w>, Vec<Option<Threshold>>)>> {
+) -> Result<(Option<ChunkWriter<'w>>, Vec<Option<Threshold>>)> {
     let before = worker.tally.clone();
     let out = merge_chunk(worker, data, writer, &guess.cuts(goals), &Known::default())?;
     let counted = worker.tally.since(&before);
-    let proven = guess.proven(goals, &counted.kept, &counted.tied);
-    if proven.is_none() {
-        worker.tally = before;
+    if let Some(found) = guess.proven(goals, &counted.kept, &counted.tied) {
+        return Ok((Some(out), found));
     }
-    Ok(proven.map(|found| (out, found)))
+    worker.tally = before;
+    Ok((None, guess.judged(goals, &counted.kept, &counted.tied)))
 }

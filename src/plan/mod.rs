@@ -162,6 +162,14 @@ impl Goal {
     pub fn needs_threshold(&self) -> bool {
         matches!(self, Self::Keep { .. })
     }
+
+    /// The share of the entries that a threshold is to keep, if one is needed.
+    pub fn fraction(&self) -> Option<f64> {
+        match *self {
+            Self::Keep { keep, elements } => Some(keep as f64 / elements.max(1) as f64),
+            Self::All | Self::Nothing => None,
+        }
+    }
 }
 
 /// Which inputs of a tensor a pass loads.

@@ -212,11 +212,7 @@ fn is_like_base(plan: &Plan, index: u32, piece: super::Piece) -> bool {
 
 /// The largest share of a model's entries that a threshold is sought for.
 fn largest_share(goals: &[Goal], model: usize, models: usize) -> f64 {
-    let share = |goal: &Goal| match *goal {
-        Goal::Keep { keep, elements } => keep as f64 / elements.max(1) as f64,
-        Goal::All => 1.0,
-        Goal::Nothing => 0.0,
-    };
+    let share = |goal: &Goal| goal.fraction().unwrap_or(if *goal == Goal::All { 1.0 } else { 0.0 });
     goals.iter().skip(model).step_by(models).map(share).fold(0.0, f64::max)
 }
 

@@ -10,7 +10,7 @@ use crate::limits::SKETCH_BINS_MIN;
 /// Half width of the bracket in standard errors: with 7 degrees of freedom, a miss in about 10^4.
 const SIGMAS: f64 = 8.0;
 /// Half width of what a guess has to leave aside, in standard errors: at the worst place, a miss in about 160.
-const GUESS_SIGMAS: f64 = 2.5;
+const CERTAIN_SIGMAS: f64 = 2.5;
 
 /// A sample of magnitudes in [`crate::limits::PROBE_GROUPS`] groups.
 #[derive(Debug, Clone, Default)]
@@ -166,18 +166,36 @@ impl BlockCounts {
     /// Whether the key is that of the value at `fraction` (from the top) of the whole data, as far as a sample can tell: what
     /// it may err by leaves the value among the entries with the key.
     pub fn is_certain(&self, fraction: f64) -> bool {
+        self.margins(fraction).is_some_and(|margins| margins.into_iter().all(|margin| margin > CERTAIN_SIGMAS))
+    }
+
+    /// How likely it is that the key is that of the value at `fraction` (from the top) of the whole data.
+    pub fn likelihood(&self, fraction: f64) -> f64 {
+        let [above, below] = self.margins(fraction).unwrap_or([f64::NEG_INFINITY; 2]);
+        (normal_share(above) + normal_share(below) - 1.0).max(0.0)
+    }
+
+    /// How far the wanted rank is from the first and from the last entry with the key, in standard errors of the sample;
+    /// negative where it is beyond them. `None` if there is too little to tell.
+    fn margins(&self, fraction: f64) -> Option<[f64; 2]> {
         let [whole, squares, compared] = self.weights;
         if compared <= 0.0 {
-            return false;
+            return None;
         }
         let independent = (fraction * (1.0 - fraction) / self.samples as f64).sqrt();
         let [above, at_least] = self.sides.map(|(sum, differences)| {
             // Blocks without a neighbour are like the others.
             let error = (differences / 2.0 * squares / compared).sqrt() / whole;
-            (sum / whole, GUESS_SIGMAS * error.max(independent))
+            (sum / whole, error.max(independent))
         });
-        above.0 + above.1 < fraction && at_least.0 - at_least.1 >= fraction
+        Some([(fraction - above.0) / above.1, (at_least.0 - fraction) / at_least.1])
     }
+}
+
+/// The share of a normal distribution up to `x` standard deviations above its mean, within 0.0002 (Bowling et al., A logistic
+/// approximation to the cumulative normal distribution, 2009).
+fn normal_share(x: f64) -> f64 {
+    1.0 / (1.0 + (-x * (1.5976 + 0.07056 * x * x)).exp())
 }
 
 /// The key of the value at `fraction` (from the top) of a part of a sample of keys, taken in blocks of `block` neighbours:
@@ -190,10 +208,29 @@ fn suggested(keys: &[u32], block: usize, fraction: f64) -> Option<u32> {
     (rank < few.len()).then(|| *few.select_nth_unstable_by(rank, |a, b| b.cmp(a)).1)
 }
 
-/// The key of the value at `fraction` (from the top) of data in memory, if a sample of its keys, taken in blocks of `block`
-/// neighbours, leaves hardly a doubt about it.
-pub fn guess_of_sample(keys: &[u32], block: usize, fraction: f64) -> Option<u32> {
-    let key = suggested(keys, block, fraction)?;
+/// The likeliest key of the value at `fraction` (from the top) of data in memory, and how likely it is, as a sample of its keys
+/// says, taken in blocks of `block` neighbours.
+pub fn guess_of_sample(keys: &[u32], block: usize, fraction: f64) -> Option<(u32, f64)> {
+    /// Most keys judged: neighbours of what is suggested, which only a part of the sample does.
+    const JUDGED: usize = 4;
+    let mut key = suggested(keys, block, fraction)?;
+    let mut judged = None;
+    for _ in 0..JUDGED {
+        let counts = counts_of_sample(keys, block, key);
+        judged = Some((key, counts.likelihood(fraction)));
+        let next = match counts.margins(fraction) {
+            Some([above, _]) if above < 0.0 => keys.iter().copied().filter(|&other| other > key).min(),
+            Some([_, below]) if below < 0.0 => keys.iter().copied().filter(|&other| other < key).max(),
+            _ => None,
+        };
+        let Some(next) = next else { break };
+        key = next;
+    }
+    judged
+}
+
+/// Counts of a sample in memory about a key.
+fn counts_of_sample(keys: &[u32], block: usize, key: u32) -> BlockCounts {
     let mut counts = BlockCounts::default();
     for block in keys.chunks(block) {
         let count = |is: fn(u32, u32) -> bool| block.iter().map(|&other| u32::from(is(other, key))).sum::<u32>();
@@ -201,7 +238,7 @@ pub fn guess_of_sample(keys: &[u32], block: usize, fraction: f64) -> Option<u32>
         let whole = Standing { stratum: 0, weight: 1.0 };
         counts.add(whole, block.len() as u64, above.into(), (at_least - above).into());
     }
-    counts.is_certain(fraction).then_some(key)
+    counts
 }
 
 /// Bounds (smallest and largest key) about the value at `fraction` (from the top) of data in memory, from a sample of its
@@ -351,16 +388,21 @@ mod tests {
         sorted.sort_unstable_by(|a, b| b.cmp(a));
         let mut guessed = 0;
         for rank in (0..60_000).step_by(997) {
-            if let Some(key) = guess(&keys, (rank + 1) as f64 / 60_000.0) {
+            let (key, likelihood) = guess(&keys, (rank + 1) as f64 / 60_000.0).unwrap();
+            if likelihood > 0.99 {
                 assert_eq!(key, sorted[rank], "rank {rank}");
                 guessed += 1;
             }
         }
         assert!(guessed > 30, "{guessed} of 61");
         let distinct: Vec<u32> = (0..60_000).map(|i| value(i).to_bits()).collect();
-        assert_eq!(guess(&distinct, 0.2), None);
-        assert_eq!((guess(&[], 0.2), guess(&[7; 50], 0.2), guess(&[7; 500], 1.0)), (None, None, None));
-        assert_eq!(guess(&[7; 50_000], 0.2), Some(7));
+        assert!(guess(&distinct, 0.2).unwrap().1 < 0.01);
+        assert_eq!(guess(&[], 0.2), None);
+        assert_eq!((guess(&[7; 50], 0.2), guess(&[7; 500], 1.0)), (Some((7, 0.0)), None));
+        // The eighth of the blocks that suggests a key is not like the others.
+        let misled = (0..60_000).map(|i| if i / 100 % 8 == 0 { 9 } else { 7 + u32::from(i % 10 < 3) });
+        assert!(guess(&misled.collect::<Vec<_>>(), 0.2).is_some_and(|(key, likelihood)| key == 8 && likelihood > 0.99));
+        assert!(guess(&[7; 50_000], 0.2).is_some_and(|(key, likelihood)| key == 7 && likelihood > 0.999));
     }
 
     /// 400 blocks of a sample, in strata of so many, in which so many of 4,096 are above the key, and have it, give or take a few,
