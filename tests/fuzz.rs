@@ -13,6 +13,9 @@ use std::path::Path;
 
 use random::Random;
 
+/// One of so many mutations is tried on the disk, too.
+const ON_DISK_TOO: usize = 16;
+
 /// Words that make mutations of text meet something.
 const WORDS: [&str; 24] = [
     "\"",
@@ -73,6 +76,7 @@ fn target(name: &str, share: usize, run: fn(&[u8])) {
     for path in &paths {
         let seed = fs::read(path).unwrap();
         run(&seed);
+        cases::on_disk(|| run(&seed));
         for _ in 0..mutations {
             let mut bytes = mutate(&seed, &mut random);
             if name == "header" && bytes.len() > 8 && random.below(2) == 0 {
@@ -81,6 +85,9 @@ fn target(name: &str, share: usize, run: fn(&[u8])) {
                 bytes[..8].copy_from_slice(&length.to_le_bytes());
             }
             run(&bytes);
+            if runs % ON_DISK_TOO == 0 {
+                cases::on_disk(|| run(&bytes));
+            }
             runs += 1;
         }
     }

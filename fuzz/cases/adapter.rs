@@ -2,6 +2,8 @@
 //!
 //! The bytes up to the first NUL are `adapter_config.json`; what follows, if anything does, is `adapter_model.safetensors`.
 
+use std::sync::LazyLock;
+
 use tiesmith::Checkpoint;
 
 /// A file of f32 tensors filled with one number.
@@ -17,25 +19,22 @@ fn floats(tensors: &[(&str, &[usize])]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat()
 }
 
+static MODEL: LazyLock<Vec<u8>> =
+    LazyLock::new(|| floats(&[("w.weight", &[4, 6]), ("w.bias", &[4]), ("e.weight", &[9, 4])]));
+static WEIGHTS: LazyLock<Vec<u8>> =
+    LazyLock::new(|| floats(&[("base_model.model.w.lora_A.weight", &[2, 6]), ("w.lora_B.weight", &[4, 2])]));
+
 /// See the file's documentation.
 pub fn run(data: &[u8]) {
-    let dir = super::place("adapter");
-    let (model, adapter) = (dir.join("model"), dir.join("adapter"));
-    let written = |path: &std::path::Path, bytes: &[u8]| {
-        std::fs::create_dir_all(path.parent().expect("a file in a directory")).expect("a temporary directory");
-        super::write(path, bytes);
-    };
-    written(
-        &model.join("model.safetensors"),
-        &floats(&[("w.weight", &[4, 6]), ("w.bias", &[4]), ("e.weight", &[9, 4])]),
-    );
+    let files = super::Files::new("adapter");
+    files.put("model/model.safetensors", &MODEL);
     let (config, weights) = match data.iter().position(|&byte| byte == 0) {
-        Some(end) => (&data[..end], data[end + 1..].to_vec()),
-        None => (data, floats(&[("base_model.model.w.lora_A.weight", &[2, 6]), ("w.lora_B.weight", &[4, 2])])),
+        Some(end) => (&data[..end], &data[end + 1..]),
+        None => (data, &WEIGHTS[..]),
     };
-    written(&adapter.join("adapter_config.json"), config);
-    written(&adapter.join("adapter_model.safetensors"), &weights);
-    match Checkpoint::open(&format!("{}+{}", model.display(), adapter.display()), &super::storage()) {
+    files.put("adapter/adapter_config.json", config);
+    files.put("adapter/adapter_model.safetensors", weights);
+    match Checkpoint::open(&format!("{}+{}", files.path("model"), files.path("adapter")), &files.storage) {
         Ok(checkpoint) => {
             for tensor in checkpoint.tensors.iter().filter(|tensor| tensor.bytes < 1 << 20) {
                 let mut bytes = vec![0; tensor.bytes as usize];

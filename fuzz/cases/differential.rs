@@ -23,9 +23,8 @@ pub fn run(data: &[u8]) {
 }
 
 fn compare(bytes: &[u8]) {
-    let path = super::place("differential").join("model.safetensors");
-    super::write(&path, bytes);
-    let ours = Checkpoint::open(path.to_str().expect("a temporary path is UTF-8"), &super::storage());
+    let files = super::Files::new("differential");
+    let ours = Checkpoint::open(&files.put("model.safetensors", bytes), &files.storage);
     let (reference, ours) = match (safetensors::SafeTensors::deserialize(bytes), ours) {
         (Ok(reference), Ok(ours)) => (reference, ours),
         (Err(error), Ok(_)) => panic!("accepted what the reference refuses: {error:?}"),

@@ -4,9 +4,8 @@ use tiesmith::Checkpoint;
 
 /// See the file's documentation.
 pub fn run(data: &[u8]) {
-    let path = super::place("header").join("model.safetensors");
-    super::write(&path, data);
-    let ours = Checkpoint::open(path.to_str().expect("a temporary path is UTF-8"), &super::storage());
+    let files = super::Files::new("header");
+    let ours = Checkpoint::open(&files.put("model.safetensors", data), &files.storage);
     if let Err(error) = &ours {
         super::refused(error);
     }

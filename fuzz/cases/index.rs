@@ -4,13 +4,13 @@ use tiesmith::Checkpoint;
 
 /// See the file's documentation.
 pub fn run(data: &[u8]) {
-    let dir = super::place("index");
+    let files = super::Files::new("index");
     let shard = super::file(r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}"#, &[1, 2]);
-    super::write(&dir.join("s.safetensors"), &shard);
-    super::write(&dir.join("model.safetensors.index.json"), data);
-    match Checkpoint::open(dir.to_str().expect("a temporary path is UTF-8"), &super::storage()) {
+    files.put("s.safetensors", &shard);
+    files.put("model.safetensors.index.json", data);
+    match Checkpoint::open(&files.path(""), &files.storage) {
         Ok(checkpoint) => {
-            assert!(checkpoint.files.iter().all(|file| file.file.path().parent() == Some(&*dir)));
+            assert!(checkpoint.files.iter().all(|file| file.file.path().parent() == Some(&*files.dir)));
         }
         Err(error) => super::refused(&error),
     }

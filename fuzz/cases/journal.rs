@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use tiesmith::{ModelInput, Observer, OutputOptions, Plan, Recipe, Report, Run, Schedule, Scope};
 
+use super::Files;
+
 /// Stops the run when it has asked so many times.
 struct StopAfter(AtomicI64);
 
@@ -18,25 +20,15 @@ impl Observer for StopAfter {
     }
 }
 
+/// The output directory.
+const OUT: &str = "out";
+
 type Tree = BTreeMap<PathBuf, Vec<u8>>;
 
 /// An interrupted merge: what is in its output directory, and the shard that it must become.
 struct Interrupted {
     tree: Tree,
     expected: Vec<u8>,
-}
-
-fn read(dir: &Path) -> Tree {
-    let mut tree = Tree::new();
-    for folder in [dir.to_path_buf(), dir.join(".tiesmith")] {
-        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
-            if entry.path().is_file() {
-                let name = entry.path().strip_prefix(dir).expect("it is in there").to_path_buf();
-                tree.insert(name, std::fs::read(entry.path()).expect("it can be read"));
-            }
-        }
-    }
-    tree
 }
 
 /// A merge to interrupt: with hashes of what it reads or not, and with thresholds per tensor, or for the whole model whose
@@ -54,8 +46,8 @@ fn smallest(plan: &Plan) -> u64 {
     number.split(' ').next().and_then(|number| number.parse().ok()).expect("a number")
 }
 
-fn merge(inputs: &Path, out: &Path, kind: Kind, patience: i64) -> tiesmith::Result<Report> {
-    let model = |name: &str| ModelInput { source: inputs.join(name).to_string_lossy().into(), ..ModelInput::default() };
+fn merge(files: &Files, kind: Kind, patience: i64) -> tiesmith::Result<Report> {
+    let model = |name: &str| ModelInput { source: files.path(name), ..ModelInput::default() };
     let mut recipe = Recipe {
         base: Some(model("base.safetensors").source),
         models: vec![model("one.safetensors"), model("two.safetensors")],
@@ -65,35 +57,34 @@ fn merge(inputs: &Path, out: &Path, kind: Kind, patience: i64) -> tiesmith::Resu
     if kind.streams {
         recipe.params.insert("zero_sum".into(), tiesmith::Value::Word("majority".into()).into());
     }
-    let storage = super::storage();
-    let plan = Plan::new(&recipe, &storage)?;
+    let storage = &files.storage;
+    let plan = Plan::new(&recipe, storage)?;
     let memory_bytes = if kind.streams { smallest(&plan) } else { 40 << 20 };
     let schedule = Schedule::new(&plan, Run { keep_after: Duration::ZERO, ..Run::new(memory_bytes, 1) })?;
-    let output = OutputOptions { dir: out.to_path_buf(), hash_inputs: kind.hashes, ..OutputOptions::default() };
-    tiesmith::merge(&plan, &schedule, &output, &storage, &StopAfter(AtomicI64::new(patience)))
+    let output = OutputOptions { dir: files.path(OUT).into(), hash_inputs: kind.hashes, ..OutputOptions::default() };
+    tiesmith::merge(&plan, &schedule, &output, storage, &StopAfter(AtomicI64::new(patience)))
 }
 
-fn make_inputs(dir: &Path) {
+fn make_inputs(files: &Files) {
     let header = r#"{"a":{"dtype":"F32","shape":[50],"data_offsets":[0,200]},"b":{"dtype":"F32","shape":[30],"data_offsets":[200,320]}}"#;
     for (number, name) in (0u32..).zip(["base", "one", "two"]) {
         let value = |i: u32| (i.wrapping_mul(2_654_435_761 + number) >> 8) as f32 / 1e7;
         let data: Vec<u8> = (0..80).flat_map(|i| value(i).to_le_bytes()).collect();
-        std::fs::write(dir.join(format!("{name}.safetensors")), super::file(header, &data)).expect("it can be written");
+        files.put(&format!("{name}.safetensors"), &super::file(header, &data));
     }
 }
 
 /// Two records at least; of a merge that streams, as many as there are before it writes anything.
-fn interrupted(dir: &Path, kind: Kind) -> Interrupted {
-    make_inputs(dir);
-    let out = dir.join("out");
-    let _ = std::fs::remove_dir_all(&out);
-    merge(dir, &out, kind, i64::MAX).expect("an undisturbed merge succeeds");
-    let expected = std::fs::read(out.join("model.safetensors")).expect("a shard");
+fn interrupted(files: &Files, kind: Kind) -> Interrupted {
+    make_inputs(files);
+    files.clear(OUT);
+    merge(files, kind, i64::MAX).expect("an undisturbed merge succeeds");
+    let expected = made(files);
     let mut last = None;
     for patience in 1.. {
-        std::fs::remove_dir_all(&out).expect("it can be removed");
-        let outcome = merge(dir, &out, kind, patience);
-        let tree = read(&out);
+        files.clear(OUT);
+        let outcome = merge(files, kind, patience);
+        let tree = files.tree(OUT);
         let writes = tree.keys().any(|name| name.extension().is_some_and(|extension| extension == "partial"));
         if outcome.is_ok() || kind.streams && writes {
             break;
@@ -107,6 +98,11 @@ fn interrupted(dir: &Path, kind: Kind) -> Interrupted {
         }
     }
     Interrupted { tree: last.expect("it is interrupted in the middle"), expected }
+}
+
+/// The shard that a merge made.
+fn made(files: &Files) -> Vec<u8> {
+    files.tree(OUT).remove(Path::new("model.safetensors")).expect("a shard")
 }
 
 /// A record with a right checksum.
@@ -123,22 +119,22 @@ pub fn record(number: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
 /// See the file's documentation. Of the first byte, the two highest bits say which merge it is.
 pub fn run(data: &[u8]) {
     thread_local! {
-        static STARTS: [OnceLock<(PathBuf, Interrupted)>; 4] = const { [const { OnceLock::new() }; 4] };
+        static STARTS: [OnceLock<(Files, Interrupted)>; 8] = const { [const { OnceLock::new() }; 8] };
     }
     let Some((&way, data)) = data.split_first() else { return };
     let kind = Kind { hashes: way & 0x40 != 0, streams: way & 0x80 != 0 };
     STARTS.with(|starts| {
-        let number = usize::from(way >> 6);
-        let (dir, start) = starts[number].get_or_init(|| {
-            let dir = super::place(&format!("journal-{number}"));
-            let start = interrupted(&dir, kind);
-            (dir, start)
+        let number = usize::from(way >> 6) + if super::ON_DISK.get() { 4 } else { 0 };
+        let (files, start) = starts[number].get_or_init(|| {
+            let files = Files::new(&format!("journal-{number}"));
+            let start = interrupted(&files, kind);
+            (files, start)
         });
-        check(dir, start, kind, way & 0x3f, data);
+        check(files, start, kind, way & 0x3f, data);
     });
 }
 
-fn check(dir: &Path, start: &Interrupted, kind: Kind, way: u8, data: &[u8]) {
+fn check(files: &Files, start: &Interrupted, kind: Kind, way: u8, data: &[u8]) {
     let mut tree = start.tree.clone();
     let journal = tree.get_mut(Path::new(".tiesmith/journal")).expect("a journal");
     let starts: Vec<usize> = (0..journal.len() - 4).filter(|&at| &journal[at..at + 4] == b"TSR\n").collect();
@@ -163,20 +159,20 @@ fn check(dir: &Path, start: &Interrupted, kind: Kind, way: u8, data: &[u8]) {
             }
         }
     }
-    let out = dir.join("out");
-    let _ = std::fs::remove_dir_all(&out);
-    std::fs::create_dir_all(out.join(".tiesmith")).expect("it can be made");
-    tree.iter().for_each(|(name, content)| std::fs::write(out.join(name), content).expect("it can be written"));
-    match merge(dir, &out, kind, i64::MAX) {
+    files.clear(OUT);
+    for (name, content) in &tree {
+        files.put(&format!("{OUT}/{}", name.display()), content);
+    }
+    match merge(files, kind, i64::MAX) {
         Ok(_) => {
-            let made = std::fs::read(out.join("model.safetensors")).expect("a shard");
+            let made = made(files);
             // Counts of magnitudes that have a right checksum and could be true are believed.
             let believed = kind.streams && matches!(way % 4, 1 | 2);
             assert!(made == start.expected || believed && made.len() == start.expected.len(), "a wrong output");
         }
         Err(error) => {
             super::refused(&error);
-            let mut after = read(&out);
+            let mut after = files.tree(OUT);
             // Who holds the lock is written down anew.
             after.remove(Path::new(".tiesmith/lock"));
             tree.remove(Path::new(".tiesmith/lock"));

@@ -1,7 +1,17 @@
 //! Any chunks and index as a packed task vector, with right checksums around them: opening and reading never panics, and
 //! every refusal is one line.
 
+use std::cell::RefCell;
+use std::sync::LazyLock;
+
 use tiesmith::Checkpoint;
+use zstd::bulk::Compressor;
+
+thread_local! {
+    /// Making one takes longer than using it.
+    static COMPRESSOR: RefCell<Compressor<'static>> =
+        RefCell::new(Compressor::new(1).expect("compressing in memory works"));
+}
 
 /// The base of the seeds: 70 floats, 3 bytes, nothing.
 fn base() -> Vec<u8> {
@@ -16,7 +26,8 @@ fn assemble(seed: &[u8]) -> Vec<u8> {
     let (chunks, index) = rest.split_at(usize::from(length).min(rest.len()));
     let mut file = b"TIESMTVZ\x02\0\0\0\0\0\0\0".to_vec();
     file.extend_from_slice(chunks);
-    let compressed = zstd::bulk::compress(index, 1).expect("compressing in memory works");
+    let compressed = COMPRESSOR.with_borrow_mut(|compressor| compressor.compress(index));
+    let compressed = compressed.expect("compressing in memory works");
     let foot = [file.len() as u64, compressed.len() as u64, index.len() as u64];
     file.extend_from_slice(&compressed);
     foot.iter().for_each(|number| file.extend(number.to_le_bytes()));
@@ -27,17 +38,16 @@ fn assemble(seed: &[u8]) -> Vec<u8> {
 
 /// See the file's documentation.
 pub fn run(data: &[u8]) {
-    let dir = super::place("packed");
-    let (path, base_path) = (dir.join("x.tvz"), dir.join("base.safetensors"));
-    super::write(&base_path, &base());
-    super::write(&path, &assemble(data));
-    let result =
-        Checkpoint::open_on(&path.to_string_lossy(), base_path.to_str(), &super::storage()).and_then(|checkpoint| {
-            checkpoint.tensors.iter().try_for_each(|tensor| {
-                let mut bytes = vec![0; tensor.bytes as usize];
-                checkpoint.files[tensor.file as usize].file.read_at(&mut bytes, tensor.offset)
-            })
-        });
+    let files = super::Files::new("packed");
+    static BASE: LazyLock<Vec<u8>> = LazyLock::new(base);
+    let base = files.put("base.safetensors", &BASE);
+    let path = files.put("x.tvz", &assemble(data));
+    let result = Checkpoint::open_on(&path, Some(&base), &files.storage).and_then(|checkpoint| {
+        checkpoint.tensors.iter().try_for_each(|tensor| {
+            let mut bytes = vec![0; tensor.bytes as usize];
+            checkpoint.files[tensor.file as usize].file.read_at(&mut bytes, tensor.offset)
+        })
+    });
     if let Err(error) = result {
         super::refused(&error);
     }

@@ -4,9 +4,8 @@ use tiesmith::Checkpoint;
 
 /// See the file's documentation.
 pub fn run(data: &[u8]) {
-    let path = super::place("torch").join("pytorch_model.bin");
-    super::write(&path, data);
-    match Checkpoint::open(path.to_str().expect("a temporary path is UTF-8"), &super::storage()) {
+    let files = super::Files::new("torch");
+    match Checkpoint::open(&files.put("pytorch_model.bin", data), &files.storage) {
         Ok(checkpoint) => {
             assert!(checkpoint.tensors.iter().all(|t| t.offset + t.bytes <= data.len() as u64));
         }

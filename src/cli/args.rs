@@ -433,7 +433,7 @@ pub struct PackArgs {
     #[arg(long, value_name = "N", default_value = "0", value_parser = parse::whole)]
     pub seed: u64,
 
-    /// Replace a file that is there
+    /// Replace a file that is there, and unfinished work of other inputs or settings
     #[arg(long)]
     pub force: bool,
 

@@ -58,6 +58,9 @@ fn packed(report: &PackReport) -> String {
     let (before, after) = (human::bytes(report.checkpoint_bytes), human::bytes(report.bytes_written));
     line("size", format!("{after}, the checkpoint has {before} ({:.2} times as much)", report.ratio));
     line("read", human::bytes(report.bytes_read));
+    if report.resumed {
+        line("resumed", format!("{} taken over", human::plural(report.chunks_reused, "chunk")));
+    }
     let rate = human::rate(report.bytes_read + report.bytes_written, report.wall_seconds);
     line("time", format!("{}, {rate} read and written", human::duration(report.wall_seconds)));
     if let Some(bytes) = report.peak_memory_bytes {
@@ -102,6 +105,8 @@ mod tests {
             bytes_read: 40_000_000_000,
             wall_seconds: 41.8,
             peak_memory_bytes: None,
+            resumed: false,
+            chunks_reused: 0,
             warnings: Vec::new(),
         };
         let expected = "\

@@ -14,6 +14,8 @@ use crate::storage::InputFile;
 /// Version of the journal's format.
 const JOURNAL_VERSION: u32 = 7;
 const ADVICE: &str = "use --restart to start over, or another --out";
+/// What a journal in an output directory is about.
+const MERGE: &str = "merge in the output directory";
 const HASHES: &str = "a merge begun with --hash-inputs goes on over inputs that were only touched or copied";
 
 /// The first record.
@@ -88,13 +90,18 @@ impl Begin {
 
     /// Refuses to go on with `plan` unless it is the same work; says what changed.
     pub(super) fn admit(&self, plan: &Plan) -> Result<()> {
-        self.compare(plan, Input::change)
+        self.compare(plan, MERGE, Input::change)
+    }
+
+    /// The same for unfinished work that is called `work` to the user.
+    pub(super) fn admit_as(&self, plan: &Plan, work: &str) -> Result<()> {
+        self.compare(plan, work, Input::change)
     }
 
     /// The same, but for inputs that were only touched or copied, as far as that can be seen before their content is
     /// compared. That takes a journal with hashes of what was read.
     pub(super) fn admit_touched(&self, plan: &Plan) -> Result<()> {
-        let content = self.compare(plan, Input::change_of_content);
+        let content = self.compare(plan, MERGE, Input::change_of_content);
         match self.hashes {
             true => content,
             false => self.admit(plan).map_err(|e| match content {
@@ -114,14 +121,12 @@ impl Begin {
 
     /// The same for inputs that may be copies on another machine, made with their modification times.
     pub(super) fn admit_copies(&self, plan: &Plan) -> Result<()> {
-        self.compare(plan, Input::change_of_copy)
+        self.compare(plan, MERGE, Input::change_of_copy)
     }
 
-    fn compare(&self, plan: &Plan, change: impl Fn(&Input, &Input) -> Option<String>) -> Result<()> {
+    fn compare(&self, plan: &Plan, work: &str, change: impl Fn(&Input, &Input) -> Option<String>) -> Result<()> {
         let now = Self::of(plan)?;
-        let refuse = |what: String| {
-            Error::input(format!("the unfinished merge in the output directory is another one: {what}")).help(ADVICE)
-        };
+        let refuse = |what: String| Error::input(format!("the unfinished {work} is another one: {what}")).help(ADVICE);
         if let Some(change) = difference("", &self.recipe, &now.recipe) {
             return Err(refuse(change));
         }

@@ -5,32 +5,37 @@
 //! - Whole (density 1): every element whose bits differ is stored, so that nothing at all is lost: payloads of NaN,
 //!   negative zeros, tensors of other types and shapes than base's (whole), tensors that base lacks.
 //! - Chunks are compressed by all workers and written in order: the same bytes for any number of threads.
-//! - The file appears under its name when it is complete and durable.
+//! - What was packed is kept when the work is interrupted (`target`), and the file appears under its name when it is complete
+//!   and durable.
 
-use std::path::{Path, PathBuf};
+mod target;
+
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use super::cut::Cut;
-use super::kept::Kept;
 use super::passes::{Passes, prefetch, whole};
 use super::pool;
-use super::select::{cuts, solo_thresholds, tensor_cuts};
+use super::records::{self, UnitDone};
+use super::select::{UnitThresholds, cuts, solo_thresholds, tensor_cuts};
+use super::shard_hash::Digest;
 use super::slot::{Loaded, Slot};
 use super::turns::{Pending, Turns};
+use super::under_way::{Keeps, Notes};
 use super::worker::Worker;
 use super::{Observer, PROGRAM, check_inputs_unchanged, peak_memory_bytes, share};
-use crate::checkpoint::packed::{
-    self, CHUNK, Contents, Encoder, Entry, HEAD_BYTES, Settings, Tensor, checksum, head, identify, tail,
-};
+use crate::checkpoint::packed::{self, CHUNK, Contents, Encoder, Entry, Settings, Tensor, checksum, identify, tail};
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::dtype::{Float, dtype_name};
 use crate::error::{Error, Result};
-use crate::limits::{PREFETCH_BYTES, WRITE_BEHIND_BYTES};
-use crate::plan::{Action, Chunk, Piece, Plan, Run, Schedule, Scope, UnitKind, Wanted};
-use crate::storage::{OutputFile, Storage};
+use crate::limits::{PREFETCH_BYTES, WRITE_BEHIND_SECONDS};
+use crate::plan::{Action, Chunk, Goal, Piece, Plan, Run, Schedule, Scope, Unit, UnitKind, Wanted};
+use crate::sketch::Threshold;
+use crate::storage::Storage;
+use target::{Left, Place, Target};
 
 /// Indexes of base and of the checkpoint that is packed among the plan's checkpoints.
 const BASE: usize = 0;
@@ -45,7 +50,7 @@ pub(super) const EXTENSION: &str = "tvz";
 pub struct PackOutput {
     /// The file.
     pub file: PathBuf,
-    /// Replace a file that is there.
+    /// Replace a file that is there, and unfinished work of other inputs or settings.
     pub force: bool,
 }
 
@@ -66,12 +71,16 @@ pub struct PackReport {
     pub bytes_written: u64,
     /// `checkpoint_bytes` over `bytes_written`.
     pub ratio: f64,
-    /// Tensor bytes read, of both checkpoints, over all passes.
+    /// Tensor bytes read, of both checkpoints, over all passes; those that earlier attempts read for work taken over included.
     pub bytes_read: u64,
     /// Duration.
     pub wall_seconds: f64,
     /// Peak resident memory of the process, where the system tells.
     pub peak_memory_bytes: Option<u64>,
+    /// Whether work of an earlier run was taken over.
+    pub resumed: bool,
+    /// Chunks taken over.
+    pub chunks_reused: u64,
     /// What the user should know.
     pub warnings: Vec<String>,
 }
@@ -89,9 +98,20 @@ pub fn pack(
     let packing = Packing::new(plan, &jobs);
     let schedule = packing.schedule(run)?;
     super::check_memory(&schedule)?;
-    let target = Target::new(plan, output, &**storage)?;
-    let result = packing.run(&schedule, &target, &**storage, observer);
-    target.close(result, &**storage).map(|(counted, bytes_written)| {
+    let place = Place::take(plan, output, &**storage)?;
+    let chunks = jobs.iter().map(Job::chunks).sum::<u64>() as usize;
+    let contents = packing.contents(&plan.checkpoints[BASE]);
+    let left = contents.and_then(|contents| place.left(plan, (chunks, &contents), output.force, observer));
+    let left = match left {
+        Ok(left) => left,
+        Err(error) => {
+            place.leave();
+            return Err(error);
+        }
+    };
+    let (finished, resumed, chunks_reused) = (left.finished, left.is_something(), left.chunks.len() as u64);
+    let done = packing.run(&schedule, &place, left, &**storage, observer);
+    place.close(finished, done).map(|done| {
         let elements = jobs.iter().map(|job| job.units).sum();
         let checkpoint_bytes = jobs.iter().map(|job| job.units * job.width as u64).sum();
         let compared = jobs.iter().filter(|job| job.base.is_some()).map(|job| job.units).sum();
@@ -99,13 +119,15 @@ pub fn pack(
             out: output.file.display().to_string(),
             tensors: jobs.len() as u64,
             elements,
-            stored_fraction: share(counted.stored, compared),
+            stored_fraction: share(done.stored, compared),
             checkpoint_bytes,
-            bytes_written,
-            ratio: checkpoint_bytes as f64 / bytes_written as f64,
-            bytes_read: counted.bytes_read,
+            bytes_written: done.bytes_written,
+            ratio: checkpoint_bytes as f64 / done.bytes_written as f64,
+            bytes_read: done.bytes_read,
             wall_seconds: begin.elapsed().as_secs_f64(),
             peak_memory_bytes: peak_memory_bytes(),
+            resumed,
+            chunks_reused,
             warnings: plan.checkpoints.iter().flat_map(|c| c.warnings.iter().cloned()).collect(),
         }
     })
@@ -162,72 +184,11 @@ fn jobs<'a>(plan: &'a Plan) -> Result<Vec<Job<'a>>> {
     entries.into_iter().map(job).collect()
 }
 
-/// A file while it is made.
-struct Target {
-    path: PathBuf,
-    partial: PathBuf,
-    lock_path: PathBuf,
-    /// Its folder did not exist before.
-    created: bool,
-    _lock: crate::storage::Lock,
-}
-
-impl Target {
-    fn new(plan: &Plan, output: &PackOutput, storage: &dyn Storage) -> Result<Self> {
-        let path = &output.file;
-        if plan.checkpoints[BASE].derived.packed {
-            return Err(Error::input("base is itself a packed task vector")
-                .at(Path::new(&plan.checkpoints[BASE].spec))
-                .help("give a whole checkpoint as --base: the one that it was packed against, or what 'tiesmith unpack' makes of it"));
-        }
-        if path.extension().is_none_or(|extension| extension != EXTENSION) {
-            return Err(Error::usage("the name of a packed task vector ends in .tvz").at(path));
-        }
-        if storage.is_dir(path) {
-            return Err(Error::input("a directory is there").at(path).help("use another --out"));
-        }
-        if storage.identity(path)?.is_some() && !output.force {
-            return Err(Error::input("the file is already there").at(path).help("use another --out, or --force"));
-        }
-        let folder = folder(path);
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let unwritable = |e: Error| e.as_input().help("choose an --out that you may write to");
-        let created = storage.identity(folder)?.is_none();
-        let lock_path = folder.join(format!(".{name}.lock"));
-        let lock = storage.lock(&lock_path).map_err(unwritable)?;
-        let partial = path.with_added_extension("partial");
-        Ok(Self { path: path.clone(), partial, lock_path, created, _lock: lock })
-    }
-
-    /// Gives the file its name if it is complete, and removes what is left of it if it is not.
-    fn close<T>(self, result: Result<T>, storage: &dyn Storage) -> Result<T> {
-        let folder = folder(&self.path);
-        let result = result.and_then(|made| {
-            storage.rename(&self.partial, &self.path)?;
-            storage.sync_dir(folder)?;
-            Ok(made)
-        });
-        if result.is_err() {
-            // Best effort: the error that led here is the one worth reporting.
-            let _ = storage.remove_file(&self.partial);
-        }
-        let _ = storage.remove_file(&self.lock_path);
-        if result.is_err() && self.created {
-            let _ = storage.remove_dir(folder);
-        }
-        result
-    }
-}
-
-fn folder(path: &Path) -> &Path {
-    path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
-}
-
-/// What was counted.
-#[derive(Default)]
-struct Counted {
+/// What was packed, by this run or an earlier one.
+struct Done {
     stored: u64,
     bytes_read: u64,
+    bytes_written: u64,
 }
 
 /// Everything that a run shares.
@@ -244,7 +205,6 @@ struct Packer {
     encoder: Encoder,
     /// A bit per element of the chunk: whether it is stored.
     mask: Vec<u64>,
-    counted: Counted,
 }
 
 /// A chunk to pack.
@@ -252,14 +212,6 @@ struct Packer {
 struct Item {
     job: usize,
     number: u64,
-}
-
-/// What is written so far.
-struct Written {
-    offset: u64,
-    entries: Vec<Entry>,
-    /// Bytes since the last sync.
-    dirty: u64,
 }
 
 impl<'a> Packing<'a> {
@@ -299,40 +251,77 @@ impl<'a> Packing<'a> {
     fn run(
         &self,
         schedule: &Schedule,
-        target: &Target,
+        place: &Place<'_>,
+        mut left: Left,
         storage: &dyn Storage,
         observer: &dyn Observer,
-    ) -> Result<(Counted, u64)> {
+    ) -> Result<Done> {
+        if left.finished {
+            let bytes_written = storage.identity(place.path())?.map_or(0, |found| found.bytes);
+            let bytes_read = self.found_before(schedule, &left) + self.reads(&left.ties);
+            return Ok(Done { stored: self.stored(&left.chunks), bytes_read, bytes_written });
+        }
+        let target = place.begin(self.plan, &mut left, keep_after(schedule))?;
+        let done = self.go_on(schedule, &target, left, storage, observer);
+        done.inspect_err(|error| target.interrupted(error))
+    }
+
+    /// Does what is left.
+    fn go_on(
+        &self,
+        schedule: &Schedule,
+        target: &Target<'_>,
+        left: Left,
+        storage: &dyn Storage,
+        observer: &dyn Observer,
+    ) -> Result<Done> {
         schedule.allow_ahead(self.plan, storage);
-        let kept = Kept::new(self.plan);
-        let mut passes = Passes::new(self.plan, schedule, observer, None, &kept);
-        let cuts = thresholds(&mut passes, schedule, observer)?;
-        let mut counted = Counted { bytes_read: passes.tally().bytes_read, stored: 0 };
+        let mut passes = Passes::new(self.plan, schedule, observer, None, &left.kept);
+        let notes = Notes { keeper: target, left: &left.kept.under_way, of: Digest::default(), more_to_come: false };
+        passes.notes = Some(notes);
+        let cuts = thresholds(&mut passes, target)?;
+        let searched = passes.tally().bytes_read;
         let widths = [self.width as u64; 2];
         let mut packers = std::mem::take(&mut passes.workers)
             .into_iter()
             .map(|mut worker| {
                 worker.slot = Slot::new(&widths, CHUNK as u64);
-                let mask = Vec::with_capacity(CHUNK / 64);
-                Ok(Packer { worker, encoder: Encoder::new(self.width)?, mask, counted: Counted::default() })
+                Ok(Packer { worker, encoder: Encoder::new(self.width)?, mask: Vec::with_capacity(CHUNK / 64) })
             })
             .collect::<Result<Vec<_>>>()?;
-        let ties = self.ties_before(&cuts, &mut packers, observer)?;
-        let file = storage.create(&target.partial, 0)?;
-        file.write_at(&head(), 0)?;
-        let written = self.write(&cuts, &ties, &mut packers, &*file, observer)?;
-        let base = &self.plan.checkpoints[BASE];
-        let contents = self.contents(base)?;
-        let tail = tail(&contents, &written.entries, written.offset)?;
-        file.write_at(&tail, written.offset)?;
-        file.sync()?;
+        let mut ties = left.ties;
+        if ties.is_empty() && cuts.iter().flatten().any(|cut| matches!(cut, Cut::Lowest { .. })) {
+            ties = self.count_ties(&cuts, &mut packers, observer)?;
+            target.keep_ties(&ties)?;
+        }
+        let bytes_read = searched + self.reads(&ties);
+        self.write(&cuts, &self.ties_before(&ties), &mut packers, target, observer)?;
+        let contents = self.contents(&self.plan.checkpoints[BASE])?;
+        let mut stored = 0;
+        let bytes_written = target.finish(|chunks, end| {
+            stored = self.stored(chunks);
+            tail(&contents, chunks, end)
+        })?;
         storage.check_mapped()?;
         check_inputs_unchanged(self.plan)?;
-        for packer in packers {
-            counted.stored += packer.counted.stored;
-            counted.bytes_read += packer.counted.bytes_read;
-        }
-        Ok((counted, written.offset + tail.len() as u64))
+        Ok(Done { stored, bytes_read, bytes_written })
+    }
+
+    /// Tensor bytes that an earlier attempt read to find all thresholds.
+    fn found_before(&self, schedule: &Schedule, left: &Left) -> u64 {
+        schedule.units.iter().filter_map(|unit| left.kept.unit(self.plan, unit)).map(|known| known.bytes_read).sum()
+    }
+
+    /// Tensor bytes that packing all chunks reads, and counting ties before, if they are counted.
+    fn reads(&self, ties: &[u64]) -> u64 {
+        let again = |job: &Job<'_>| 1 + u64::from(!ties.is_empty() && job.trimmed.is_some());
+        self.jobs.iter().map(|job| again(job) * job.units * (job.width * sides(job)) as u64).sum()
+    }
+
+    /// Elements stored of tensors that base has too.
+    fn stored(&self, chunks: &[Entry]) -> u64 {
+        let own = |(item, chunk): (Item, &Entry)| self.jobs[item.job].base.map(|_| u64::from(chunk.stored));
+        self.items().zip(chunks).filter_map(own).sum()
     }
 
     fn contents(&self, base: &Checkpoint) -> Result<Contents> {
@@ -362,49 +351,41 @@ impl<'a> Packing<'a> {
         })
     }
 
-    /// Packs all chunks and writes them in order.
+    /// Packs the chunks that are left, and writes them in order.
     fn write(
         &self,
         cuts: &[Vec<Cut>],
         ties: &[u64],
         packers: &mut [Packer],
-        file: &dyn OutputFile,
+        target: &Target<'_>,
         observer: &dyn Observer,
-    ) -> Result<Written> {
+    ) -> Result<()> {
         observer.stage("pack", self.jobs.iter().map(|job| job.units * (job.width * sides(job)) as u64).sum());
-        let start = Written { offset: HEAD_BYTES, entries: Vec::new(), dirty: 0 };
-        let turns = Turns::new(start);
+        let (end, first) = target.start();
+        observer.advance(self.items().take(first).map(|item| self.bytes(item)).sum());
+        let turns = Turns::new(end);
         let lookahead = (PREFETCH_BYTES / (2 * CHUNK * self.width) as u64).clamp(1, 64) as usize;
         let ahead = |&item: &Item| self.announce(item);
-        pool::run(packers, self.items(), lookahead, ahead, |packer, ordinal, item| {
+        pool::run(packers, self.items().skip(first), lookahead, ahead, |packer, ordinal, item| {
             observer.go_on()?;
             let mut pending = Pending::new(&turns, ordinal);
-            let before = ties.get(ordinal).copied().unwrap_or(0);
+            let before = ties.get(first + ordinal).copied().unwrap_or(0);
             let (bytes, entry) = packer.pack(self, item, cuts, before)?;
-            let (offset, full) = turns.take(ordinal, |written: &mut Written| {
-                let offset = written.offset;
-                written.offset += bytes.len() as u64;
-                written.entries.push(entry);
-                written.dirty += bytes.len() as u64;
-                let full = written.dirty >= WRITE_BEHIND_BYTES;
-                if full {
-                    written.dirty = 0;
-                }
-                (offset, full)
+            let offset = turns.take(ordinal, |end: &mut u64| {
+                *end += bytes.len() as u64;
+                *end - bytes.len() as u64
             })?;
             pending.complete();
-            file.write_at(bytes, offset)?;
-            if full {
-                file.sync()?;
-                file.release(0, offset);
-            }
-            let job = &self.jobs[item.job];
-            let count = self.count(item) * (job.width * sides(job)) as u64;
-            packer.counted.bytes_read += count;
-            observer.advance(count);
+            target.write(first + ordinal, entry, bytes, offset)?;
+            observer.advance(self.bytes(item));
             Ok(())
-        })?;
-        Ok(turns.into_inner())
+        })
+    }
+
+    /// Tensor bytes that packing a chunk reads.
+    fn bytes(&self, item: Item) -> u64 {
+        let job = &self.jobs[item.job];
+        self.count(item) * (job.width * sides(job)) as u64
     }
 
     /// Elements of a chunk.
@@ -423,11 +404,8 @@ impl<'a> Packing<'a> {
         }
     }
 
-    /// Per chunk, the ties in its unit that lie before it, where ties are kept by position; else nothing.
-    fn ties_before(&self, cuts: &[Vec<Cut>], packers: &mut [Packer], observer: &dyn Observer) -> Result<Vec<u64>> {
-        if !cuts.iter().flatten().any(|cut| matches!(cut, Cut::Lowest { .. })) {
-            return Ok(Vec::new());
-        }
+    /// The ties in each chunk.
+    fn count_ties(&self, cuts: &[Vec<Cut>], packers: &mut [Packer], observer: &dyn Observer) -> Result<Vec<u64>> {
         let items: Vec<Item> = self.items().collect();
         let counts = Mutex::new(vec![0; items.len()]);
         observer.stage("count ties", self.jobs.iter().map(|job| job.units * (job.width * sides(job)) as u64).sum());
@@ -445,12 +423,19 @@ impl<'a> Packing<'a> {
                 let counted = packer.worker.count_ties(data, &cuts[tensor as usize]);
                 packer.worker.slot = slot;
                 counts.lock().unwrap_or_else(PoisonError::into_inner)[ordinal] = counted?[0];
-                packer.counted.bytes_read += bytes;
                 observer.advance(bytes);
                 Ok(())
             },
         )?;
-        let counts = counts.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(counts.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Per chunk, the ties in its unit that lie before it, if ties are kept by position.
+    fn ties_before(&self, counts: &[u64]) -> Vec<u64> {
+        if counts.is_empty() {
+            return Vec::new();
+        }
+        let items: Vec<Item> = self.items().collect();
         // Positions are counted in the order of names.
         let mut order: Vec<usize> = (0..items.len()).collect();
         order.sort_by_key(|&at| (&self.jobs[items[at].job].entry.name, items[at].number));
@@ -463,7 +448,7 @@ impl<'a> Packing<'a> {
             (before[at], last) = (sum, Some(items[at].job));
             sum += counts[at];
         }
-        Ok(before)
+        before
     }
 
     fn chunk(&self, item: Item, tensor: u32) -> Chunk {
@@ -522,11 +507,7 @@ impl Packer {
             Ok((bytes, Entry { stored, length: bytes.len() as u32, check: checksum(bytes), base }))
         });
         self.worker.slot = slot;
-        let (bytes, entry) = packed?;
-        if job.base.is_some() {
-            self.counted.stored += u64::from(entry.stored);
-        }
-        Ok((bytes, entry))
+        packed
     }
 }
 
@@ -570,23 +551,37 @@ pub(super) fn mark_all(elements: usize, mask: &mut Vec<u64>) {
     }
 }
 
-/// What survives of each tensor of the plan.
-fn thresholds(passes: &mut Passes<'_>, schedule: &Schedule, observer: &dyn Observer) -> Result<Vec<Vec<Cut>>> {
-    let plan = passes.plan;
+/// For how long what is done need not be recorded.
+fn keep_after(schedule: &Schedule) -> Duration {
+    schedule.keep_after.min(Duration::from_secs(WRITE_BEHIND_SECONDS))
+}
+
+/// What survives of each tensor of the plan. What is found is kept.
+fn thresholds(passes: &mut Passes<'_>, target: &Target<'_>) -> Result<Vec<Vec<Cut>>> {
+    let (plan, schedule, observer) = (passes.plan, passes.schedule, passes.observer);
     let mut all = vec![vec![Cut::NonZero]; plan.tensors.len()];
     if !schedule.units.is_empty() {
         observer.stage("sketch", schedule.search_bytes(plan));
     }
-    let (solo, shared): (Vec<_>, Vec<_>) = schedule.units.iter().partition(|unit| unit.kind == UnitKind::Solo);
-    for unit in shared {
+    let mut solo = Vec::new();
+    for unit in &schedule.units {
         let goals = plan.goals(unit);
-        let mut resident = passes.hold(unit);
-        let found = passes.shared_thresholds(unit, &goals, &mut resident, None)?;
-        passes.give_back(resident);
+        let found = match passes.kept.unit(plan, unit) {
+            Some(known) => {
+                passes.take_over_reads(known.bytes_read);
+                observer.advance(known.bytes_read);
+                known.found.iter().map(|found| found.map(|(threshold, _)| threshold)).collect()
+            }
+            None if unit.kind == UnitKind::Solo => {
+                solo.push(unit);
+                continue;
+            }
+            None => shared(passes, unit, &goals, target)?,
+        };
         unit.tensors.iter().for_each(|&tensor| all[tensor as usize] = cuts(plan, &goals, &found));
     }
     let bins = schedule.sketch_bins;
-    let found_cuts = Mutex::new(&mut all);
+    let found_cuts = Mutex::new((&mut all, Vec::new(), Instant::now()));
     let items = solo.iter().filter(|unit| unit.elements > 0);
     pool::run(
         &mut passes.workers,
@@ -595,13 +590,39 @@ fn thresholds(passes: &mut Passes<'_>, schedule: &Schedule, observer: &dyn Obser
         |unit| _ = prefetch(plan, whole(unit), Wanted::All),
         |worker, _, unit| {
             let (chunk, goals) = (whole(unit), plan.goals(unit));
+            let before = worker.tally.bytes_read;
+            let mut found = Vec::new();
             worker.load(plan, chunk, plan.pieces(chunk.tensor, Wanted::All), observer, |worker, data| {
-                let found = solo_thresholds(worker, data, &goals, bins)?;
-                let mut all = found_cuts.lock().unwrap_or_else(PoisonError::into_inner);
-                all[chunk.tensor as usize] = cuts(plan, &goals, &found);
+                found = solo_thresholds(worker, data, &goals, bins)?;
                 Ok(())
-            })
+            })?;
+            let done = unit_done(unit, &goals, &found, worker.tally.bytes_read - before);
+            let (all, unkept, kept) = &mut *found_cuts.lock().unwrap_or_else(PoisonError::into_inner);
+            all[chunk.tensor as usize] = cuts(plan, &goals, &found);
+            unkept.push(done);
+            if kept.elapsed() < keep_after(schedule) {
+                return Ok(());
+            }
+            *kept = Instant::now();
+            target.keep_entries(std::mem::take(unkept))
         },
     )?;
+    let (_, unkept, _) = found_cuts.into_inner().unwrap_or_else(PoisonError::into_inner);
+    target.keep_entries(unkept)?;
     Ok(all)
+}
+
+/// The thresholds of a unit that all workers share.
+fn shared(passes: &mut Passes<'_>, unit: &Unit, goals: &[Goal], target: &Target<'_>) -> Result<Vec<Option<Threshold>>> {
+    let before = passes.tally().bytes_read;
+    let mut resident = passes.hold(unit);
+    let found = passes.shared_thresholds(unit, goals, &mut resident, None)?;
+    passes.give_back(resident);
+    target.keep_entries(vec![unit_done(unit, goals, &found, passes.tally().bytes_read - before)])?;
+    Ok(found)
+}
+
+fn unit_done(unit: &Unit, goals: &[Goal], found: &[Option<Threshold>], bytes_read: u64) -> records::Entry {
+    let UnitThresholds { tensor, found } = UnitThresholds::new(unit, goals, found);
+    records::Entry::Unit(UnitDone { tensor, found, majority: 0, bytes_read, facts: Vec::new() })
 }

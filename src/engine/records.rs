@@ -276,7 +276,15 @@ fn decode_guess(rest: &mut Rest<'_>) -> Option<GuessDone> {
 /// What is left of a payload.
 pub(super) struct Rest<'a>(&'a [u8]);
 
-impl Rest<'_> {
+impl<'a> Rest<'a> {
+    pub(super) fn of(payload: &'a [u8]) -> Self {
+        Self(payload)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(super) fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
         let (first, rest) = self.0.split_first_chunk()?;
         self.0 = rest;

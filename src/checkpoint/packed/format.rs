@@ -24,7 +24,7 @@ pub const HEAD_BYTES: u64 = 16;
 /// What it ends with: where the index is, its length, its length before compression, its BLAKE3, magic.
 const FOOT_BYTES: u64 = 64;
 /// A chunk in the index.
-const ENTRY_BYTES: usize = 24;
+pub const ENTRY_BYTES: usize = 24;
 const LEVEL: i32 = 1;
 /// Blocks of base that are hashed to tell it from others, and their length in bytes.
 const SAMPLES: u64 = 64;
@@ -130,6 +130,25 @@ pub struct Entry {
     pub base: u64,
 }
 
+impl Entry {
+    /// As it is stored.
+    pub fn encode(&self) -> [u8; ENTRY_BYTES] {
+        let mut bytes = [0; ENTRY_BYTES];
+        bytes[..4].copy_from_slice(&self.stored.to_le_bytes());
+        bytes[4..8].copy_from_slice(&self.length.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.check.to_le_bytes());
+        bytes[16..].copy_from_slice(&self.base.to_le_bytes());
+        bytes
+    }
+
+    /// What is stored so.
+    pub fn decode(bytes: &[u8; ENTRY_BYTES]) -> Self {
+        let half = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+        let whole = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+        Self { stored: half(0), length: half(4), check: whole(8), base: whole(16) }
+    }
+}
+
 /// What the index says.
 #[derive(Debug)]
 pub struct Index {
@@ -157,12 +176,7 @@ pub fn tail(contents: &Contents, entries: &[Entry], offset: u64) -> Result<Vec<u
     let mut index = Vec::with_capacity(4 + json.len() + entries.len() * ENTRY_BYTES);
     index.extend((json.len() as u32).to_le_bytes());
     index.extend(json);
-    for entry in entries {
-        index.extend(entry.stored.to_le_bytes());
-        index.extend(entry.length.to_le_bytes());
-        index.extend(entry.check.to_le_bytes());
-        index.extend(entry.base.to_le_bytes());
-    }
+    entries.iter().for_each(|entry| index.extend(entry.encode()));
     if index.len() as u64 > MAX_INDEX_BYTES {
         return Err(failed(format!("{} bytes, but at most {MAX_INDEX_BYTES} are supported", index.len())));
     }
@@ -233,12 +247,7 @@ fn parse(index: &[u8]) -> Result<(Contents, Vec<Entry>)> {
     if !rest.is_empty() {
         return Err(senseless());
     }
-    let entry = |row: &[u8; ENTRY_BYTES]| {
-        let half = |at: usize| u32::from_le_bytes(row[at..at + 4].try_into().expect("4 bytes"));
-        let whole = |at: usize| u64::from_le_bytes(row[at..at + 8].try_into().expect("8 bytes"));
-        Entry { stored: half(0), length: half(4), check: whole(8), base: whole(16) }
-    };
-    Ok((contents, rows.iter().map(entry).collect()))
+    Ok((contents, rows.iter().map(Entry::decode).collect()))
 }
 
 /// Checks tensors and chunks against each other, and that the chunks end at `end`.

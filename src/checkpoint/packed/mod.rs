@@ -17,7 +17,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use chunk::{CHUNK, Decoder, Encoder, checksum};
-pub use format::{Base, Contents, Entry, HEAD_BYTES, Settings, Tensor, head, identify, tail, units};
+pub use format::{Base, Contents, ENTRY_BYTES, Entry, HEAD_BYTES, Settings, Tensor, head, identify, tail, units};
 
 use super::adapter;
 use super::resolve::{self, Source};
@@ -65,6 +65,12 @@ pub(super) fn open(
 pub fn fingerprint(path: &Path, storage: &dyn Storage) -> Result<Option<String>> {
     let file = storage.open(path)?;
     Ok(format::read(&*file).map_err(|e| e.at(path))?.contents.fingerprint)
+}
+
+/// What the file at `path` says of its tensors and chunks.
+pub fn index(path: &Path, storage: &dyn Storage) -> Result<(Contents, Vec<Entry>)> {
+    let index = format::read(&*storage.open(path)?).map_err(|e| e.at(path))?;
+    Ok((index.contents, index.entries))
 }
 
 /// In what `base` is another than `expected`.
