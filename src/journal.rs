@@ -203,14 +203,14 @@ mod tests {
     }
 
     fn payload(i: u8) -> Vec<u8> {
-        // Short ones are stored, long ones compressed.
-        vec![i; 1 << (2 * i)]
+        // Short ones are stored, long ones compressed, but where everything is interpreted: zstd is written in C.
+        vec![i; 1 << if cfg!(miri) { i } else { 2 * i }]
     }
 
     /// A journal with records 0 to `count - 1`.
     fn journal(count: u8) -> Fixture {
         let dir = tempfile::tempdir().unwrap();
-        let fixture = Fixture { path: dir.path().join("journal"), _dir: dir, disk: Disk::new(IoMode::Auto) };
+        let fixture = Fixture { path: dir.path().join("journal"), _dir: dir, disk: Disk::new(IoMode::Read) };
         let mut journal = Journal::create(&fixture.path, 0, &payload(0), &fixture.disk).unwrap();
         for i in 1..count {
             journal.append(i, &payload(i)).unwrap();
@@ -259,7 +259,7 @@ mod tests {
         let ends: Vec<usize> = (1..=4).map(|n| journal(n).bytes().len()).collect();
         for length in 0..whole.len() {
             let complete = ends.iter().filter(|end| **end <= length).count() as u8;
-            for zeros in [0, 1, 40, 5000] {
+            for zeros in [0, 1, 40, 5000].into_iter().take(if cfg!(miri) { 2 } else { 4 }) {
                 let mut cut = whole[..length].to_vec();
                 cut.resize(length + zeros, 0);
                 let found = fixture.kinds(&cut).unwrap();

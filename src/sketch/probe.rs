@@ -332,9 +332,9 @@ mod tests {
 
     #[test]
     fn the_bracket_of_a_sample_is_narrow_and_holds_the_threshold() {
-        let n = 4_000_000u64;
+        let (n, step) = if cfg!(miri) { (80_000u64, 1_024) } else { (4_000_000, 5_120) };
         let mut groups = vec![MagnitudeSketch::new(Bracket::COARSE); PROBE_GROUPS];
-        for (b, start) in (0..n).step_by(5_120).enumerate() {
+        for (b, start) in (0..n).step_by(step).enumerate() {
             let block: Vec<f32> = (start..start + 512).map(value).collect();
             groups[b % PROBE_GROUPS].add(Isa::detect(), &block);
         }
@@ -345,7 +345,10 @@ mod tests {
             let key = keys[(fraction * n as f64) as usize - 1];
             assert!(bracket.low <= key && u64::from(key) < bracket.end(), "{fraction}: {bracket:?} misses {key}");
             let inside = keys.iter().filter(|&&k| k >= bracket.low && u64::from(k) < bracket.end()).count();
-            assert!((inside as f64) < 0.08 * n as f64, "{fraction}: {inside} of {n} values inside");
+            assert!(
+                (inside as f64) < if cfg!(miri) { 0.3 } else { 0.08 } * n as f64,
+                "{fraction}: {inside} of {n} values inside"
+            );
             assert_eq!(bracket.shift, 0, "bins of one key");
         }
     }
@@ -366,13 +369,14 @@ mod tests {
 
     #[test]
     fn a_sample_in_memory_gives_a_bracket_around_the_threshold() {
-        let keys: Vec<u32> = (0..1_000_000).map(|i| value(i).to_bits()).collect();
+        let (n, block) = if cfg!(miri) { (30_000u64, 30) } else { (1_000_000, 1000) };
+        let keys: Vec<u32> = (0..n).map(|i| value(i).to_bits()).collect();
         let mut sorted = keys.clone();
         sorted.sort_unstable_by(|a, b| b.cmp(a));
         for fraction in [1e-4, 0.2, 0.5, 0.9999] {
-            let mut sample: Vec<u32> = keys.chunks(1000).step_by(10).flatten().copied().collect();
-            let (low, high) = bounds_of_sample(&mut sample, 1000, fraction).unwrap();
-            let key = sorted[(fraction * 1e6) as usize - 1];
+            let mut sample: Vec<u32> = keys.chunks(block).step_by(10).flatten().copied().collect();
+            let (low, high) = bounds_of_sample(&mut sample, block, fraction).unwrap();
+            let key = sorted[(fraction * n as f64) as usize - 1];
             assert!(low <= key && key <= high, "{fraction}: {low} to {high} misses {key}");
         }
         assert_eq!(bounds_of_sample(&mut [], 1, 0.5), None);

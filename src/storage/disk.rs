@@ -54,6 +54,7 @@ impl Disk {
             system::no_follow(&mut options);
             let mut file = match options.open(path) {
                 Err(e) if e.kind() == IoKind::NotFound => continue,
+                Err(_) if path.is_symlink() => return Err(a_link(path)),
                 other => other.map_err(|e| write_error("create", path, &e))?,
             };
             match file.try_lock() {
@@ -204,13 +205,18 @@ impl Storage for Disk {
 
     fn create(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>> {
         // Readable too, so that what was written can be hashed through the same file system path.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(path)
-            .map_err(|e| write_error("create", path, &e))?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(true);
+        // What is behind a link is not this program's to write to.
+        system::no_follow(&mut options);
+        let file = match options.open(path) {
+            Err(_) if path.is_symlink() => {
+                self.remove_file(path)?;
+                options.open(path)
+            }
+            other => other,
+        };
+        let file = file.map_err(|e| write_error("create", path, &e))?;
         file.set_len(length).map_err(|e| write_error(&format!("set the length to {length} bytes"), path, &e))?;
         Ok(Box::new(DiskOutput { file, path: path.to_path_buf(), failure: OnceLock::new() }))
     }
@@ -219,7 +225,11 @@ impl Storage for Disk {
         let mut options = OpenOptions::new();
         options.read(true).write(true);
         system::no_follow(&mut options);
-        let file = options.open(path).map_err(|e| write_error("open", path, &e))?;
+        let file = options.open(path).map_err(|e| match path.is_symlink() {
+            // Taken away, the work goes on.
+            true => a_link(path).as_failed(),
+            false => write_error("open", path, &e),
+        })?;
         let metadata = file.metadata().map_err(|e| Error::io("examine", path, &e))?;
         if !metadata.is_file() {
             return Err(Error::failed("not a regular file").at(path));
@@ -324,6 +334,11 @@ fn open_error(path: &Path, error: &std::io::Error) -> Error {
         _ if std::fs::metadata(path).is_ok_and(|m| !m.is_file()) => not_regular(path),
         _ => Error::io("open", path, error),
     }
+}
+
+/// What is behind it is not this program's to write to.
+fn a_link(path: &Path) -> Error {
+    Error::input("a link to somewhere else, where this program keeps a file of its own").at(path).help("remove it")
 }
 
 fn not_regular(path: &Path) -> Error {
@@ -518,6 +533,21 @@ mod tests {
         assert_eq!(disk.read_small(&path, 6).unwrap(), b"aXcd\0\0");
         assert!(disk.read_small(&path, 5).is_err());
         assert!(disk.reopen(&dir.path().join("none"), 1).is_err());
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn nothing_is_written_through_a_link() {
+        let (dir, disk) = disk(IoMode::Auto);
+        let (target, link) = (dir.path().join("input"), dir.path().join("out.partial"));
+        std::fs::write(&target, b"precious").unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        assert!(disk.reopen(&link, 3).is_err());
+        disk.create(&link, 3).unwrap().write_at(b"abc", 0).unwrap();
+        assert_eq!(
+            (std::fs::read(&target).unwrap(), std::fs::read(&link).unwrap()),
+            (b"precious".into(), b"abc".into())
+        );
     }
 
     #[test]

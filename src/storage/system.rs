@@ -68,13 +68,13 @@ pub(super) fn is_nowhere(error: &std::io::Error) -> bool {
 }
 
 /// Lets opening a FIFO return at once, so that it can be refused instead of waited for.
-#[cfg(unix)]
+#[cfg(all(unix, not(miri)))]
 pub(super) fn open_without_waiting(options: &mut OpenOptions) {
     use std::os::unix::fs::OpenOptionsExt as _;
     options.custom_flags(rustix::fs::OFlags::NONBLOCK.bits() as i32);
 }
 
-#[cfg(not(unix))]
+#[cfg(any(not(unix), miri))]
 pub(super) fn open_without_waiting(_options: &mut OpenOptions) {}
 
 /// Refuses to open what a symbolic link points to.
@@ -88,7 +88,7 @@ pub(super) fn no_follow(options: &mut OpenOptions) {
 pub(super) fn no_follow(_options: &mut OpenOptions) {}
 
 /// Raises the limit of open files as far as the system allows.
-#[cfg(unix)]
+#[cfg(all(unix, not(miri)))]
 pub(super) fn raise_file_limit() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
@@ -97,7 +97,7 @@ pub(super) fn raise_file_limit() {
     let _ = setrlimit(Resource::Nofile, limit);
 }
 
-#[cfg(not(unix))]
+#[cfg(any(not(unix), miri))]
 pub(super) fn raise_file_limit() {}
 
 #[cfg(unix)]

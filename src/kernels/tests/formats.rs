@@ -13,9 +13,10 @@ fn stored(float: Float, codes: impl Iterator<Item = u64>) -> Vec<u8> {
     bytes
 }
 
-/// Every code of a small type.
-fn codes(float: Float) -> std::ops::Range<u64> {
-    0..1 << (8 * float.width())
+/// Every code of a small type; of those of two bytes a few where everything is interpreted.
+fn codes(float: Float) -> impl Iterator<Item = u64> {
+    let step = if cfg!(miri) && float.width() == 2 { 151 } else { 1 };
+    (0..1u64 << (8 * float.width())).step_by(step)
 }
 
 /// The bytes that belong to a range of elements.
@@ -118,10 +119,10 @@ fn any_pattern_rounds_like_the_oracle() {
             let narrow = (word as u32 & 0x807f_ffff) | exponent << 23;
             f32::from_bits(if index % 2 == 0 { word as u32 } else { narrow })
         };
-        let values: Vec<f32> = (0..20_000).map(pattern).collect();
+        let values: Vec<f32> = (0..if cfg!(miri) { 200 } else { 20_000 }).map(pattern).collect();
         assert_stores(float, &values, false);
         assert_stores(float, &values, true);
-        assert_stores(float, &wild(1000, 5, false), true);
+        assert_stores(float, &wild(if cfg!(miri) { 100 } else { 1000 }, 5, false), true);
     }
 }
 
@@ -261,7 +262,7 @@ fn task_vectors_can_be_trimmed_on_the_way() {
 fn doubles_are_subtracted_and_added_as_doubles() {
     for base_float in Float::ALL {
         for float in Float::ALL {
-            let len = 131;
+            let len = if cfg!(miri) { 9 } else { 131 };
             let (mut base_bytes, _) = store_everywhere(base_float, &noise(len, 1), false);
             let (mut bytes, _) = store_everywhere(float, &noise(len, 2), false);
             // Doubles with bits that no f32 has.

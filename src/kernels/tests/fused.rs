@@ -171,7 +171,7 @@ fn one_loop_does_what_the_kernels_do_in_turn() {
         let most = if float == Float::BF16 { FUSED_MODELS } else { 4 };
         for count in 1..=most {
             let len = LENGTHS[count % LENGTHS.len()];
-            for len in [len, 300] {
+            for len in [len, if cfg!(miri) { 70 } else { 300 }] {
                 let checkpoints = checkpoints(float, len, count, |seed| coarse(len, seed));
                 for (index, fused) in merges().into_iter().enumerate() {
                     let weights: Vec<f32> = (0..count)

@@ -97,14 +97,14 @@ fn trim_sample_draws_for_ties() {
 #[test]
 fn trim_sample_keeps_the_share_it_is_asked_for() {
     let ties = Ties { low: key(0.5), high: key(0.5) };
-    let mut tau = vec![0.5; 100_000];
+    let mut tau = vec![0.5; if cfg!(miri) { 2_000 } else { 100_000 }];
     let survivors = trim_sample(Isa::detect(), &mut tau, ties, 1, 0, u64::MAX / 10 * 3);
     assert_binomial(survivors as usize, tau.len(), 0.3, "survivors");
 }
 
 #[test]
 fn trim_lowest_keeps_the_first_ties() {
-    for len in LENGTHS.into_iter().chain([5000]) {
+    for len in LENGTHS.into_iter().chain([if cfg!(miri) { 200 } else { 5000 }]) {
         for tau in data(len) {
             for ties in TIES {
                 let all = tau.iter().filter(|tau| tied(ties, **tau)).count() as u64;
@@ -147,7 +147,7 @@ fn ties_are_counted() {
 
 #[test]
 fn counters_do_not_overflow_within_long_slices() {
-    let len = (1 << 17) + 3;
+    let len = (1 << if cfg!(miri) { 12 } else { 17 }) + 3;
     let ones = vec![1.0; len];
     let ties = Ties { low: key(1.0), high: key(1.0) };
     for isa in Isa::available() {
