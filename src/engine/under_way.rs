@@ -245,6 +245,11 @@ impl UnderWay {
         }
     }
 
+    /// Whether nothing is left.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// All of the unit that begins with tensor `tensor` is known.
     pub(super) fn forget(&mut self, tensor: u32) {
         self.0.remove(&tensor);

@@ -153,7 +153,8 @@ fn packing_that_never_gets_far_gets_through() {
             assert!(stops < 200, "{way:?} gets nowhere");
         };
         say(&format!("{way:?} got through after {stops} stops"));
-        assert!(stops > 1 && report.resumed && report.chunks_reused > 0, "{way:?}: {stops}");
+        assert!(stops > 1 && report.resumed, "{way:?}: {stops}");
+        assert!(way.density < 1.0 || report.chunks_reused > 0, "{way:?}");
         assert_eq!(report.bytes_read, once.bytes_read, "{way:?}");
         assert!(packed(&memory).unwrap() == expected, "{way:?}: not what was packed");
     }

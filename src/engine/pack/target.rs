@@ -270,7 +270,8 @@ fn is_intact(file: &dyn InputFile, chunk: &Entry, offset: u64, buffer: &mut Vec<
 impl Left {
     /// Whether it is worth anything.
     pub(super) fn is_something(&self) -> bool {
-        self.finished || !self.chunks.is_empty() || !self.ties.is_empty() || !self.kept.is_empty()
+        let found = !self.kept.is_empty() || !self.kept.under_way.is_empty() || !self.ties.is_empty();
+        self.finished || !self.chunks.is_empty() || found
     }
 
     /// Takes in what a record says; false if that makes no sense.
