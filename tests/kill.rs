@@ -527,39 +527,42 @@ fn packing_that_is_killed_or_stopped_goes_on_and_gives_the_same_file() {
         let undisturbed = run(pack(&clean)).succeeded().json();
         let most = begin.elapsed();
         let out = saved.path(&format!("packed{round}/one.tvz"));
-        for attempt in 0.. {
-            assert!(attempt < 200, "{flags:?} does not get through");
-            let mut child = pack(&out).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-            let most = most.mul_f64(if attempt < 20 { 1.0 } else { 4.0 });
-            let until = Instant::now() + most.mul_f64(f64::from(random.below(1000) as u32) / 1000.0);
-            while Instant::now() < until && child.try_wait().unwrap().is_none() {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            signal(&child, if attempt % 2 == 0 { "-TERM" } else { "-KILL" });
-            let output = child.wait_with_output().unwrap();
-            let stderr = String::from_utf8(output.stderr).unwrap();
-            match (output.status.code(), output.status.signal()) {
-                (Some(0), _) => {
-                    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-                    resumed += u64::from(report["resumed"] == true);
-                    reused += report["chunks_reused"].as_u64().unwrap();
-                    assert_eq!(report["bytes_read"], undisturbed["bytes_read"], "{flags:?}");
-                    break;
+        for file in 0..8 {
+            let _ = fs::remove_dir_all(out.parent().unwrap());
+            for attempt in 0.. {
+                assert!(attempt < 200, "{flags:?} does not get through");
+                let mut child = pack(&out).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+                let most = most.mul_f64(if attempt < 20 { 1.0 } else { 4.0 });
+                let until = Instant::now() + most.mul_f64(f64::from(random.below(1000) as u32) / 1000.0);
+                while Instant::now() < until && child.try_wait().unwrap().is_none() {
+                    std::thread::sleep(Duration::from_millis(1));
                 }
-                (_, Some(9)) => kills += 1,
-                (Some(143), _) => {
-                    assert!(stderr.contains("run the same command again to go on"), "{stderr}");
-                    stops += 1;
+                signal(&child, if (file + attempt) % 2 == 0 { "-TERM" } else { "-KILL" });
+                let output = child.wait_with_output().unwrap();
+                let stderr = String::from_utf8(output.stderr).unwrap();
+                match (output.status.code(), output.status.signal()) {
+                    (Some(0), _) => {
+                        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+                        resumed += u64::from(report["resumed"] == true);
+                        reused += report["chunks_reused"].as_u64().unwrap();
+                        assert_eq!(report["bytes_read"], undisturbed["bytes_read"], "{flags:?}");
+                        break;
+                    }
+                    (_, Some(9)) => kills += 1,
+                    (Some(143), _) => {
+                        assert!(stderr.contains("run the same command again to go on"), "{stderr}");
+                        stops += 1;
+                    }
+                    // It was through when it was killed, but for the signal.
+                    (Some(2), _) if stderr.contains("already there") => break,
+                    // Before it heeds signals.
+                    (_, Some(15)) => {}
+                    _ => panic!("{}: {stderr}", output.status),
                 }
-                // It was through when it was killed, but for the signal.
-                (Some(2), _) if stderr.contains("already there") => break,
-                // Before it heeds signals.
-                (_, Some(15)) => {}
-                _ => panic!("{}: {stderr}", output.status),
+                assert!(!out.exists() || fs::read(&out).unwrap() == fs::read(&clean).unwrap(), "{flags:?}");
             }
-            assert!(!out.exists() || fs::read(&out).unwrap() == fs::read(&clean).unwrap(), "{flags:?}");
+            assert!(fs::read(&out).unwrap() == fs::read(&clean).unwrap(), "{flags:?}");
         }
-        assert!(fs::read(&out).unwrap() == fs::read(&clean).unwrap(), "{flags:?}");
     }
     eprintln!("{kills} kills and {stops} stops of packing; {resumed} runs took work over, {reused} chunks");
     assert!(kills > 0 && stops > 0 && resumed > 0, "{kills} kills, {stops} stops, {resumed} resumed");
