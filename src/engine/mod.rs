@@ -5,6 +5,7 @@
 //! - [`diff()`] and [`inspect()`] stream checkpoints without a plan; [`verify()`] checks a finished output.
 
 mod analyze;
+mod by_shard;
 mod cut;
 mod decoded;
 mod diff;
@@ -68,7 +69,7 @@ use output::OutputDir;
 use passes::Passes;
 use select::Thresholds;
 use shards::Written;
-use spool::Spool;
+use spool::{Site, Spool};
 use worker::Tally;
 
 use crate::error::{Error, ErrorKind, Result, printable};
@@ -273,9 +274,10 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     let all = 0..plan.layout.shards.len();
     let written = shards::write_shards(plan, dir, all, observer, None, &makes_sense, |writer, kept: &Kept| {
         let searches = schedule.units.iter().any(|unit| kept.unit(plan, unit).is_none());
-        let spool = Spool::open(plan, schedule, dir, (searches, writer.reads().is_some()), observer)?;
+        let site = Site::of_merge(plan, dir, writer.reads().is_some());
+        let spool = Spool::open(plan, schedule, &site, searches, observer)?;
         let mut passes = Passes::new(plan, schedule, observer, Some(writer), kept);
-        passes.spool = spool.as_ref();
+        (passes.spool, passes.site) = (spool.as_ref(), Some(&site));
         // What is handed over cannot be taken back; what is downloaded is kept for a second pass.
         passes.guesses = !dir.hands_over() && !plan.is_remote();
         let done = if dir.hands_over() { passes.run_by_shard() } else { passes.run() };

@@ -17,7 +17,7 @@ use super::select::{Thresholds, UnitThresholds, coarse_selectors, cuts, sample_s
 use super::shard_hash::Digest;
 use super::shards::ShardWriter;
 use super::slot::{Loaded, Slot, locate};
-use super::spool::{Spool, Use};
+use super::spool::{Site, Spool, Use};
 use super::turns::{Ordered, Pending};
 use super::under_way::Notes;
 use super::worker::{Known, Tally, Worker};
@@ -41,15 +41,17 @@ pub(super) struct Passes<'a> {
     pub ties_elsewhere: HashMap<u32, TieCounts>,
     pub workers: Vec<Worker>,
     /// Tensor bytes that earlier attempts read for thresholds that are taken over.
-    kept_reads: u64,
+    pub kept_reads: u64,
     /// What was selected so far.
     pub thresholds: Thresholds,
     /// Copied tensors whose versions differ.
     pub differing: BTreeSet<u32>,
     /// These are the passes over one shard of several.
-    by_shard: bool,
+    pub by_shard: bool,
     /// What is downloaded and needed again.
     pub spool: Option<&'a Spool<'a>>,
+    /// Where that is kept of a single tensor.
+    pub site: Option<&'a Site<'a>>,
     /// Streamed units may be merged with guessed thresholds.
     pub guesses: bool,
     /// All of the unit was looked at once.
@@ -128,6 +130,7 @@ impl<'a> Passes<'a> {
             differing: BTreeSet::new(),
             by_shard: false,
             spool: None,
+            site: None,
             guesses: false,
             looked: false,
             least: Vec::new(),
@@ -143,51 +146,29 @@ impl<'a> Passes<'a> {
         self.direct()
     }
 
-    /// The same in an order that completes shards early, one after the other as far as thresholds allow.
-    pub(super) fn run_by_shard(&mut self) -> Result<()> {
-        self.announce_all();
-        if !self.plan.per_tensor() {
-            // Where they lie between the others, no shard would be complete before the end.
-            self.direct()?;
-            return self.units();
-        }
-        for shard in 0..self.plan.layout.shards.len() {
-            let schedule = self.schedule.part(self.plan, &(shard..shard + 1));
-            let workers = std::mem::take(&mut self.workers);
-            let mut passes = Passes::with_workers(self.plan, &schedule, self.observer, self.writer, self.kept, workers);
-            std::mem::swap(&mut passes.thresholds, &mut self.thresholds);
-            passes.by_shard = true;
-            let result = passes.units().and_then(|()| passes.direct());
-            self.workers = passes.workers;
-            self.thresholds = passes.thresholds;
-            self.kept_reads = self.kept_reads.saturating_add(passes.kept_reads);
-            self.differing.append(&mut passes.differing);
-            result?;
-        }
-        Ok(())
-    }
-
-    fn announce_all(&self) {
+    pub(super) fn announce_all(&self) {
         if !self.announces_passes() {
             self.observer.stage("merge", self.schedule.passes.iter().map(PassSummary::bytes_used).sum());
             self.observer.advance(self.kept.tally.bytes_read);
         }
     }
 
-    fn units(&mut self) -> Result<()> {
+    pub(super) fn units(&mut self) -> Result<()> {
         let mut solo = Vec::new();
-        for unit in &self.schedule.units {
-            if self.kept.skips(unit) {
+        let (schedule, kept) = (self.schedule, self.kept);
+        for unit in &schedule.units {
+            if kept.skips(unit) {
                 continue;
             }
-            if let Some(known) = self.kept.unit(self.plan, unit) {
-                self.known_unit(unit, known)?;
+            if let Some(known) = kept.unit(self.plan, unit) {
+                self.keeping(unit, false, |passes| passes.known_unit(unit, known))?;
             } else if unit.kind == UnitKind::Solo && self.kept.taken_guess(unit.tensors[0]).is_none() {
                 solo.push(unit);
             } else {
-                self.shared_unit(unit)?;
+                self.keeping(unit, true, |passes| passes.shared_unit(unit))?;
             }
         }
+        self.forget_kept();
         self.solo_units(&solo)
     }
 

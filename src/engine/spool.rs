@@ -8,6 +8,8 @@
 //!   damaged is downloaded again. A run that goes on takes over what records it finds.
 //! - When the disk has no more room, the rest is downloaded again too.
 
+mod tensors;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
@@ -155,39 +157,36 @@ impl Record {
 }
 
 impl<'a> Spool<'a> {
-    /// Begins the spool of a merge into `output`, or goes on with that of an earlier attempt; `None` if `schedule` needs
-    /// none. `searches` says that thresholds are still sought, `hashes` that what is read for them must be hashed.
+    /// Begins the spool of a run at `site` over all tensors together, or goes on with that of an earlier attempt; `None` if
+    /// `schedule` needs none. `searches` says that thresholds are still sought.
     pub(super) fn open(
-        plan: &'a Plan,
-        schedule: &'a Schedule,
-        output: &'a OutputDir,
-        (searches, hashes): (bool, bool),
-        observer: &'a dyn Observer,
-    ) -> Result<Option<Self>> {
-        let site = Site {
-            own: output.spool(),
-            name: String::new(),
-            out: &output.dir,
-            at_once: output.bytes_at_once(plan),
-            takes_over: output.resumes() && !(searches && hashes),
-            storage: &*output.storage,
-        };
-        Self::open_at(plan, schedule, &site, searches, observer)
-    }
-
-    /// The same at `site`.
-    pub(super) fn open_at(
         plan: &'a Plan,
         schedule: &'a Schedule,
         site: &Site<'a>,
         searches: bool,
         observer: &'a dyn Observer,
     ) -> Result<Option<Self>> {
-        let (Some(spooling), [unit]) = (&schedule.spool, &schedule.units[..]) else { return Ok(None) };
+        match (&schedule.spool, &schedule.units[..]) {
+            (Some(spooling), [unit]) if !spooling.by_tensor() => {
+                let begin = blake3::hash(&Begin::of(plan)?.encode()?);
+                Self::open_for(plan, (spooling, unit), begin, site, searches, observer).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The same for `unit`, as part of what `begin` is the hash of.
+    fn open_for(
+        plan: &'a Plan,
+        (spooling, unit): (&'a Spooling, &Unit),
+        begin: blake3::Hash,
+        site: &Site<'a>,
+        searches: bool,
+        observer: &'a dyn Observer,
+    ) -> Result<Self> {
         let storage = site.storage;
         let (path, dir) = site.place(plan, spooling)?;
-        let begin = blake3::hash(&Begin::of(plan)?.encode()?);
-        let left = match site.takes_over && storage.is_file(&path) {
+        let left = match site.takes_over(searches) && storage.is_file(&path) {
             true => Some(storage.open(&path)?),
             false => None,
         };
@@ -227,7 +226,7 @@ impl<'a> Spool<'a> {
         }
         spool.limit = spool.end.load(Ordering::Relaxed) + room;
         spool.refresh()?;
-        Ok(Some(spool))
+        Ok(spool)
     }
 
     fn write_head(&self, begin: &[u8; 32]) {
@@ -608,11 +607,30 @@ pub(super) struct Site<'a> {
     pub at_once: u64,
     /// What an earlier attempt left is taken over.
     pub takes_over: bool,
+    /// What is read for thresholds must be hashed.
+    pub hashes: bool,
     /// The file system.
     pub storage: &'a dyn Storage,
 }
 
-impl Site<'_> {
+impl<'a> Site<'a> {
+    /// That of a merge into `output`; `hashes` says that what is read must be hashed.
+    pub(super) fn of_merge(plan: &Plan, output: &'a OutputDir, hashes: bool) -> Self {
+        Self {
+            own: output.spool(),
+            name: String::new(),
+            out: &output.dir,
+            at_once: output.bytes_at_once(plan),
+            takes_over: output.resumes(),
+            hashes,
+            storage: &*output.storage,
+        }
+    }
+
+    fn takes_over(&self, searches: bool) -> bool {
+        self.takes_over && !(searches && self.hashes)
+    }
+
     /// The spool's path, and the directory that it is in.
     fn place(&self, plan: &Plan, spooling: &Spooling) -> Result<(PathBuf, PathBuf)> {
         let Some(dir) = &spooling.dir else { return Ok(self.own.clone()) };

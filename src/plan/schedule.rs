@@ -164,9 +164,7 @@ impl Schedule {
         if plan.factors.is_some() {
             return Self::new(plan, run);
         }
-        let demand = Demand::of(plan);
-        let spool = Spooling::of(plan, &demand.grouped);
-        Self::cut_keeping(plan, run, demand, spool)
+        Self::cut_for_merge(plan, run, Demand::of(plan))
     }
 
     /// Cuts `plan` for a run that makes other outputs of what it loads; see [`Self::new`].
@@ -202,9 +200,36 @@ impl Schedule {
     /// The same with sketches of `bins` bins, as runs that add up their sketches must have, and with room to write them
     /// down.
     pub fn with_bins(plan: &Plan, run: Run, bins: usize) -> Result<Self> {
-        let demand = Demand { fixed_bins: Some(bins), ..Demand::of(plan) };
-        let spool = Spooling::of(plan, &demand.grouped);
-        Self::cut_keeping(plan, run, demand, spool)
+        Self::cut_for_merge(plan, run, Demand { fixed_bins: Some(bins), ..Demand::of(plan) })
+    }
+
+    /// Cuts `plan` for a merge that keeps on the local disk what it needs again of what it downloads.
+    fn cut_for_merge(plan: &Plan, run: Run, demand: Demand) -> Result<Self> {
+        if !plan.is_remote() || !plan.per_tensor() {
+            let spool = Spooling::of(plan, &demand.grouped);
+            return Self::cut_keeping(plan, run, demand, spool);
+        }
+        let without = Self::cut(plan, run, demand.clone())?;
+        let mut streamed = without.streamed();
+        // Keeping takes memory, and so leaves more tensors too long for what is left: more than once only for their table.
+        for _ in 0..3 {
+            let spool = Spooling::of_tensors(plan, &streamed).filter(|spool| spool.is_modest(run.memory_bytes));
+            let Some(spool) = spool else { break };
+            let Ok(kept) = Self::cut(plan, run, Demand { spool: Some(spool), ..demand.clone() }) else { break };
+            streamed = kept.streamed();
+            if kept.spool.as_ref().is_some_and(|spool| spool.has_all(&streamed)) {
+                return Ok(kept);
+            }
+        }
+        Ok(without)
+    }
+
+    /// Tensors that are too long to be held and have thresholds of their own, in increasing order.
+    fn streamed(&self) -> Vec<u32> {
+        let streamed = self.units.iter().filter(|unit| unit.kind == UnitKind::Streamed);
+        let mut tensors: Vec<u32> = streamed.flat_map(|unit| unit.tensors.iter().copied()).collect();
+        tensors.sort_unstable();
+        tensors
     }
 
     /// Keeps `spool` on the local disk, where there is memory for that: what helps to read less must not be what fails.

@@ -5,6 +5,7 @@
 //!   another type than base's.
 //! - A look at the models needs all of their task vectors again, so all of what is downloaded is kept.
 //! - What a pass reads first, later passes take from there. What only one pass reads is not kept.
+//! - Where tensors have thresholds of their own, those that are too long to be held are kept, one at a time.
 //!
 //! How it is kept is the engine's business.
 
@@ -51,8 +52,10 @@ pub struct Spooling {
     pub bytes: u64,
     /// Per checkpoint: whether it comes over a network.
     remote: Vec<bool>,
-    /// Per model: whether a pass before the merge reads its task vector.
+    /// Per model: whether a pass before the merge reads its task vector, of any tensor.
     searched: Vec<bool>,
+    /// The tensors that are kept, each while it is worked on, in increasing order; all of the unit together, if `None`.
+    alone: Option<Vec<u32>>,
     /// Whether a pass before the merge reads everything.
     votes: bool,
     /// Whether models are kept whole, and not what of them may survive.
@@ -71,6 +74,42 @@ impl Spooling {
             return None;
         }
         Self::over(plan, grouped, &plan.goals(&unit_of(plan, grouped)), false)
+    }
+
+    /// The same where tensors have thresholds of their own, and `streamed`, in increasing order, are read more than once.
+    pub(super) fn of_tensors(plan: &Plan, streamed: &[u32]) -> Option<Self> {
+        let needs = plan.needs();
+        if !plan.is_remote() || !plan.selects() || flips(plan) || !needs.looks.is_empty() || needs.rows {
+            return None;
+        }
+        let each = streamed.iter().filter_map(|&tensor| {
+            Self::over(plan, &[tensor], &plan.goals(&unit_of(plan, &[tensor])), false)
+                .map(|spooling| (tensor, spooling))
+        });
+        let mut all: Option<Self> = None;
+        for (tensor, own) in each {
+            let all = all.get_or_insert_with(|| Self {
+                alone: Some(Vec::new()),
+                // The engine numbers the chunks of a tensor among all tensors.
+                tensors: plan.tensors.len() as u64,
+                ..own.clone()
+            });
+            all.alone.iter_mut().for_each(|alone| alone.push(tensor));
+            all.searched.iter_mut().zip(own.searched).for_each(|(any, one)| *any |= one);
+            all.bytes = all.bytes.max(own.bytes);
+            all.elements = all.elements.max(own.elements);
+            all.width = all.width.max(own.width);
+        }
+        all
+    }
+
+    /// Whether all of `tensors` are among those that are kept one at a time.
+    pub(super) fn has_all(&self, tensors: &[u32]) -> bool {
+        tensors.iter().all(|tensor| self.has(*tensor))
+    }
+
+    fn has(&self, tensor: u32) -> bool {
+        self.alone.as_ref().is_none_or(|alone| alone.binary_search(&tensor).is_ok())
     }
 
     /// The same for a look at the models that seeks `goals` in a unit.
@@ -100,6 +139,7 @@ impl Spooling {
             bytes: 0,
             remote: plan.checkpoints.iter().map(|checkpoint| checkpoint.is_remote()).collect(),
             searched: plan.searched(goals),
+            alone: None,
             votes: plan.votes(),
             whole,
             elements: unit.elements,
@@ -133,6 +173,11 @@ impl Spooling {
         self.remote[index]
     }
 
+    /// Whether tensors are kept one at a time.
+    pub fn by_tensor(&self) -> bool {
+        self.alone.is_some()
+    }
+
     /// Whether of models is kept what lies above a bound, which a sample has to tell, and not everything.
     pub fn needs_bounds(&self) -> bool {
         !self.whole
@@ -154,10 +199,13 @@ impl Spooling {
             Action::Merge { base, models, .. } => (*base, &models[..]),
             Action::Copy { .. } => (None, &[][..]),
         };
-        let taken = move |model: usize| self.searched[model] || (self.votes && !by_sketch);
+        // Each tensor may have densities of its own.
+        let own = || plan.searched(&plan.goals(&unit_of(plan, &[index])));
+        let searched = if self.alone.is_some() && self.has(index) { own() } else { self.searched.clone() };
+        let taken = move |model: usize| searched[model] || (self.votes && !by_sketch);
         let models = models.iter().map(|&(model, piece)| (piece, Some(model as usize)));
-        let models = models.filter(move |(_, model)| model.is_none_or(taken));
-        let all = base.into_iter().map(|piece| (piece, None)).chain(models);
+        let models = models.filter(move |(_, model)| model.is_none_or(&taken));
+        let all = base.into_iter().map(|piece| (piece, None)).chain(models).filter(move |_| self.has(index));
         all.filter(|(piece, _)| self.remote[piece.checkpoint as usize])
     }
 

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::remote::{Remote, content_bytes, hf, lasting, must_be_about, requests};
 use crate::support::family::{Deltas, Family, Spec, text};
 use crate::support::hub::Fault;
-use crate::support::oracle::{Recipe, TrimTies, ZeroSum};
+use crate::support::oracle::{Recipe, Scope, TrimTies, ZeroSum};
 use crate::support::random::Random;
 use crate::support::run::{Outcome, run};
 
@@ -110,6 +110,35 @@ fn every_byte_is_downloaded_once_whatever_is_merged() {
     // A base on this machine is read here, twice.
     let base = text(&remote.saved.base);
     compare(&remote, &ties, &[], &|_| base.clone());
+}
+
+/// A tensor that is too long to be held in [`LITTLE`] memory, and one that is not.
+fn long(seed: u64, models: &[Dtype], deltas: Deltas) -> Spec {
+    let shapes = vec![("a", vec![4_300, 1000]), ("b", vec![200_001]), ("c", vec![3])];
+    Spec { shapes, ..spec(seed, Dtype::BF16, models, deltas) }
+}
+
+#[test]
+fn a_tensor_too_long_for_memory_is_downloaded_once() {
+    let (bf16, tensor) = (Dtype::BF16, Recipe { scope: Scope::Tensor, ..Recipe::default() });
+    let recipes: [(Recipe, &[&str]); 5] = [
+        (tensor.clone(), &[]),
+        (Recipe { trim_ties: TrimTies::Lowest, zero_sum: ZeroSum::Majority, ..tensor.clone() }, &[]),
+        (tensor.clone(), &["--trim-ties=sample", "--seed=7"]),
+        (tensor.clone(), &["--threshold=sketch"]),
+        // Shard by shard, as where each is handed over.
+        (tensor.clone(), &["--on-shard=true"]),
+    ];
+    let remote = Remote::of(&long(51, &[bf16, Dtype::F32, bf16], Deltas::HeavyTailed));
+    for (recipe, more) in &recipes {
+        compare(&remote, recipe, more, &hf);
+    }
+    // Where there is nothing to keep, or more is needed of it than what may survive, it is read again, and the plan says so.
+    for more in [&["--spool=none"][..], &["--method=linear"], &["--param=rescale=l1", "--method=breadcrumbs"]] {
+        let args = [&LITTLE[..], &["--scope=tensor"], more].concat();
+        let plan = remote.merge("plan", &hf, &args).succeeded().json();
+        assert_eq!((passes(&plan, "bytes_spared"), plan.get("spool_bytes")), (0, None), "{more:?}");
+    }
 }
 
 #[test]

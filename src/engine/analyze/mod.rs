@@ -115,9 +115,10 @@ fn run(
         out: &work.dir,
         at_once: REPORT_BYTES,
         takes_over: work.resumes,
+        hashes: false,
         storage: &**storage,
     };
-    let spool = Spool::open_at(&study.plan, &study.schedule, &site, gathered.thresholds.is_none(), observer)?;
+    let spool = Spool::open(&study.plan, &study.schedule, &site, gathered.thresholds.is_none(), observer)?;
     let done = look(study, work, storage, observer, gathered, spool.as_ref());
     Spool::forget(spool, done)
 }

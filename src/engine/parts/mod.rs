@@ -285,20 +285,25 @@ impl Desk<'_> {
         self.schedule.part(self.plan, &self.plan.shares(self.part.count)[index])
     }
 
-    /// What is kept for part `index`, as `schedule` of it says, of what is downloaded and needed again; `searches` says that
-    /// nothing of it was looked at yet. What is there is used.
-    fn spool<'s>(&'s self, index: usize, schedule: &'s Schedule, searches: bool) -> Result<Option<Spool<'s>>> {
+    /// Where it is kept, of part `index`, what is downloaded and needed again. What is there is used.
+    fn site(&self, index: usize) -> Site<'_> {
         let name = file_of("spool", index, self.part.count);
-        let site = Site {
+        Site {
             own: (self.board.path(&name), self.board.path("")),
             name,
             out: &self.job.out,
             // Other parts need theirs too.
             at_once: self.plan.layout.shards.iter().map(|shard| shard.bytes).sum(),
             takes_over: true,
+            hashes: false,
             storage: &*self.board.storage,
-        };
-        Spool::open_at(self.plan, schedule, &site, searches, self.observer)
+        }
+    }
+
+    /// What is kept there of tensors that share thresholds, as `schedule` of the part says; `searches` says that nothing of it
+    /// was looked at yet.
+    fn spool<'s>(&'s self, index: usize, schedule: &'s Schedule, searches: bool) -> Result<Option<Spool<'s>>> {
+        Spool::open(self.plan, schedule, &self.site(index), searches, self.observer)
     }
 
     /// Merges the shards of the part, unless that is done.
@@ -323,10 +328,11 @@ impl Desk<'_> {
         }
         let schedule = self.schedule_of(part.index);
         let spool = if found.is_some() { self.spool(part.index, &schedule, false)? } else { None };
+        let site = self.site(part.index);
         let mut done = PartDone::new(plan, &schedule);
         let written = write_shards(plan, &dir, own.clone(), self.observer, None, &|_| true, |writer, kept: &Kept| {
             let mut passes = Passes::new(plan, &schedule, self.observer, Some(writer), kept);
-            passes.spool = spool.as_ref();
+            (passes.spool, passes.site) = (spool.as_ref(), Some(&site));
             match &found {
                 Some(found) => self.merge_shared(&mut passes, found, &mut done)?,
                 None => passes.run()?,

@@ -26,9 +26,10 @@ impl<'a> Sweep<'a> {
             out: &self.output.dir,
             at_once,
             takes_over: !self.output.restart,
+            hashes: false,
             storage: &**self.storage,
         };
-        Spool::open_at(self.union, schedule, &site, true, self.observer)
+        Spool::open(self.union, schedule, &site, true, self.observer)
     }
 }
 
