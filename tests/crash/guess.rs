@@ -46,7 +46,13 @@ const ALL: u64 = 3 * 4 * ELEMENTS;
 const SAMPLE: u64 = 3 * 4 * BLOCK * (ELEMENTS / CELL);
 
 fn job() -> Job {
-    Job { name: "guess", recipe: Recipe { max_shard_bytes: 1 << 30, ..recipe() }, force: false, copied: false }
+    Job {
+        name: "guess",
+        recipe: Recipe { max_shard_bytes: 1 << 30, ..recipe() },
+        force: false,
+        copied: false,
+        far: false,
+    }
 }
 
 /// The files of an undisturbed run, and the number of changes it makes.

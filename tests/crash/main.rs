@@ -36,6 +36,9 @@ use memory::{Fault, Memory, Survives};
 
 /// Neither directory is there at first.
 const OUT: &str = "/new/out";
+/// Where inputs are: on a disk or in an object store.
+const DISK: &str = "/in";
+const STORE: &str = "s3://bucket/in";
 /// One in so many operations is tried.
 const STEP: usize = if cfg!(debug_assertions) { 5 } else { 1 };
 /// Tensors of every checkpoint, all f32 but the last.
@@ -144,6 +147,8 @@ struct Job {
     force: bool,
     /// Inputs are hashed, and copied before each run.
     copied: bool,
+    /// Inputs are in an object store.
+    far: bool,
 }
 
 fn recipe() -> Recipe {
@@ -187,9 +192,22 @@ fn changes() -> Recipe {
     Recipe { base: None, models: vec![lora("/in/lora"), lora("/in/lora2")], ..recipe() }
 }
 
+/// The recipe for the same inputs in an object store.
+fn far(mut recipe: Recipe) -> Recipe {
+    let there = |source: &mut String| *source = source.replace(DISK, STORE);
+    recipe.base.iter_mut().for_each(there);
+    for model in &mut recipe.models {
+        there(&mut model.source);
+        model.fisher.iter_mut().chain(&mut model.gram).for_each(there);
+    }
+    recipe
+}
+
 fn jobs() -> Vec<Job> {
-    let job = |name, recipe, force| Job { name, recipe, force, copied: false };
-    let copied = |name, recipe| Job { name, recipe, force: false, copied: true };
+    let job = |name, recipe, force| Job { name, recipe, force, copied: false, far: false };
+    let copied = |name, recipe| Job { name, recipe, force: false, copied: true, far: false };
+    let far = |name, recipe| Job { name, recipe: far(recipe), force: false, copied: false, far: true };
+    let lowest = |recipe| Recipe { trim_ties: TrimTies::Lowest, ..recipe };
     vec![
         job("shards", recipe(), false),
         job("one file", Recipe { max_shard_bytes: 1 << 30, dtype: Some(Float::BF16), ..recipe() }, false),
@@ -203,12 +221,23 @@ fn jobs() -> Vec<Job> {
         copied("a copied adapter", Recipe { trim_ties: TrimTies::Lowest, ..adapted() }),
         job("replacing shards", recipe(), true),
         job("replacing by one file", Recipe { max_shard_bytes: 1 << 30, ..recipe() }, true),
+        far("shards from a store", recipe()),
+        far("a tensor at a time from a store", Recipe { scope: Scope::Tensor, ..lowest(recipe()) }),
+        far("an adapter from a store", adapted()),
+        far("fisher from a store", described("fisher")),
+        far("changes of adapters from a store", lowest(changes())),
     ]
 }
 
 impl Job {
     fn run(&self, memory: &Memory) -> Result<Report, Error> {
-        self.run_with(memory, 1, 28 << 20, &Silent)
+        // Connections take a part of it.
+        self.run_with(memory, 1, if self.far { 40 << 20 } else { 28 << 20 }, &Silent)
+    }
+
+    /// One in so many operations is tried: what goes on behind the seam is the same wherever inputs are.
+    fn step(&self) -> usize {
+        if self.far { 3 * STEP } else { STEP }
     }
 
     fn run_with(
@@ -224,7 +253,8 @@ impl Job {
         let storage: Arc<dyn Storage> = Arc::new(memory.clone());
         let plan = Plan::new(&self.recipe, &storage)?;
         // What was counted is kept after every chunk.
-        let schedule = Schedule::new(&plan, Run { keep_after: Duration::ZERO, ..Run::new(memory_bytes, threads) })?;
+        let run = Run { keep_after: Duration::ZERO, ..Run::new(memory_bytes, threads) };
+        let schedule = Schedule::with_spool(&plan, run)?;
         let output =
             OutputOptions { dir: OUT.into(), force: self.force, hash_inputs: self.copied, ..OutputOptions::default() };
         tiesmith::merge(&plan, &schedule, &output, &storage, observer)
@@ -236,12 +266,12 @@ impl Job {
         if self.force {
             let older = Recipe { max_shard_bytes: 40_000, seed: 5, ..recipe() };
             memory.put("/in/base/chat_template.jinja", b"of the older output only");
-            Job { name: "older", recipe: older, force: false, copied: false }.run(&memory).unwrap();
+            Job { name: "older", recipe: older, force: false, copied: false, far: false }.run(&memory).unwrap();
             let memory = memory.reboot(Survives::All);
             memory.remove_file("/in/base/chat_template.jinja".as_ref()).unwrap();
             return memory.reboot(Survives::All);
         }
-        memory
+        if self.far { memory.moved(DISK, STORE) } else { memory }
     }
 }
 
@@ -271,6 +301,10 @@ fn forget_passing(manifest: &mut Vec<u8>) {
     let report = value["report"].as_object_mut().unwrap();
     for field in ["wall_seconds", "peak_memory_bytes", "resumed", "chunks_reused"] {
         report.remove(field).unwrap();
+    }
+    if value["inputs"].to_string().contains(STORE) {
+        // What a crash took of what was downloaded is read again, and counts.
+        value["report"].as_object_mut().unwrap().remove("bytes_read").unwrap();
     }
     *manifest = value.to_string().into_bytes();
 }
@@ -352,7 +386,7 @@ fn crashes_at_every_change_with_every_fate_of_what_was_not_durable() {
     let (mut cases, mut reused) = (0, 0);
     for job in jobs() {
         let Undisturbed { before, older, expected, changes, .. } = undisturbed(&job);
-        for at in (1..=changes + 3).step_by(STEP) {
+        for at in (1..=changes + 3).step_by(job.step()) {
             for fault in [Fault::CrashBefore, Fault::CrashIn] {
                 let memory = before.fork(Some((at, fault)));
                 let outcome = job.run(&memory);
@@ -382,7 +416,7 @@ fn crashes_and_errors_while_recovering_from_a_crash() {
     let mut cases = 0;
     for job in jobs() {
         let Undisturbed { before, older, expected, changes, .. } = undisturbed(&job);
-        for first in (1..=changes).step_by(2 * STEP - 1) {
+        for first in (1..=changes).step_by(2 * job.step() - 1) {
             let crashed = before.fork(Some((first, [Fault::CrashIn, Fault::CrashBefore][first as usize / 2 % 2])));
             let _ = job.run(&crashed);
             let survives = Survives::EACH[first as usize % Survives::EACH.len()];
@@ -417,8 +451,8 @@ fn errors_at_every_operation_once_and_from_there_on() {
     let mut cases = 0;
     for job in jobs() {
         let Undisturbed { before, older, expected, operations, .. } = undisturbed(&job);
-        for at in (1..=operations).step_by(STEP) {
-            let kind = KINDS[at as usize / STEP % KINDS.len()];
+        for at in (1..=operations).step_by(job.step()) {
+            let kind = KINDS[at as usize / job.step() % KINDS.len()];
             for fault in [Fault::Once(kind), Fault::FromHere(kind)] {
                 let what = format!("{}, operation {at} of {operations}, {fault:?}", job.name);
                 let memory = before.fork(Some((at, fault)));
@@ -449,7 +483,7 @@ fn short_and_interrupted_transfers_change_nothing() {
         let Undisturbed { before, expected, .. } = undisturbed(&job);
         let whole = before.fork(None);
         job.run(&whole).unwrap();
-        for at in (1..=whole.transfers()).step_by(STEP) {
+        for at in (1..=whole.transfers()).step_by(job.step()) {
             let faults = [Fault::Short(false), Fault::Short(true), Fault::Interrupted(false), Fault::Interrupted(true)];
             for fault in faults {
                 let what = format!("{}, transfer {at} of {}, {fault:?}", job.name, whole.transfers());
@@ -490,8 +524,13 @@ fn a_resumed_run_may_have_other_threads_and_memory() {
         (TrimTies::Lowest, Scope::Tensor, true),
     ];
     for (ties, scope, copied) in kinds {
-        let job =
-            Job { name: "other cuts", recipe: Recipe { trim_ties: ties, scope, ..recipe() }, force: false, copied };
+        let job = Job {
+            name: "other cuts",
+            recipe: Recipe { trim_ties: ties, scope, ..recipe() },
+            force: false,
+            copied,
+            far: false,
+        };
         let memory = before.fork(None);
         let undisturbed = job.run_with(&memory, 1, 40 << 20, &Silent).unwrap();
         let expected = memory.tree(OUT)["model.safetensors"].1.clone();
@@ -532,7 +571,7 @@ fn a_run_that_was_begun_waits_for_room() {
         memory.set_free(None);
         let begun = (1..).map(|patience| {
             let memory = memory.fork(None);
-            let outcome = job.run_with(&memory, 1, 28 << 20, &StopAfter(AtomicI64::new(patience)));
+            let outcome = job.run_with(&memory, 1, 40 << 20, &StopAfter(AtomicI64::new(patience)));
             (outcome.is_ok(), memory.reboot(Survives::All))
         });
         let stopped = begun.take_while(|(done, _)| !done).map(|(_, memory)| memory);

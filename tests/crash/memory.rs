@@ -10,7 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tiesmith::{Error, Identity, InputFile, Lock, OutputFile, Result, Storage, is_object, read_fully, write_fully};
+use tiesmith::{Error, Identity, InputFile, Lock, OutputFile, Result, Storage, read_fully, write_fully};
 
 /// What happens at one operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -281,6 +281,23 @@ impl Memory {
         state.durable_names = state.names.clone();
     }
 
+    /// Puts everything under `from` under `to` instead: from a disk to an object store, whose objects nothing here loses.
+    pub fn moved(self, from: &str, to: &str) -> Self {
+        let mut state = self.state();
+        let files =
+            state.names.iter().filter(|(name, entry)| name.starts_with(from) && matches!(entry, Entry::File(_)));
+        for (name, entry) in files.map(|(name, &entry)| (name.clone(), entry)).collect::<Vec<_>>() {
+            let there = Path::new(to).join(name.strip_prefix(from).expect("it starts with it"));
+            state.names.remove(&name);
+            state.make_directory(there.parent().expect("it has a name"));
+            state.names.insert(there, entry);
+        }
+        state.names.retain(|name, _| !name.starts_with(from));
+        state.durable_names = state.names.clone();
+        drop(state);
+        self
+    }
+
     /// Puts copies in the places of all files under `dir`, with the times of these, as `cp -p` does.
     pub fn copy_files(&self, dir: &str) {
         let mut state = self.state();
@@ -483,10 +500,10 @@ impl Storage for Memory {
     }
 
     fn read_small(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
-        if is_object(path) {
-            let mut state = self.state();
-            state.step(Does::Look, "read", path)?;
-            return state.objects.get(path).cloned().ok_or_else(|| Error::input("no such file").at(path));
+        let object = self.state().objects.get(path).cloned();
+        if let Some(object) = object {
+            self.state().step(Does::Look, "read", path)?;
+            return Ok(object);
         }
         let input = self.open(path)?;
         assert!(input.identity().bytes <= limit);
@@ -586,11 +603,7 @@ impl Storage for Memory {
     fn list(&self, path: &Path) -> Result<Vec<OsString>> {
         let mut state = self.state();
         state.step(Does::Look, "list", path)?;
-        if is_object(path) {
-            let here = state.objects.keys().filter(|name| name.parent() == Some(path));
-            return Ok(here.map(|name| name.file_name().unwrap().to_owned()).collect());
-        }
-        let here = state.names.keys().filter(|name| name.parent() == Some(path));
+        let here = state.names.keys().chain(state.objects.keys()).filter(|name| name.parent() == Some(path));
         Ok(here.map(|name| name.file_name().unwrap().to_owned()).collect())
     }
 

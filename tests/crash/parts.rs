@@ -58,7 +58,7 @@ fn a_merge_in_parts_that_is_disturbed_anywhere_ends_the_same() {
     let per_tensor = Recipe { scope: Scope::Tensor, ..recipe() };
     let mut cases = 0;
     for (merged, force) in [(lowest, false), (per_tensor, false), (recipe(), true)] {
-        let piece = super::Job { name: "in one piece", recipe: merged.clone(), force, copied: false };
+        let piece = super::Job { name: "in one piece", recipe: merged.clone(), force, copied: false, far: false };
         let before = piece.before();
         let whole = before.fork(None);
         piece.run(&whole).unwrap();

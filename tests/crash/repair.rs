@@ -33,7 +33,7 @@ fn files(memory: &Memory) -> BTreeMap<String, Vec<u8>> {
 fn a_repair_that_is_disturbed_anywhere_can_be_run_again() {
     let mut cases = 0;
     for recipe in [recipe(), Recipe { scope: Scope::Tensor, ..recipe() }] {
-        let job = Job { name: "to be damaged", recipe, force: false, copied: false };
+        let job = Job { name: "to be damaged", recipe, force: false, copied: false, far: false };
         let memory = job.before();
         job.run(&memory).unwrap();
         let memory = memory.reboot(Survives::All);
