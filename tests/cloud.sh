@@ -23,7 +23,8 @@ stop() {
 trap stop EXIT
 python=${MOTO_PYTHON:-python3}
 if ! "$python" -c 'import moto.server, boto3' 2> /dev/null; then
-  python3 -m venv "$work/venv" 2> /dev/null && "$work/venv/bin/pip" install --quiet 'moto[s3,server]>=5' boto3 2> /dev/null \
+  timeout 30 python3 -m venv "$work/venv" > /dev/null 2>&1 \
+    && timeout 180 "$work/venv/bin/pip" install --quiet --timeout 10 --retries 1 'moto[s3,server]>=5' boto3 > /dev/null 2>&1 \
     || skip "no moto, and it cannot be installed (pip install 'moto[s3,server]' boto3)"
   python=$work/venv/bin/python
 fi
@@ -38,6 +39,9 @@ call = werkzeug_app.DomainDispatcherApplication.__call__
 def with_a_key(self, environ, start_response):
     if environ.get("HTTP_AUTHORIZATION", "").strip() in ("", "Bearer"):
         environ["HTTP_AUTHORIZATION"] = "AWS key:signature"
+    if environ.get("PATH_INFO", "").startswith("/skewed"):
+        start_response("403 Forbidden", [("Content-Type", "application/xml")])
+        return [b"<Error><Code>RequestTimeTooSkewed</Code><Message>The difference is too large.</Message></Error>"]
     if environ.get("PATH_INFO", "").startswith("/noranges/"):
         environ.pop("HTTP_RANGE", None)
     return call(self, environ, start_response)
@@ -148,6 +152,7 @@ refused() { # CODE WORDS COMMAND...
 refused 2 "no such file" "$TIESMITH" inspect s3://models/nothing
 refused 2 "no such object\|no such file" "$TIESMITH" inspect s3://models/x/model-00009-of-00002.safetensors
 refused 1 "run the same command again\|access is denied\|no such" env AWS_ENDPOINT_URL=http://127.0.0.1:9 "$TIESMITH" inspect s3://models/x
+refused 2 "RequestTimeTooSkewed.*set this machine's clock" "$TIESMITH" inspect s3://skewed/x
 "$python" "$work/s3.py" up noranges "$work/in"
 refused 2 "ignores byte ranges" merge "$work/whole" s3://noranges
 [ ! -e "$work/whole" ] || fail "something was made of what is refused"
@@ -253,7 +258,7 @@ refused 2 "there is no such bucket" again s3://no-such-bucket/up
 
 # The other stores' clients: Azure's against its emulator, Google's against the same server, whose interface its XML API shares.
 stores=()
-if command -v npm > /dev/null && npm install --silent --prefix "$work/npm" azurite > /dev/null 2>&1; then
+if command -v npm > /dev/null && timeout 120 npm install --silent --prefix "$work/npm" azurite > /dev/null 2>&1; then
   azure=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
   "$work/npm/node_modules/.bin/azurite-blob" --silent --skipApiVersionCheck --inMemoryPersistence --blobPort "$azure" > "$work/azurite.log" 2>&1 &
   azurite=$!

@@ -15,14 +15,16 @@ stop() { [ -z "$server" ] || kill "$server" 2> /dev/null || true; rm -rf "$work"
 trap stop EXIT
 python=${HUB_PYTHON:-python3}
 if ! "$python" -c 'import huggingface_hub' 2> /dev/null; then
-  python3 -m venv "$work/venv" 2> /dev/null && "$work/venv/bin/pip" install --quiet huggingface_hub 2> /dev/null \
+  timeout 30 python3 -m venv "$work/venv" > /dev/null 2>&1 \
+    && timeout 90 "$work/venv/bin/pip" install --quiet --timeout 10 --retries 1 huggingface_hub > /dev/null 2>&1 \
     || skip "no huggingface_hub, and it cannot be installed"
   python=$work/venv/bin/python
 fi
 binary=${HUB_TESTS:-$(cargo test --locked --test it --no-run --message-format=short 2>&1 | sed -n 's/.*Executable.*(\(.*\)).*/\1/p')}
 TIESMITH_HUB=$work/endpoint "$binary" --ignored --exact remote::serve > "$work/log" 2>&1 &
 server=$!
-for _ in $(seq 100); do [ -s "$work/endpoint" ] && break; sleep 0.1; done
+for _ in $(seq 300); do [ -s "$work/endpoint" ] && break; sleep 0.1; done
+[ -s "$work/endpoint" ] || { echo "failed: the server does not start: $(tail -n 3 "$work/log")"; exit 1; }
 HF_ENDPOINT=$(cat "$work/endpoint") HF_HOME=$work/home HF_HUB_DISABLE_XET=1 HF_HUB_DISABLE_TELEMETRY=1 \
   HF_HUB_DISABLE_PROGRESS_BARS=1 "$python" - <<'PY'
 import os

@@ -20,8 +20,15 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/tiesmith-slurm.XXXXXX")
 export SLURM_CONF=$work/slurm.conf
 munged_was_there=yes; munge -n > /dev/null 2>&1 || munged_was_there=
 stop() {
-  scontrol shutdown 2> /dev/null || true
-  sleep 1
+  timeout 10 scancel --user=root > /dev/null 2>&1 || true
+  timeout 10 scontrol shutdown > /dev/null 2>&1 || true
+  # Those that do not end by themselves.
+  for pidfile in "$work"/slurm*.pid; do
+    [ -s "$pidfile" ] || continue
+    pid=$(cat "$pidfile")
+    for _ in $(seq 50); do kill -0 "$pid" 2> /dev/null || break; sleep 0.1; done
+    kill -9 "$pid" 2> /dev/null || true
+  done
   [ -n "$munged_was_there" ] || { [ ! -f /run/munge/munged.pid ] || kill "$(cat /run/munge/munged.pid)" 2> /dev/null || true; }
   rm -rf "$work"
 }
@@ -52,8 +59,8 @@ PY
 
 [ -n "$munged_was_there" ] || {
   mkdir -p /run/munge && chown munge: /run/munge
-  [ -f /etc/munge/munge.key ] || /usr/sbin/mungekey --create
-  runuser -u munge -- munged
+  [ -f /etc/munge/munge.key ] || /usr/sbin/mungekey --create || skip "no key for munge"
+  runuser -u munge -- munged || skip "munged does not start"
 }
 mkdir -p "$work/state" "$work/spool1" "$work/spool2"
 host=$(hostname -s)
@@ -81,13 +88,15 @@ NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=17002 CPUs=2 RealMemory=4
 PartitionName=all Nodes=n1,n2 Default=YES State=UP
 CONF
 mkdir -p "$work/spooln1" "$work/spooln2"
-slurmctld
-slurmd -N n1
-slurmd -N n2
+slurmctld || skip "slurmctld does not start: $(tail -n 1 "$work/slurmctld.log" 2> /dev/null)"
+for node in n1 n2; do
+  slurmd -N $node || skip "slurmd does not start: $(tail -n 1 "$work/slurmd$node.log" 2> /dev/null)"
+done
 for _ in $(seq 60); do
   [ "$(sinfo -h -o %T -t idle | wc -l)" -gt 0 ] && [ "$(sinfo -h -N -t idle | wc -l)" = 2 ] && break
   sleep 0.5
 done
+[ "$(sinfo -h -N -t idle | wc -l)" = 2 ] || skip "the nodes do not come up here: $(sinfo -h -N -o '%N %T %E' | tr '\n' ' ')"
 
 cd "$work"
 inputs=(--base base --model a --model b --model c --trim-ties lowest --max-shard-size "$((MEGABYTES / 40 + 1))MB")
