@@ -15,8 +15,8 @@ stop() { [ -z "$server" ] || kill "$server" 2> /dev/null || true; rm -rf "$work"
 trap stop EXIT
 python=${HUB_PYTHON:-python3}
 if ! "$python" -c 'import huggingface_hub' 2> /dev/null; then
-  timeout 30 python3 -m venv "$work/venv" > /dev/null 2>&1 \
-    && timeout 90 "$work/venv/bin/pip" install --quiet --timeout 10 --retries 1 huggingface_hub > /dev/null 2>&1 \
+  timeout 20 python3 -m venv "$work/venv" > /dev/null 2>&1 \
+    && timeout 50 "$work/venv/bin/pip" install --quiet --timeout 10 --retries 1 huggingface_hub > /dev/null 2>&1 \
     || skip "no huggingface_hub, and it cannot be installed"
   python=$work/venv/bin/python
 fi

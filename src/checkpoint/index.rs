@@ -44,6 +44,7 @@ pub(super) fn open(path: &Path, storage: &dyn Storage) -> Result<Catalogue> {
         return Err(Error::input("the index lists no tensors").at(path).help("download it again"));
     }
     let dir = super::directory_of(path);
+    storage.expect(&index.shards.iter().map(|name| dir.join(&**name)).collect::<Vec<_>>());
     check_present(&index, dir, storage).map_err(|e| e.at(path))?;
     let mut catalogue = Catalogue::default();
     let mut left_out = LeftOut::default();

@@ -119,6 +119,9 @@ pub fn run(args: &AnalyzeArgs) -> Result<u8> {
     let spool = args.look.spool.as_deref();
     let study = Study::new(plan, &args.look.densities, lower::run(&args.run))?;
     let study = study.keeping(&lower::downloads_in(spool, &args.run));
+    if let Some(spool) = spool.filter(|dir| study.schedule.spool.is_some() && !storage.is_dir(dir)) {
+        return Err(Error::input("there is no such directory for --spool").at(spool).help("create it"));
+    }
     if let Some(text) = downloads(&study, spool.unwrap_or(&dir), args.run.cache.dir.is_some(), &*storage)? {
         progress.warn(&text);
     }

@@ -86,6 +86,7 @@ mod stores {
     use crate::limits::{UPLOAD_PART_BYTES, UPLOAD_PARTS_AT_ONCE, upload_part_bytes};
     use crate::storage::ahead::Source;
     use crate::storage::online::lock;
+    use crate::storage::refusal;
     use crate::storage::remote::{DEVICE, Far, HEAD_BYTES, hash, ignores_ranges};
     use crate::storage::{Identity, InputFile};
 
@@ -314,9 +315,15 @@ mod stores {
         use object_store::Error as E;
         match error {
             E::NotFound { .. } => Error::input("there is no such object").at(path).help("check the address"),
-            E::PermissionDenied { .. } | E::Unauthenticated { .. } => Error::input("access is denied")
-                .at(path)
-                .help("check the keys in the environment (AWS_ACCESS_KEY_ID, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_KEY), and this machine's clock"),
+            E::PermissionDenied { source, .. } | E::Unauthenticated { source, .. } => {
+                let said = refusal::said(&source.to_string());
+                let text =
+                    said.as_ref().map_or("access is denied".to_owned(), |said| format!("access is denied ({said})"));
+                Error::input(text).at(path).help(said.as_deref().and_then(refusal::advice).unwrap_or(
+                    "check the keys in the environment (AWS_ACCESS_KEY_ID, GOOGLE_SERVICE_ACCOUNT, \
+                     AZURE_STORAGE_ACCOUNT_KEY), and this machine's clock",
+                ))
+            }
             E::Precondition { .. } => changed(path),
             E::NotSupported { .. } => ignores_ranges(path),
             other => {

@@ -11,11 +11,12 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Read;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ureq::http::{HeaderMap, Response, StatusCode};
 use ureq::{Agent, Body};
 
+use super::refusal;
 use crate::error::{Error, Result, printable};
 
 /// Redirects followed for one request.
@@ -26,8 +27,12 @@ const MAX_ATTEMPTS: u32 = 6;
 const FIRST_ATTEMPTS: u32 = 3;
 /// Before the second attempt; doubled for each after it.
 const FIRST_WAIT: Duration = Duration::from_millis(250);
-/// Longest pause between attempts, whatever a server asks for.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
+/// Longest pause between attempts, whatever a server asks for: the Hub counts requests in windows of five minutes.
+const LONGEST_WAIT: Duration = Duration::from_secs(300);
+/// Pause where a server says that there were too many requests, and not for how long.
+const TOO_MANY_WAIT: Duration = Duration::from_secs(10);
+/// Slowest answer that is waited for, in bytes per second: slower ones are stalls.
+const SLOWEST: u64 = 1 << 10;
 /// Most that is read of an answer that is of no use, so that its connection is.
 const MAX_DRAINED_BYTES: u64 = 64 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -39,6 +44,32 @@ pub(super) struct Http {
     agent: Agent,
     /// The host (scheme, name and port) that the token is for, and the token.
     credentials: Option<(String, String)>,
+    /// Longest silence.
+    silence: Duration,
+}
+
+/// What arrives of an answer, as far as it is too little for its time.
+pub(super) struct Flow {
+    silence: Duration,
+    since: Instant,
+    bytes: u64,
+}
+
+impl Flow {
+    /// So many bytes more have arrived.
+    pub(super) fn arrived(&mut self, bytes: usize) -> Result<(), Failure> {
+        self.bytes += bytes as u64;
+        let took = self.since.elapsed();
+        if took < self.silence {
+            return Ok(());
+        }
+        let rate = (self.bytes as f64 / took.as_secs_f64()) as u64;
+        (self.since, self.bytes) = (Instant::now(), 0);
+        if rate < SLOWEST {
+            return Err(Failure::Slow(format!("only {rate} bytes of the answer come per second")));
+        }
+        Ok(())
+    }
 }
 
 /// An answer, with the address it came from after redirects.
@@ -59,6 +90,8 @@ impl Answer {
 pub(super) enum Failure {
     /// Another attempt may succeed, not before so long.
     Passing(String, Option<Duration>),
+    /// The same, and what it did bring is next to nothing.
+    Slow(String),
     /// No other attempt will.
     Final(Error),
 }
@@ -90,6 +123,7 @@ impl Patience {
         let (why, wait) = match failure {
             Failure::Final(error) => return Err(error),
             Failure::Passing(why, wait) => (why, wait),
+            Failure::Slow(why) => (why, None),
         };
         self.attempts += 1;
         if self.attempts >= self.most {
@@ -125,11 +159,17 @@ impl Http {
             .output_buffer_size(8 << 10)
             .user_agent(concat!("tiesmith/", env!("CARGO_PKG_VERSION")))
             .build();
-        Self { agent: config.into(), credentials: token.map(|token| (origin(endpoint).to_owned(), token)) }
+        let credentials = token.map(|token| (origin(endpoint).to_owned(), token));
+        Self { agent: config.into(), credentials, silence }
     }
 
     pub(super) fn has_token(&self) -> bool {
         self.credentials.is_some()
+    }
+
+    /// Watches over an answer that is about to be read.
+    pub(super) fn flow(&self) -> Flow {
+        Flow { silence: self.silence, since: Instant::now(), bytes: 0 }
     }
 
     /// One GET, redirects followed; of bytes `range` (first, last), if given.
@@ -163,12 +203,38 @@ impl Http {
         Err(Failure::Final(Error::input("too many redirects").at(shown(&url))))
     }
 
+    /// Why an answer is no success: its status, what it says, the clocks if they differ; and what to do, if that can be told.
+    pub(super) fn refusal(answer: Answer) -> (String, Option<&'static str>) {
+        let mut text = format!("status {}", answer.response.status().as_u16());
+        // What comes from a cache has an older date.
+        let date = answer.header("date").filter(|_| answer.header("age").is_none());
+        let clocks = refusal::clocks(date);
+        let mut body = Vec::new();
+        // What does not arrive is not said.
+        let _ = answer.response.into_body().into_reader().take(refusal::MOST_BYTES).read_to_end(&mut body);
+        let said = refusal::said(&String::from_utf8_lossy(&body));
+        for more in [&said, &clocks].into_iter().flatten() {
+            text.push_str(&format!("; {more}"));
+        }
+        (text, said.and_then(|said| refusal::advice(&said)).or(clocks.map(|_| "set the clock that is wrong")))
+    }
+
     /// The whole body of a small answer, at most `limit` bytes.
     pub(super) fn body(&self, answer: Answer, limit: u64) -> Result<Vec<u8>, Failure> {
         let url = answer.url;
-        let mut body = Vec::new();
+        let (mut body, mut part, mut flow) = (Vec::new(), vec![0; 64 << 10], self.flow());
         let mut reader = answer.response.into_body().into_reader().take(limit + 1);
-        reader.read_to_end(&mut body).map_err(|e| Failure::Passing(format!("the answer broke off: {e}"), None))?;
+        loop {
+            match reader.read(&mut part) {
+                Ok(0) => break,
+                Ok(read) => {
+                    body.extend_from_slice(&part[..read]);
+                    flow.arrived(read)?;
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(Failure::Passing(format!("the answer broke off: {e}"), None)),
+            }
+        }
         if body.len() as u64 > limit {
             let text = format!("an answer of more than {limit} bytes");
             return Err(Failure::Final(Error::input(text).at(shown(&url))));
@@ -192,9 +258,14 @@ pub(super) fn settled(answer: Answer) -> Result<Answer, Failure> {
     if !again {
         return Ok(answer);
     }
-    let seconds = answer.header("retry-after").and_then(|value| value.trim().parse().ok()).map(Duration::from_secs);
+    let seconds = |text: &str| text.trim().parse().ok().map(Duration::from_secs);
+    let wait = answer.header("retry-after").and_then(seconds);
+    // The Hub says in how many seconds its window ends: `"resolvers";r=0;t=123`.
+    let window =
+        || answer.header("ratelimit")?.split(';').find_map(|part| part.trim().strip_prefix("t=")).and_then(seconds);
+    let wait = wait.or_else(|| (status == StatusCode::TOO_MANY_REQUESTS).then(|| window().unwrap_or(TOO_MANY_WAIT)));
     drain(answer.response);
-    Err(Failure::Passing(format!("the server says {status}"), seconds))
+    Err(Failure::Passing(format!("the server says {status}"), wait))
 }
 
 /// The bounds and total of `bytes FIRST-LAST/TOTAL`.

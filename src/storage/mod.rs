@@ -16,6 +16,7 @@ mod hub;
 mod mmap;
 mod online;
 mod places;
+mod refusal;
 mod remote;
 mod system;
 mod transfer;
@@ -137,6 +138,10 @@ pub trait Storage: Send + Sync {
     /// Whether [`Storage::pin`] is not to ask anybody.
     fn is_offline(&self) -> bool {
         true
+    }
+    /// Hints that these files will be opened soon. Never fails.
+    fn expect(&self, paths: &[PathBuf]) {
+        let _ = paths;
     }
     /// Opens a regular file for reading; anything else (directory, FIFO, device) is refused.
     fn open(&self, path: &Path) -> Result<Box<dyn InputFile>>;

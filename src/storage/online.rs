@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::ahead::{Ahead, Source};
@@ -18,6 +19,9 @@ use super::hub::{Hub, Snapshot};
 use super::remote::{DEVICE, Far, Remote, RemoteInput, hash};
 use super::{Disk, Identity, InputFile, Lock, OutputFile, Pinned, Storage};
 use crate::error::{Error, Result};
+
+/// Files that are looked at at a time before they are opened.
+const LOOKS_AT_ONCE: usize = 16;
 
 /// A repository and the revision of it that was asked for.
 type Wanted = (String, Option<String>);
@@ -138,6 +142,25 @@ impl Storage for Online {
 
     fn is_offline(&self) -> bool {
         self.hub().offline
+    }
+
+    /// Looks at several at a time: a checkpoint can have hundreds of files, and each takes two answers.
+    fn expect(&self, paths: &[PathBuf]) {
+        let far: Vec<&PathBuf> = paths.iter().filter(|path| is_remote(path)).collect();
+        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let look = || {
+            while let Some(path) = far.get(next.fetch_add(1, Ordering::Relaxed)) {
+                // Whoever opens it is told why it cannot be.
+                if failed.load(Ordering::Relaxed) || self.look(path).is_err() {
+                    return failed.store(true, Ordering::Relaxed);
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..far.len().min(LOOKS_AT_ONCE) {
+                scope.spawn(look);
+            }
+        });
     }
 
     fn open(&self, path: &Path) -> Result<Box<dyn InputFile>> {

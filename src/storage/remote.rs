@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::ahead::{Ahead, Source};
-use super::http::{Answer, Failure, Patience, content_range, drain, settled, shown};
+use super::http::{Answer, Failure, Flow, Http, Patience, content_range, drain, settled, shown};
 use super::hub::{Hub, Snapshot};
 use super::online::lock;
+use super::refusal::SET_CLOCK;
 use super::{Identity, InputFile};
 use crate::error::{Error, Result};
 
@@ -99,12 +100,13 @@ impl Remote {
             206 => first_of(&answer, path)?,
             _ if empty => 0,
             200 => return Err(Failure::Final(ignores_ranges(path))),
-            _ => return Err(Failure::Final(refused(&answer, path, snapshot, hub))),
+            400 | 401 | 403 if answer.url != url => return Err(refused_there(answer, path)),
+            _ => return Err(Failure::Final(refused(answer, path, snapshot, hub))),
         };
         let version = Version::of(&answer, total);
         let direct = answer.url.clone();
         let mut head = vec![0; if empty { 0 } else { total.min(HEAD_BYTES) as usize }];
-        read_body(answer, &mut head, &mut 0, path)?;
+        read_body(answer, &mut head, &mut 0, path, hub.http.flow())?;
         let identity = Identity {
             bytes: total,
             mtime_ns: i128::from(hash(&[version.tag.as_deref().unwrap_or_default(), url]) >> 1),
@@ -140,16 +142,9 @@ impl Remote {
         match answer.response.status().as_u16() {
             206 => {}
             200 => return Err(Failure::Final(ignores_ranges(&self.path))),
-            status @ (400 | 401 | 403) if answer.url != self.url => {
-                // A new address that is refused may have been a moment too late.
-                drain(answer.response);
-                return Err(Failure::Passing(
-                    format!("the address that it leads to is refused (status {status})"),
-                    None,
-                ));
-            }
+            400 | 401 | 403 if answer.url != self.url => return Err(refused_there(answer, &self.path)),
             404 | 410 | 412 | 416 => return Err(Failure::Final(self.changed())),
-            _ => return Err(Failure::Final(refused(&answer, &self.path, self.snapshot.as_ref(), &self.hub))),
+            _ => return Err(Failure::Final(refused(answer, &self.path, self.snapshot.as_ref(), &self.hub))),
         }
         let range = answer.header("content-range").and_then(content_range);
         let version = Version::of(&answer, range.map_or(0, |(_, _, total)| total));
@@ -160,7 +155,7 @@ impl Remote {
         if !version.fits(&self.version) {
             return Err(Failure::Final(self.changed()));
         }
-        read_body(answer, buffer, done, &self.path)
+        read_body(answer, buffer, done, &self.path, self.hub.http.flow())
     }
 
     fn changed(&self) -> Error {
@@ -179,7 +174,7 @@ impl Source for Remote {
             let end = buffer.len().min(done + REQUEST_BYTES as usize);
             let before = done;
             let result = self.request(&mut buffer[..end], offset, &mut done);
-            if done > before {
+            if done > before && !matches!(result, Err(Failure::Slow(_))) {
                 patience.renew();
             }
             if let Err(failure) = result {
@@ -219,12 +214,17 @@ fn first_of(answer: &Answer, path: &Path) -> Result<u64, Failure> {
 }
 
 /// Reads the rest of `buffer`, from `done` on, which must be all there is; `done` grows with what arrives.
-fn read_body(answer: Answer, buffer: &mut [u8], done: &mut usize, path: &Path) -> Result<(), Failure> {
+fn read_body(answer: Answer, buffer: &mut [u8], done: &mut usize, path: &Path, mut flow: Flow) -> Result<(), Failure> {
     let mut body = answer.response.into_body().into_reader();
     while *done < buffer.len() {
         match body.read(&mut buffer[*done..]) {
             Ok(0) => return Err(Failure::Passing("the answer ended early".into(), None)),
-            Ok(read) => *done += read,
+            Ok(read) => {
+                *done += read;
+                if *done < buffer.len() {
+                    flow.arrived(read)?;
+                }
+            }
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
             Err(e) => return Err(Failure::Passing(format!("the answer broke off: {e}"), None)),
         }
@@ -248,12 +248,25 @@ pub(super) fn ignores_ranges(path: &Path) -> Error {
         .help("download the file, or use another server")
 }
 
-fn refused(answer: &Answer, path: &Path, snapshot: Option<&Arc<Snapshot>>, hub: &Hub) -> Error {
+/// Where a redirect led to refuses. A new address may have been a moment too late, unless it says more.
+fn refused_there(answer: Answer, path: &Path) -> Failure {
+    let (why, advice) = Http::refusal(answer);
+    let text = format!("the address that it leads to is refused ({why})");
+    match advice.filter(|advice| *advice == SET_CLOCK) {
+        Some(advice) => Failure::Final(Error::failed(text).at(shown_path(path)).help(advice)),
+        None => Failure::Passing(text, None),
+    }
+}
+
+fn refused(answer: Answer, path: &Path, snapshot: Option<&Arc<Snapshot>>, hub: &Hub) -> Error {
     match snapshot {
-        Some(snapshot) => hub.refused(answer, &snapshot.id, &snapshot.commit),
-        None => Error::input(format!("the server says {}", answer.response.status()))
-            .at(shown_path(path))
-            .help("check the address, and whether it may be read"),
+        Some(snapshot) => hub.refused(&answer, &snapshot.id, &snapshot.commit),
+        None => {
+            let (why, advice) = Http::refusal(answer);
+            Error::input(format!("the server refuses it ({why})"))
+                .at(shown_path(path))
+                .help(advice.unwrap_or("check the address, and whether it may be read"))
+        }
     }
 }
 

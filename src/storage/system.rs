@@ -172,7 +172,7 @@ pub(super) fn now_text() -> String {
 }
 
 /// A time given in seconds since 1970.
-fn utc_text(seconds: u64) -> String {
+pub(super) fn utc_text(seconds: u64) -> String {
     // Days since 0000-03-01, in eras of 400 years; a year that begins in March has its leap day last.
     let (days, rest) = (seconds / 86_400 + 719_468, seconds % 86_400);
     let (era, day) = (days / 146_097, days % 146_097);

@@ -398,6 +398,10 @@ fn lasting_faults_are_one_line_and_the_same_command_goes_on() {
         (Fault::IgnoresRanges, "ignores byte ranges"),
         (Fault::Unavailable, "gave up after 6 attempts: the server says 503"),
         (Fault::Expired, "gave up after 6 attempts: the address that it leads to is refused (status 403)"),
+        (
+            Fault::Skewed,
+            "RequestTimeTooSkewed: The difference between the request time and the current time is too large",
+        ),
     ] {
         let out = tempfile::tempdir().unwrap();
         let merged = out.path().join("merged");
@@ -412,6 +416,21 @@ fn lasting_faults_are_one_line_and_the_same_command_goes_on() {
         again().succeeded();
         assert_eq!(lasting(&merged), local, "{fault:?}");
     }
+    // Clocks that differ: both times, and what to do, wherever it is noticed.
+    for (name, code) in
+        [("hf://org/base".to_owned(), 1), (remote.hub.address("org/base", "model.safetensors.index.json"), 2)]
+    {
+        remote.hub.misbehave(Fault::Skewed, 0, 1_000_000);
+        let outcome = remote.run(&["inspect", &name]);
+        let line = outcome.error_line(code);
+        for words in [
+            "the server's clock says 2099-01-01 00:00:00 UTC, this machine's 20",
+            "RequestTimeTooSkewed",
+            "set this machine's clock",
+        ] {
+            assert!(line.contains(words), "{line}");
+        }
+    }
     for (fault, words) in [
         (Fault::IgnoresRanges, "ignores byte ranges"),
         (Fault::NoContentRange, "answered with no Content-Range"),
@@ -421,6 +440,53 @@ fn lasting_faults_are_one_line_and_the_same_command_goes_on() {
         let outcome = remote.merge("plan", &hf, &flags);
         assert!(outcome.refusal().contains(words), "{fault:?}: {}", outcome.stderr);
     }
+}
+
+#[test]
+fn servers_that_make_no_sense_are_one_line() {
+    let remote = Remote::new();
+    for (fault, code, words) in [
+        (Fault::Loop, 2, "too many redirects"),
+        (Fault::LongHeaders, 1, "gave up after 3 attempts"),
+        (Fault::Longer, 1, "sent more than was asked for"),
+        (Fault::Drip, 1, "bytes of the answer come per second"),
+    ] {
+        remote.hub.misbehave(fault, 0, 1_000_000);
+        let begin = std::time::Instant::now();
+        let line = remote.run(&["inspect", "hf://org/model1"]).error_line(code).to_owned();
+        assert!(line.contains(words) && line.len() < 500, "{fault:?}: {line}");
+        assert!(begin.elapsed() < std::time::Duration::from_secs(30), "{fault:?}");
+    }
+    // What arrives is kept, so that even this ends, once the file is open.
+    remote.hub.misbehave(Fault::Shorter, 1, 1_000_000);
+    let read = remote.run(&["diff", "hf://org/model1", &text(&remote.saved.models[0])]);
+    assert_eq!(read.code, Some(0), "{}", read.stderr);
+}
+
+/// A checkpoint among ten thousand other files, under names that addresses have to escape.
+#[test]
+fn names_are_what_they_are_however_many_there_are() {
+    let remote = Remote::new();
+    let strange = ["teil ä%41 #1?&+.safetensors", "模型%2F.safetensors"];
+    let dir = remote.saved.path("strange");
+    std::fs::create_dir(&dir).unwrap();
+    let mut map = serde_json::Map::new();
+    for (part, name) in strange.into_iter().enumerate() {
+        let header = format!(r#"{{"t{part}":{{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}}}"#);
+        let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[part as u8; 12]].concat();
+        std::fs::write(dir.join(name), file).unwrap();
+        map.insert(format!("t{part}"), name.into());
+    }
+    let index = serde_json::json!({"metadata": {}, "weight_map": map});
+    std::fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    for number in 0..10_000 {
+        std::fs::write(dir.join(format!("notes-{number:05}.txt")), b"").unwrap();
+    }
+    remote.hub.add("org/strange", &dir);
+    let begin = std::time::Instant::now();
+    let same = remote.run(&["diff", "hf://org/strange", &text(&dir)]);
+    assert_eq!(same.code, Some(0), "{}{}", same.stdout, same.stderr);
+    assert!(begin.elapsed() < std::time::Duration::from_secs(20));
 }
 
 #[test]

@@ -160,8 +160,10 @@ fn what_the_spool_is_no_help_for_is_read_again_and_the_plan_says_so() {
     assert!(with.contains("are kept on the disk until the end (--spool DIR says where)"), "{with}");
     let without = plan(&["--spool=none", "--network=8Mbit/s"]);
     assert!(without.contains("17.6 MB (17.6 s) of them again; with --cache DIR"), "{without}");
-    for more in [&["--scope=tensor"][..], &["--method=linear"], &["--spool=none"]] {
-        let args = [&LITTLE[..], more].concat();
+    let little = |more| [&LITTLE[..], &[more]].concat();
+    let roomy = vec!["--memory=2GiB", "--threads=2", "--scope=tensor"];
+    for args in [roomy, little("--method=linear"), little("--spool=none")] {
+        let more = &args;
         let plan = remote.merge("plan", &hf, &args).succeeded().json();
         assert_eq!((passes(&plan, "bytes_spared"), plan.get("spool_bytes")), (0, None), "{more:?}");
         let local = remote.saved.merge(&Recipe::default(), &args);
@@ -177,6 +179,8 @@ fn what_the_spool_is_no_help_for_is_read_again_and_the_plan_says_so() {
         &hf,
         &["--memory=96MB", "--threads=2", "--spool=missing", "--lambda=1,2", "--out=nowhere"],
     );
+    assert!(refused.refusal().contains("no such directory for --spool"), "{}", refused.stderr);
+    let refused = remote.merge("analyze", &hf, &["--memory=96MB", "--threads=2", "--spool=missing", "--out=nowhere"]);
     assert!(refused.refusal().contains("no such directory for --spool"), "{}", refused.stderr);
     assert!(!remote.saved.path("base/nowhere").exists());
     // What nothing keeps is said by commands that have no plan.
