@@ -55,6 +55,7 @@ mod fisher;
 mod formats;
 mod forms;
 mod golden;
+mod guesses;
 mod handing;
 mod hostile;
 mod limits;
