@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::mmap::{Buffer, allocate};
 use crate::error::{Error, Result};
 
 /// Ranges on their way at a time, over all sources.
@@ -87,14 +88,14 @@ enum Progress {
         urgent: bool,
     },
     Coming,
-    Here(Arc<Vec<u8>>),
+    Here(Arc<Buffer>),
     Failed(Error),
 }
 
 /// What a reader finds at a place.
 enum Found {
     Here {
-        data: Arc<Vec<u8>>,
+        data: Arc<Buffer>,
         place: Place,
     },
     Failed(Error),
@@ -333,10 +334,11 @@ impl Shared {
                     let Some(range) = state.ranges.get(&place) else { continue };
                     let (source, bytes) = (Arc::clone(&range.source), range.bytes);
                     drop(state);
-                    let mut data = vec![0; bytes as usize];
-                    let result = source.fetch(&mut data, place.1);
+                    // From the system, where it goes back to at once: allocators keep what one thread frees of another's.
+                    let data = allocate(bytes as usize);
+                    let result = data.and_then(|mut data| source.fetch(&mut data, place.1).map(|()| Arc::new(data)));
                     state = self.lock();
-                    state.settle(place, bytes, result.map(|()| Arc::new(data)));
+                    state.settle(place, bytes, result);
                     self.arrived.notify_all();
                     self.wanted.notify_all();
                 }
@@ -350,7 +352,7 @@ impl Shared {
 }
 
 impl State {
-    fn settle(&mut self, place: Place, bytes: u64, result: Result<Arc<Vec<u8>>>) {
+    fn settle(&mut self, place: Place, bytes: u64, result: Result<Arc<Buffer>>) {
         let Some(range) = self.ranges.get_mut(&place) else { return };
         range.progress = match result {
             Ok(data) => Progress::Here(data),

@@ -31,7 +31,7 @@ pub struct Window {
 
 /// Memory that is read into.
 #[derive(Debug)]
-enum Buffer {
+pub(super) enum Buffer {
     /// A short one: of the allocator, which does not round it up to pages.
     Short(Box<[u8]>),
     /// Memory straight from the system.
@@ -354,7 +354,7 @@ mod faults {
 
 /// Memory straight from the system, so that running out of it is an error, and in huge pages where it has them, which
 /// cost a fraction of the faults and of the address translation.
-fn allocate(bytes: usize) -> Result<Buffer> {
+pub(super) fn allocate(bytes: usize) -> Result<Buffer> {
     if bytes < MAPPED_BYTES {
         return Ok(Buffer::Short(vec![0; bytes].into()));
     }
