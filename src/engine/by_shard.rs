@@ -20,6 +20,7 @@ impl<'a> Passes<'a> {
                 passes.units().and_then(|()| passes.direct())
             })?;
         }
+        self.forget_kept();
         Ok(())
     }
 

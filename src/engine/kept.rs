@@ -231,6 +231,16 @@ impl Kept {
         starts.zip(ends).filter(|(start, end)| start < end)
     }
 
+    /// Bytes of the output that are not done.
+    pub(super) fn bytes_left(&self, plan: &Plan) -> u64 {
+        let left = |tensor: u32| {
+            let length = plan.length(tensor);
+            let gaps: u64 = self.gaps(tensor, length).map(|(start, end)| end - start).sum();
+            (u128::from(plan.output_bytes(tensor)) * u128::from(gaps) / u128::from(length.max(1))) as u64
+        };
+        (0..plan.tensors.len() as u32).map(left).sum()
+    }
+
     /// For each tensor of a unit, in its order: ties of the parts done in all tensors before it.
     pub(super) fn ties_before(&self, plan: &Plan, tensors: &[u32]) -> HashMap<u32, TieCounts> {
         let mut sum = vec![0; plan.models() * plan.bounds()];

@@ -274,7 +274,7 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     let all = 0..plan.layout.shards.len();
     let written = shards::write_shards(plan, dir, all, observer, None, &makes_sense, |writer, kept: &Kept| {
         let searches = schedule.units.iter().any(|unit| kept.unit(plan, unit).is_none());
-        let site = Site::of_merge(plan, dir, writer.reads().is_some());
+        let site = Site::of_merge(plan, dir, kept, writer.reads().is_some());
         let spool = Spool::open(plan, schedule, &site, searches, observer)?;
         let mut passes = Passes::new(plan, schedule, observer, Some(writer), kept);
         (passes.spool, passes.site) = (spool.as_ref(), Some(&site));

@@ -143,6 +143,7 @@ impl<'a> Passes<'a> {
     pub(super) fn run(&mut self) -> Result<()> {
         self.announce_all();
         self.units()?;
+        self.forget_kept();
         self.direct()
     }
 
@@ -168,7 +169,6 @@ impl<'a> Passes<'a> {
                 self.keeping(unit, true, |passes| passes.shared_unit(unit))?;
             }
         }
-        self.forget_kept();
         self.solo_units(&solo)
     }
 

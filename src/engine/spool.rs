@@ -8,24 +8,26 @@
 //!   damaged is downloaded again. A run that goes on takes over what records it finds.
 //! - When the disk has no more room, the rest is downloaded again too.
 
+mod site;
 mod tensors;
 
-use std::path::{Path, PathBuf};
+pub(super) use site::{Room, Site};
+
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use super::identity::Begin;
-use super::output::OutputDir;
 use super::pack::mark_all;
 use super::passes::Passes;
 use super::slot::{Loaded, Slot};
 use super::worker::{Worker, subtract};
 use super::{Observer, can_be_resumed};
 use crate::checkpoint::packed::{CHUNK, Decoder, Encoder, checksum};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels;
 use crate::limits::WRITE_BEHIND_BYTES;
-use crate::plan::{Action, Chunk, Piece, Plan, Schedule, Spooling, Unit, spool_room};
+use crate::plan::{Action, Chunk, Piece, Plan, Schedule, Spooling, Unit};
 use crate::sketch::{Selector, Threshold};
 use crate::storage::{InputFile, OutputFile, Storage};
 
@@ -90,6 +92,8 @@ pub(super) struct Spool<'a> {
     unsynced: AtomicU64,
     /// Nothing more is written.
     full: AtomicBool,
+    /// Whether it was told that the disk has no room.
+    told: Arc<AtomicBool>,
 }
 
 /// One thread's buffers.
@@ -199,7 +203,7 @@ impl<'a> Spool<'a> {
             None => storage.create(&path, 0),
         };
         let file = file.map_err(|e| e.help("choose a --spool that you may write to"))?;
-        let room = spool_room(&dir, (site.out, site.at_once), storage)?;
+        let room = site.room(&dir)?;
         let mut spool = Self {
             plan,
             spooling,
@@ -216,6 +220,7 @@ impl<'a> Spool<'a> {
             limit: 0,
             unsynced: AtomicU64::new(0),
             full: AtomicBool::new(false),
+            told: Arc::clone(&site.room.told),
         };
         let chunks = spool.number_chunks(unit);
         let table = |keeps: bool| (0..if keeps { chunks } else { 0 }).map(|_| AtomicU64::new(0)).collect();
@@ -448,7 +453,7 @@ impl<'a> Spool<'a> {
     }
 
     fn give_up(&self) {
-        if !self.full.swap(true, Ordering::Relaxed) {
+        if !self.full.swap(true, Ordering::Relaxed) && !self.told.swap(true, Ordering::Relaxed) {
             self.observer.warn(
                 "the disk has no room for all that is downloaded and needed again: the rest is downloaded twice \
                  (--spool DIR keeps it elsewhere)",
@@ -593,55 +598,6 @@ impl Worker {
 pub(super) fn least_of(found: &[Option<Threshold>], models: usize) -> Vec<Option<u32>> {
     let own = |model| found.iter().skip(model).step_by(models).flatten().map(|found| found.ties.low).min();
     (0..models).map(own).collect()
-}
-
-/// Where a spool is to be.
-pub(super) struct Site<'a> {
-    /// Its path where no other directory is asked for, and that directory.
-    pub own: (PathBuf, PathBuf),
-    /// What tells it from others of the same output.
-    pub name: String,
-    /// Where the output is made, of which so many bytes are on the disk at once.
-    pub out: &'a Path,
-    /// See `out`.
-    pub at_once: u64,
-    /// What an earlier attempt left is taken over.
-    pub takes_over: bool,
-    /// What is read for thresholds must be hashed.
-    pub hashes: bool,
-    /// The file system.
-    pub storage: &'a dyn Storage,
-}
-
-impl<'a> Site<'a> {
-    /// That of a merge into `output`; `hashes` says that what is read must be hashed.
-    pub(super) fn of_merge(plan: &Plan, output: &'a OutputDir, hashes: bool) -> Self {
-        Self {
-            own: output.spool(),
-            name: String::new(),
-            out: &output.dir,
-            at_once: output.bytes_at_once(plan),
-            takes_over: output.resumes(),
-            hashes,
-            storage: &*output.storage,
-        }
-    }
-
-    fn takes_over(&self, searches: bool) -> bool {
-        self.takes_over && !(searches && self.hashes)
-    }
-
-    /// The spool's path, and the directory that it is in.
-    fn place(&self, plan: &Plan, spooling: &Spooling) -> Result<(PathBuf, PathBuf)> {
-        let Some(dir) = &spooling.dir else { return Ok(self.own.clone()) };
-        if !self.storage.is_dir(dir) {
-            return Err(Error::input("there is no such directory for --spool").at(dir).help("create it"));
-        }
-        // Several merges may use one directory.
-        let out = self.storage.canonical(self.out);
-        let name = blake3::hash(format!("{} {}{}", plan.fingerprint, out.display(), self.name).as_bytes()).to_hex();
-        Ok((dir.join(format!("tiesmith-{}.spool", &name[..16])), dir.clone()))
-    }
 }
 
 /// The length of chunks in the spool `left`, if it is one of what `begin` is the hash of.

@@ -217,7 +217,9 @@ impl Schedule {
             let Some(spool) = spool else { break };
             let Ok(kept) = Self::cut(plan, run, Demand { spool: Some(spool), ..demand.clone() }) else { break };
             streamed = kept.streamed();
-            if kept.spool.as_ref().is_some_and(|spool| spool.has_all(&streamed)) {
+            // Of some there is nothing worth keeping.
+            let worth = Spooling::of_tensors(plan, &streamed);
+            if kept.spool.as_ref().zip(worth).is_some_and(|(spool, worth)| spool.has_all_of(&worth)) {
                 return Ok(kept);
             }
         }

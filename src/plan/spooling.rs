@@ -103,12 +103,13 @@ impl Spooling {
         all
     }
 
-    /// Whether all of `tensors` are among those that are kept one at a time.
-    pub(super) fn has_all(&self, tensors: &[u32]) -> bool {
-        tensors.iter().all(|tensor| self.has(*tensor))
+    /// Whether all that `other` keeps one at a time are among its own.
+    pub(super) fn has_all_of(&self, other: &Self) -> bool {
+        other.alone.iter().flatten().all(|tensor| self.has(*tensor))
     }
 
-    fn has(&self, tensor: u32) -> bool {
+    /// Whether something of `tensor` is kept.
+    pub fn has(&self, tensor: u32) -> bool {
         self.alone.as_ref().is_none_or(|alone| alone.binary_search(&tensor).is_ok())
     }
 

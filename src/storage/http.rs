@@ -134,8 +134,9 @@ impl Patience {
         let doubled = FIRST_WAIT * 2u32.pow(self.attempts - 1);
         // Workers that failed together do not come back together.
         let jitter = RandomState::new().build_hasher().finish() % 256;
-        let own = doubled.mul_f64(0.75 + jitter as f64 / 512.0);
-        std::thread::sleep(wait.unwrap_or(own).max(own.min(FIRST_WAIT)).min(LONGEST_WAIT));
+        let spread = |wait: Duration| wait.mul_f64(0.75 + jitter as f64 / 512.0);
+        let own = spread(doubled);
+        std::thread::sleep(wait.map_or(own, |wait| wait + spread(FIRST_WAIT)).min(LONGEST_WAIT));
         Ok(())
     }
 }
@@ -210,8 +211,7 @@ impl Http {
         let date = answer.header("date").filter(|_| answer.header("age").is_none());
         let clocks = refusal::clocks(date);
         let mut body = Vec::new();
-        // What does not arrive is not said.
-        let _ = answer.response.into_body().into_reader().take(refusal::MOST_BYTES).read_to_end(&mut body);
+        read_soon(answer.response, refusal::MOST_BYTES, |part| body.extend_from_slice(part));
         let said = refusal::said(&String::from_utf8_lossy(&body));
         for more in [&said, &clocks].into_iter().flatten() {
             text.push_str(&format!("; {more}"));
@@ -245,9 +245,22 @@ impl Http {
 
 /// Takes what is left of an answer that nobody reads, if it is short, so that its connection can be used again.
 pub(super) fn drain(response: Response<Body>) {
-    let mut rest = response.into_body().into_reader().take(MAX_DRAINED_BYTES);
     // A connection that fails here is not used again, which is all there is to it.
-    let _ = std::io::copy(&mut rest, &mut std::io::sink());
+    read_soon(response, MAX_DRAINED_BYTES, |_| ());
+}
+
+/// Reads up to `limit` bytes of an answer that is no success: what does not arrive soon does not matter.
+fn read_soon(response: Response<Body>, limit: u64, mut take: impl FnMut(&[u8])) {
+    /// Nothing more is asked for after so long.
+    const SOON: Duration = Duration::from_secs(2);
+    let (begin, mut part) = (Instant::now(), [0; 4096]);
+    let mut reader = response.into_body().into_reader().take(limit);
+    while begin.elapsed() < SOON {
+        match reader.read(&mut part) {
+            Ok(read @ 1..) => take(&part[..read]),
+            Ok(0) | Err(_) => return,
+        }
+    }
 }
 
 /// The answer, unless its status says that another attempt may bring one that is better.

@@ -161,7 +161,9 @@ pub(super) struct Faults {
 impl Faults {
     /// The first file that could not be read.
     pub(super) fn first(self: &Arc<Self>) -> Option<Arc<Path>> {
-        self.first.get().cloned().or_else(|| faults::current(self))
+        let known = || self.first.get().cloned();
+        // A mapping may go, and tell of its fault, between the two.
+        known().or_else(|| faults::current(self)).or_else(known)
     }
 }
 

@@ -158,7 +158,13 @@ impl Storage for Online {
         };
         std::thread::scope(|scope| {
             for _ in 1..far.len().min(LOOKS_AT_ONCE) {
-                scope.spawn(look);
+                // Where the system has no more threads, those that there are do.
+                if std::thread::Builder::new().spawn_scoped(scope, look).is_err() {
+                    break;
+                }
+            }
+            if far.len() > 1 {
+                look();
             }
         });
     }

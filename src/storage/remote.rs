@@ -21,6 +21,8 @@ use crate::error::{Error, Result};
 pub const HEAD_BYTES: u64 = 64 << 10;
 /// Longest range of one request.
 const REQUEST_BYTES: u64 = 16 << 20;
+/// So much of an answer is progress, or a sixteenth of what is wanted.
+const ENOUGH_BYTES: usize = 64 << 10;
 /// Device of remote files, which no file system has.
 pub(super) const DEVICE: u64 = u64::MAX;
 
@@ -172,9 +174,11 @@ impl Source for Remote {
         let mut patience = Patience::at_work();
         while done < buffer.len() {
             let end = buffer.len().min(done + REQUEST_BYTES as usize);
-            let before = done;
+            let (before, rest) = (done, buffer.len() - done);
             let result = self.request(&mut buffer[..end], offset, &mut done);
-            if done > before && !matches!(result, Err(Failure::Slow(_))) {
+            // Who sends a byte at a time would be asked for ever.
+            let moved = done - before >= (rest / 16).clamp(1, ENOUGH_BYTES);
+            if moved && !matches!(result, Err(Failure::Slow(_))) {
                 patience.renew();
             }
             if let Err(failure) = result {

@@ -26,7 +26,7 @@ use super::passes::{Passes, lookahead, prefetch, prefetch_pieces, units_ahead};
 use super::pool;
 use super::select::solo_thresholds;
 use super::slot::Loaded;
-use super::spool::{Site, Spool, Use};
+use super::spool::{Room, Site, Spool, Use};
 use super::turns::{Ordered, Pending, Turns};
 use super::under_way::Notes;
 use super::worker::Worker;
@@ -117,6 +117,7 @@ fn run(
         takes_over: work.resumes,
         hashes: false,
         storage: &**storage,
+        room: Room::default(),
     };
     let spool = Spool::open(&study.plan, &study.schedule, &site, gathered.thresholds.is_none(), observer)?;
     let done = look(study, work, storage, observer, gathered, spool.as_ref());

@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{BASE, EXTENSION, PackOutput};
-use crate::checkpoint::packed::{self, Contents, ENTRY_BYTES, Entry, HEAD_BYTES, checksum, head};
+use crate::checkpoint::packed::{self, CHUNK, Contents, ENTRY_BYTES, Entry, HEAD_BYTES, checksum, head};
 use crate::engine::identity::Begin;
 use crate::engine::kept::Kept;
 use crate::engine::output::kind;
@@ -27,6 +27,8 @@ use crate::storage::{InputFile, Lock, OutputFile, Storage};
 
 /// Chunks, or counts of ties, in one record.
 const LISTED: usize = 1 << 14;
+/// No chunk is longer, compressed: twice as long as one of the widest type.
+const LONGEST: u32 = 2 * (CHUNK * size_of::<f64>()) as u32;
 const ADVICE: &str = "use --force to start over, or another --out";
 
 /// Parts of a record of work that is done; what they begin with.
@@ -63,6 +65,8 @@ pub(super) struct Left {
     journal: Option<Journal>,
     /// The file is complete and has its name.
     pub finished: bool,
+    /// How many chunks there are in all.
+    most: usize,
 }
 
 impl<'a> Place<'a> {
@@ -107,10 +111,12 @@ impl<'a> Place<'a> {
         force: bool,
         observer: &dyn Observer,
     ) -> Result<Left> {
-        let mut left =
-            Left { kept: Kept::new(plan), ties: Vec::new(), chunks: Vec::new(), journal: None, finished: false };
+        let mut left = Left::nothing(plan, chunks);
         if self.storage.identity(&self.journal)?.is_some() {
-            self.replay(plan, &mut left, force)?;
+            match self.replay(plan, &mut left) {
+                Err(_) if force => left = Left::nothing(plan, chunks),
+                other => other?,
+            }
         }
         if left.ties.len() != chunks {
             left.ties.clear();
@@ -136,7 +142,7 @@ impl<'a> Place<'a> {
     }
 
     /// Takes in the journal, if it is one of the same work.
-    fn replay(&self, plan: &Plan, left: &mut Left, force: bool) -> Result<()> {
+    fn replay(&self, plan: &Plan, left: &mut Left) -> Result<()> {
         let mut begin = None;
         let first = |record: Record| {
             if begin.is_none() {
@@ -144,20 +150,14 @@ impl<'a> Place<'a> {
             }
             Ok(())
         };
-        match replay(&self.journal, self.storage, first) {
-            Err(_) if force => return Ok(()),
-            other => other.map_err(|e| e.replace_help(ADVICE))?,
-        };
+        replay(&self.journal, self.storage, first).map_err(|e| e.replace_help(ADVICE))?;
         // Of the first record nothing was durable yet.
         let Some(begin) = begin else { return Ok(()) };
         let admitted = match &begin {
             Some(begin) => begin.admit_as(plan, "packing"),
             None => Err(Error::input("the unfinished packing was begun by another version").help(ADVICE)),
         };
-        match admitted {
-            Err(_) if force => return Ok(()),
-            other => other.map_err(|e| e.replace_help(ADVICE).at(self.path))?,
-        }
+        admitted.map_err(|e| e.replace_help(ADVICE).at(self.path))?;
         let senseless = || Error::input("the journal does not fit this packing").at(&self.journal).help(ADVICE);
         let mut first = true;
         left.journal = Journal::open(&self.journal, self.storage, |record| {
@@ -268,6 +268,11 @@ fn is_intact(file: &dyn InputFile, chunk: &Entry, offset: u64, buffer: &mut Vec<
 }
 
 impl Left {
+    /// Nothing, of work of `most` chunks.
+    fn nothing(plan: &Plan, most: usize) -> Self {
+        Self { kept: Kept::new(plan), ties: Vec::new(), chunks: Vec::new(), journal: None, finished: false, most }
+    }
+
     /// Whether it is worth anything.
     pub(super) fn is_something(&self) -> bool {
         let found = !self.kept.is_empty() || !self.kept.under_way.is_empty() || !self.ties.is_empty();
@@ -284,9 +289,11 @@ impl Left {
             part::CHUNKS => self.list(
                 payload,
                 |left| &mut left.chunks,
-                |rest| rest.take::<ENTRY_BYTES>().map(|row| Entry::decode(&row)),
+                |rest| rest.take::<ENTRY_BYTES>().map(|row| Entry::decode(&row)).filter(|e| e.length <= LONGEST),
             ),
-            part::TIES => self.list(payload, |left| &mut left.ties, |rest| rest.u64()),
+            part::TIES => {
+                self.list(payload, |left| &mut left.ties, |rest| rest.u64().filter(|&ties| ties <= CHUNK as u64))
+            }
             _ => false,
         }
     }
@@ -307,13 +314,15 @@ impl Left {
         all: impl Fn(&mut Self) -> &mut Vec<T>,
         item: impl Fn(&mut Rest<'_>) -> Option<T>,
     ) -> bool {
-        let mut rest = Rest::of(payload);
+        let (mut rest, most) = (Rest::of(payload), self.most);
         let all = all(self);
         let Some(first) = rest.u64().filter(|&first| first <= all.len() as u64) else { return false };
         all.truncate(first as usize);
         while !rest.is_empty() {
-            let Some(item) = item(&mut rest) else { return false };
-            all.push(item);
+            match item(&mut rest) {
+                Some(item) if all.len() < most => all.push(item),
+                _ => return false,
+            }
         }
         true
     }
@@ -373,7 +382,9 @@ impl Target<'_> {
         };
         let Ok(mut recorded) = self.recorded.try_lock() else { return Ok(()) };
         let late = recorded.at.elapsed() >= self.keep_after;
-        if end - recorded.end >= WRITE_BEHIND_BYTES || chunks - recorded.chunks >= LISTED || late {
+        // Another worker may have recorded more than was there a moment ago.
+        let fresh = (end.saturating_sub(recorded.end), chunks.saturating_sub(recorded.chunks));
+        if fresh.0 >= WRITE_BEHIND_BYTES || fresh.1 >= LISTED || late {
             self.record(&mut recorded)?;
         }
         Ok(())
@@ -402,6 +413,7 @@ impl Target<'_> {
 
     /// Keeps the ties in each chunk.
     pub(super) fn keep_ties(&self, counts: &[u64]) -> Result<()> {
+        self.place.storage.check_mapped()?;
         let mut recorded = lock(&self.recorded);
         for (number, counts) in counts.chunks(LISTED).enumerate() {
             let mut payload = vec![part::TIES];

@@ -26,7 +26,7 @@ use super::kept::Kept;
 use super::output::{OutputDir, address};
 use super::passes::Passes;
 use super::shards::write_shards;
-use super::spool::{Site, Spool};
+use super::spool::{Room, Site, Spool};
 use super::{
     Observer, OnShard, OutputOptions, check_inputs_unchanged, check_memory, holds_output, peak_memory_bytes, side_files,
 };
@@ -297,6 +297,7 @@ impl Desk<'_> {
             takes_over: true,
             hashes: false,
             storage: &*self.board.storage,
+            room: Room::default(),
         }
     }
 

@@ -44,5 +44,6 @@ impl<'a> Passes<'a> {
 
 /// How `unit` is kept on its own, if it is.
 fn by_tensor<'s>(schedule: &'s Schedule, unit: &Unit) -> Option<&'s Spooling> {
-    schedule.spool.as_ref().filter(|spooling| spooling.by_tensor() && unit.kind == UnitKind::Streamed)
+    let keeps = |spooling: &&Spooling| spooling.by_tensor() && spooling.has(unit.tensors[0]);
+    schedule.spool.as_ref().filter(keeps).filter(|_| unit.kind == UnitKind::Streamed)
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::Sweep;
 use super::group::Out;
 use super::ready::Ready;
-use crate::engine::spool::{Site, Spool};
+use crate::engine::spool::{Room, Site, Spool};
 use crate::error::Result;
 use crate::plan::{Goal, Plan, Schedule, Unit};
 use crate::storage::Storage;
@@ -28,6 +28,7 @@ impl<'a> Sweep<'a> {
             takes_over: !self.output.restart,
             hashes: false,
             storage: &**self.storage,
+            room: Room::default(),
         };
         Spool::open(self.union, schedule, &site, true, self.observer)
     }
