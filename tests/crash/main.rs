@@ -237,7 +237,7 @@ impl Job {
 
     /// One in so many operations is tried: what goes on behind the seam is the same wherever inputs are.
     fn step(&self) -> usize {
-        if self.far { 3 * STEP } else { STEP }
+        if self.far { 6 * STEP } else { STEP }
     }
 
     fn run_with(
