@@ -29,6 +29,9 @@ use crate::limits::{PROBE_GROUPS, SAMPLE_BLOCK};
 use crate::plan::{Chunk, Goal, Plan, Schedule, Unit, UnitKind, Wanted, bytes_of};
 use crate::sketch::{BlockCounts, Bracket, MagnitudeSketch, Probe, Selector, Standing, Threshold, guess_of_sample};
 
+/// Per goal: the threshold, where it was found.
+type Found = Vec<Option<Threshold>>;
+
 /// Per goal: the key that the threshold is taken for; `None` where nothing is cut or kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Guess(pub Vec<Option<u32>>);
@@ -54,15 +57,9 @@ impl Guess {
         goals.iter().zip(&self.0).map(cut).collect()
     }
 
-    /// The thresholds if it is right: `kept` survivors were counted with [`Self::cuts`], `tied` of them with the key.
-    pub(super) fn proven(&self, goals: &[Goal], kept: &[u64], tied: &[u64]) -> Option<Vec<Option<Threshold>>> {
-        let found = self.judged(goals, kept, tied);
-        let proven = goals.iter().zip(&found).all(|(goal, found)| found.is_some() || !goal.needs_threshold());
-        proven.then_some(found)
-    }
-
-    /// The thresholds that it is right about.
-    pub(super) fn judged(&self, goals: &[Goal], kept: &[u64], tied: &[u64]) -> Vec<Option<Threshold>> {
+    /// The thresholds if it is right: `kept` survivors were counted with [`Self::cuts`], `tied` of them with the key. If it is
+    /// not, those that it is right about.
+    pub(super) fn proven(&self, goals: &[Goal], kept: &[u64], tied: &[u64]) -> std::result::Result<Found, Found> {
         let one = |(at, (goal, key)): (usize, (&Goal, &Option<u32>))| match (goal, *key) {
             (&Goal::Keep { keep, elements }, Some(key)) => {
                 // Zeros are not among the survivors.
@@ -73,7 +70,11 @@ impl Guess {
             }
             _ => None,
         };
-        goals.iter().zip(&self.0).enumerate().map(one).collect()
+        let found: Found = goals.iter().zip(&self.0).enumerate().map(one).collect();
+        match goals.iter().zip(&found).all(|(goal, found)| found.is_some() || !goal.needs_threshold()) {
+            true => Ok(found),
+            false => Err(found),
+        }
     }
 }
 
@@ -394,7 +395,7 @@ impl Passes<'_> {
         let Tally { kept: mut survivors, mut tied, .. } = self.tally().since(&before);
         kept.add_survivors(&unit.tensors, &mut survivors);
         kept.add_ties(&unit.tensors, &mut tied);
-        let Some(found) = guess.proven(goals, &survivors, &tied) else {
+        let Ok(found) = guess.proven(goals, &survivors, &tied) else {
             return Err(writer.missed(bytes_read + bytes_of(plan, &unit.tensors, Wanted::All)));
         };
         if !self.announces_passes() {
@@ -426,7 +427,7 @@ impl Passes<'_> {
             Ok(())
         })?;
         let Tally { kept: survivors, tied, .. } = self.tally().since(&sum_before);
-        let Some(found) = guess.proven(goals, &survivors, &tied) else {
+        let Ok(found) = guess.proven(goals, &survivors, &tied) else {
             self.workers.iter_mut().zip(before).for_each(|(worker, before)| worker.tally = before);
             return Ok(false);
         };
@@ -461,7 +462,7 @@ mod tests {
     fn counts_prove_a_guess_or_refute_it() {
         let goals = [Goal::Keep { keep: 20, elements: 100 }, Goal::All, Goal::Nothing];
         let guess = |key| Guess(vec![Some(key), None, None]);
-        let proven = |key, kept, tied| guess(key).proven(&goals, &[kept, 100, 0], &[tied, 0, 0]);
+        let proven = |key, kept, tied| guess(key).proven(&goals, &[kept, 100, 0], &[tied, 0, 0]).ok();
         let threshold = |key, above, tied| {
             Some(vec![Some(Threshold { ties: Ties { low: key, high: key }, above, tied }), None, None])
         };

@@ -90,7 +90,7 @@ impl Begin {
 
     /// Refuses to go on with `plan` unless it is the same work; says what changed.
     pub(super) fn admit(&self, plan: &Plan) -> Result<()> {
-        self.compare(plan, MERGE, Input::change)
+        self.admit_as(plan, MERGE)
     }
 
     /// The same for unfinished work that is called `work` to the user.

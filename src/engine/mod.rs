@@ -274,10 +274,13 @@ fn run(plan: &Plan, schedule: &Schedule, dir: &OutputDir, observer: &dyn Observe
     let all = 0..plan.layout.shards.len();
     let written = shards::write_shards(plan, dir, all, observer, None, &makes_sense, |writer, kept: &Kept| {
         let searches = schedule.units.iter().any(|unit| kept.unit(plan, unit).is_none());
-        let site = Site::of_merge(plan, dir, kept, writer.reads().is_some());
-        let spool = Spool::open(plan, schedule, &site, searches, observer)?;
+        let site = schedule.spool.as_ref().map(|_| Site::of_merge(plan, dir, kept, writer.reads().is_some()));
+        let spool = match &site {
+            Some(site) => Spool::open(plan, schedule, site, searches, observer)?,
+            None => None,
+        };
         let mut passes = Passes::new(plan, schedule, observer, Some(writer), kept);
-        (passes.spool, passes.site) = (spool.as_ref(), Some(&site));
+        (passes.spool, passes.site) = (spool.as_ref(), site.as_ref());
         // What is handed over cannot be taken back; what is downloaded is kept for a second pass.
         passes.guesses = !dir.hands_over() && !plan.is_remote();
         let done = if dir.hands_over() { passes.run_by_shard() } else { passes.run() };

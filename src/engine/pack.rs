@@ -100,9 +100,11 @@ pub fn pack(
     super::check_memory(&schedule)?;
     let place = Place::take(plan, output, &**storage)?;
     let chunks = jobs.iter().map(Job::chunks).sum::<u64>() as usize;
-    let contents = packing.contents(&plan.checkpoints[BASE]);
-    let left = contents.and_then(|contents| place.left(plan, (chunks, &contents), output.force, observer));
-    let left = match left {
+    let left = packing.contents(&plan.checkpoints[BASE]).and_then(|contents| {
+        let left = place.left(plan, (chunks, &contents), output.force, observer)?;
+        Ok((left, contents))
+    });
+    let (left, contents) = match left {
         Ok(left) => left,
         Err(error) => {
             place.leave();
@@ -110,7 +112,7 @@ pub fn pack(
         }
     };
     let (finished, resumed, chunks_reused) = (left.finished, left.is_something(), left.chunks.len() as u64);
-    let done = packing.run(&schedule, &place, left, &**storage, observer);
+    let done = packing.run(&schedule, &place, (left, &contents), &**storage, observer);
     place.close(finished, done).map(|done| {
         let elements = jobs.iter().map(|job| job.units).sum();
         let checkpoint_bytes = jobs.iter().map(|job| job.units * job.width as u64).sum();
@@ -252,7 +254,7 @@ impl<'a> Packing<'a> {
         &self,
         schedule: &Schedule,
         place: &Place<'_>,
-        mut left: Left,
+        (mut left, contents): (Left, &Contents),
         storage: &dyn Storage,
         observer: &dyn Observer,
     ) -> Result<Done> {
@@ -262,7 +264,7 @@ impl<'a> Packing<'a> {
             return Ok(Done { stored: self.stored(&left.chunks), bytes_read, bytes_written });
         }
         let target = place.begin(self.plan, &mut left, keep_after(schedule))?;
-        let done = self.go_on(schedule, &target, left, storage, observer);
+        let done = self.go_on(schedule, &target, (left, contents), storage, observer);
         done.inspect_err(|error| target.interrupted(error))
     }
 
@@ -271,7 +273,7 @@ impl<'a> Packing<'a> {
         &self,
         schedule: &Schedule,
         target: &Target<'_>,
-        left: Left,
+        (left, contents): (Left, &Contents),
         storage: &dyn Storage,
         observer: &dyn Observer,
     ) -> Result<Done> {
@@ -296,11 +298,10 @@ impl<'a> Packing<'a> {
         }
         let bytes_read = searched + self.reads(&ties);
         self.write(&cuts, &self.ties_before(&ties), &mut packers, target, observer)?;
-        let contents = self.contents(&self.plan.checkpoints[BASE])?;
         let mut stored = 0;
         let bytes_written = target.finish(|chunks, end| {
             stored = self.stored(chunks);
-            tail(&contents, chunks, end)
+            tail(contents, chunks, end)
         })?;
         storage.check_mapped()?;
         check_inputs_unchanged(self.plan)?;

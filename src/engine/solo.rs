@@ -84,9 +84,11 @@ fn merge_guessed<'w>(
     let before = worker.tally.clone();
     let out = merge_chunk(worker, data, writer, &guess.cuts(goals), &Known::default())?;
     let counted = worker.tally.since(&before);
-    if let Some(found) = guess.proven(goals, &counted.kept, &counted.tied) {
-        return Ok((Some(out), found));
-    }
-    worker.tally = before;
-    Ok((None, guess.judged(goals, &counted.kept, &counted.tied)))
+    Ok(match guess.proven(goals, &counted.kept, &counted.tied) {
+        Ok(found) => (Some(out), found),
+        Err(found) => {
+            worker.tally = before;
+            (None, found)
+        }
+    })
 }

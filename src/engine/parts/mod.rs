@@ -328,8 +328,11 @@ impl Desk<'_> {
             dir.check_space(report.bytes_written)?;
         }
         let schedule = self.schedule_of(part.index);
-        let spool = if found.is_some() { self.spool(part.index, &schedule, false)? } else { None };
         let site = self.site(part.index);
+        let spool = match found.is_some() {
+            true => Spool::open(plan, &schedule, &site, false, self.observer)?,
+            false => None,
+        };
         let mut done = PartDone::new(plan, &schedule);
         let written = write_shards(plan, &dir, own.clone(), self.observer, None, &|_| true, |writer, kept: &Kept| {
             let mut passes = Passes::new(plan, &schedule, self.observer, Some(writer), kept);
