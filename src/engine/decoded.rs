@@ -19,6 +19,8 @@ pub struct Decoded {
     pub records: u64,
     /// Entries of the records of work that is done.
     pub entries: u64,
+    /// Those among them about a unit: its thresholds, or what was counted of a module.
+    pub units: u64,
     /// Sketches and counts of blocks in these.
     pub sketches: u64,
 }
@@ -35,6 +37,7 @@ pub fn decode_journal(path: &Path, storage: &dyn crate::storage::Storage) -> Res
         let entries = if record.kind == DONE { records::decode(&record.payload) } else { None };
         for entry in entries.into_iter().flatten() {
             decoded.entries += 1;
+            decoded.units += u64::from(matches!(entry, Entry::Unit(_)));
             let bytes = records::encode(std::slice::from_ref(&entry));
             let again = records::decode(&bytes).expect("what is encoded is decoded");
             // As bytes: a fact may be no number, and none is equal to another.

@@ -56,8 +56,9 @@ impl Kept {
 
     /// Whether `unit` can be one of this plan.
     pub(super) fn fits_unit(plan: &Plan, unit: &UnitDone) -> bool {
+        let merging = plan.merging();
         (unit.tensor as usize) < plan.tensors.len()
-            && unit.found.len() == plan.models() * plan.bounds()
+            && unit.found.len() == merging.models() * merging.bounds()
             && (-1..=1).contains(&unit.majority)
     }
 

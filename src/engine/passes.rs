@@ -14,7 +14,6 @@ use super::kept::Kept;
 use super::pool;
 use super::records::UnitDone;
 use super::select::{Thresholds, UnitThresholds, coarse_selectors, cuts, sample_stride, tensor_cuts};
-use super::shard_hash::Digest;
 use super::shards::ShardWriter;
 use super::slot::{Loaded, Slot, locate};
 use super::spool::{Site, Spool, Use};
@@ -113,11 +112,8 @@ impl<'a> Passes<'a> {
         kept: &'a Kept,
         workers: Vec<Worker>,
     ) -> Self {
-        // What comes before the merge reads all of a unit again.
-        let more_to_come = plan.votes() || !plan.needs().looks.is_empty();
-        let left = &kept.under_way;
         Self {
-            notes: writer.map(|keeper| Notes { keeper, left, of: Digest::default(), more_to_come }),
+            notes: writer.map(|keeper| Notes::of_merge(plan, keeper, &kept.under_way)),
             plan,
             schedule,
             observer,

@@ -117,6 +117,12 @@ impl ShardWriter<'_> {
         self.keep_entries(vec![Entry::Unit(unit)])
     }
 
+    /// Keeps the thresholds of a unit with what is recorded next: in a few seconds, or when the run ends.
+    pub(super) fn keep_soon(&self, unit: UnitDone) -> Result<()> {
+        self.shards.output.storage.check_mapped()?;
+        self.send(Message::Done(Entry::Unit(unit)))
+    }
+
     /// Keeps what a sample says of a unit, before anything is merged with it.
     pub(super) fn keep_guess(&self, guess: GuessDone) -> Result<()> {
         self.shards.output.storage.check_mapped()?;

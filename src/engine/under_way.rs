@@ -281,6 +281,13 @@ pub(super) struct Notes<'a> {
 }
 
 impl<'a> Notes<'a> {
+    /// Those of a merge by `plan`.
+    pub(super) fn of_merge(plan: &Plan, keeper: &'a dyn Keeps, left: &'a UnderWay) -> Self {
+        // What comes before the merge reads all of a unit again.
+        let more_to_come = plan.votes() || !plan.needs().looks.is_empty();
+        Self { keeper, left, of: Digest::default(), more_to_come }
+    }
+
     fn left(&self, unit: &Unit) -> Option<&'a Left> {
         self.left.0.get(unit.tensors.first()?)
     }

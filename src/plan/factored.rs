@@ -48,6 +48,11 @@ impl Factored {
         (shape[0], shape[1..].iter().product())
     }
 
+    /// The number under which a journal has what was counted of module `index`: behind all modules' own.
+    pub fn result(&self, index: usize) -> u32 {
+        (self.modules.len() + index) as u32
+    }
+
     /// Memory of the search for the factors of module `index` but for ΔW itself, in bytes.
     fn search_bytes(&self, index: usize) -> u64 {
         let (rows, columns) = self.shape(index);

@@ -11,6 +11,7 @@
 //! Afterwards the same command must give the same files. Before it, nothing may look like a model that is not one.
 
 mod analyze;
+mod factors;
 mod guess;
 mod memory;
 mod packed;
@@ -499,7 +500,7 @@ fn short_and_interrupted_transfers_change_nothing() {
     assert!(cases > 1500 / STEP, "{cases}");
 }
 
-/// Inputs of one tensor that is not held in memory.
+/// Inputs of one tensor that is not held in memory, and adapters that change as much.
 fn large_inputs() -> Memory {
     let elements = 1_500_001u32;
     let header = format!(r#"{{"w":{{"dtype":"F32","shape":[{elements}],"data_offsets":[0,{}]}}}}"#, 4 * elements);
@@ -509,6 +510,14 @@ fn large_inputs() -> Memory {
         let data: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
         let content = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat();
         memory.put(&format!("/in/{name}/model.safetensors"), &content);
+    }
+    for (name, rank) in [("lora", 1), ("lora2", 2)] {
+        let (a, b) = ("base_model.model.w.lora_A.weight", "base_model.model.w.lora_B.weight");
+        let factors = [(a, &[rank, 1_250][..]), (b, &[1_200, rank])];
+        let value = |i: u64| ((i * 37) % 101) as f32 / 64.0 - 0.7;
+        memory.put(&format!("/in/{name}/adapter_model.safetensors"), &floats(&factors, value));
+        let config = format!(r#"{{"peft_type": "LORA", "r": {rank}, "lora_alpha": 3}}"#);
+        memory.put(&format!("/in/{name}/adapter_config.json"), config.as_bytes());
     }
     memory
 }

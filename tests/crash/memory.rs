@@ -130,6 +130,8 @@ struct State {
     changes: u64,
     /// Reads and writes of data so far; an operation has more than one where they are cut short.
     transfers: u64,
+    /// Bytes read of each file.
+    read: BTreeMap<PathBuf, u64>,
     fault: Option<(u64, Fault)>,
     dead: bool,
     /// What is in an object store: there when its upload is complete, and durable.
@@ -321,7 +323,8 @@ impl Memory {
     /// An independent copy, with an operation to fail at.
     pub fn fork(&self, fault: Option<(u64, Fault)>) -> Self {
         let (state, locked) = (self.state().clone(), BTreeSet::new());
-        let state = State { operations: 0, changes: 0, transfers: 0, fault, dead: false, locked, ..state };
+        let read = BTreeMap::new();
+        let state = State { operations: 0, changes: 0, transfers: 0, read, fault, dead: false, locked, ..state };
         Self(Arc::new(Mutex::new(state)), Arc::default())
     }
 
@@ -378,6 +381,11 @@ impl Memory {
         self.state().transfers
     }
 
+    /// Bytes read of all files under `dir` so far.
+    pub fn bytes_read(&self, dir: &str) -> u64 {
+        self.state().read.iter().filter(|(path, _)| path.starts_with(dir)).map(|(_, bytes)| bytes).sum()
+    }
+
     /// Every file under `dir`: its inode and content.
     pub fn tree(&self, dir: &str) -> BTreeMap<String, (u64, Vec<u8>)> {
         let state = self.state();
@@ -416,6 +424,7 @@ impl InputFile for Input {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         let mut state = self.memory.state();
         state.step(Does::Look, "read", &self.path)?;
+        *state.read.entry(self.path.clone()).or_default() += buffer.len() as u64;
         let done = read_fully(buffer, |rest, done| {
             let most = state.transfer(rest.len())?;
             let data = state.nodes[&self.id].data.get((offset + done) as usize..).unwrap_or_default();

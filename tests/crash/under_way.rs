@@ -11,11 +11,14 @@ use tiesmith::{
     SweepOptions, TrimTies, Variant,
 };
 
+use super::factors::known_in;
 use super::memory::{Fault, Memory, Survives};
-use super::{DISK, KINDS, OUT, STEP, STORE, Silent, StopAfter, far, large_inputs, lasting_below, recipe, say};
+use super::{DISK, KINDS, OUT, STEP, STORE, Silent, StopAfter, changes, far, large_inputs, lasting_below, recipe, say};
 
 /// What is known is kept after every chunk.
 const RUN: Run = Run { keep_after: Duration::ZERO, ..Run::new(28 << 20, 1) };
+
+const ADAPTERS: &str = "a merge of adapters";
 
 /// The recipe as it is, or for inputs in a store.
 type Place = fn(Recipe) -> Recipe;
@@ -51,8 +54,10 @@ fn merge(recipe: &Recipe, memory: &Memory, observer: &dyn Observer) -> Result<()
     let storage: Arc<dyn Storage> = Arc::new(memory.clone());
     let plan = Plan::new(recipe, &storage)?;
     let output = OutputOptions { dir: OUT.into(), ..OutputOptions::default() };
-    let schedule = Schedule::with_spool(&plan, run_of(recipe, 28, 46))?;
-    assert_eq!(schedule.spool.is_some(), plan.is_remote(), "{:?}", schedule.memory);
+    let is_large = recipe.base.is_some();
+    let schedule = Schedule::with_spool(&plan, if is_large { run_of(recipe, 28, 46) } else { run_of(recipe, 34, 50) })?;
+    // Adapters are small.
+    assert_eq!(schedule.spool.is_some(), plan.is_remote() && is_large, "{:?}", schedule.memory);
     tiesmith::merge(&plan, &schedule, &output, &storage, observer).map(drop)
 }
 
@@ -111,6 +116,10 @@ fn works() -> Vec<Work> {
         work("a merge by tensor", |m, p, o| {
             merge(&p(Recipe { scope: Scope::Tensor, ..whole(true, TrimTies::Lowest) }), m, o)
         }),
+        work(ADAPTERS, |m, p, o| {
+            let params = whole(true, TrimTies::Lowest).params;
+            merge(&p(Recipe { params, trim_ties: TrimTies::Lowest, ..changes() }), m, o)
+        }),
         work("a sweep", |m, p, o| sweep(&p(whole(false, TrimTies::Lowest)), false, m, o)),
         work("a packed sweep", |m, p, o| sweep(&p(whole(false, TrimTies::Keep)), true, m, o)),
         work("an analysis", |m, p, o| look(&p(recipe()), m, o)),
@@ -127,7 +136,11 @@ fn compare(memory: &Memory, expected: &BTreeMap<String, Vec<u8>>, what: &str) {
 
 /// How often an attempt may ask whether to stop before it is stopped: enough for a group of a probe, or a chunk of a search
 /// or a vote, but not for all of them. Each goes on with what the ones before it did, which they read and compare first.
-fn patience(memory: &Memory) -> i64 {
+fn patience(memory: &Memory, name: &str) -> i64 {
+    if name.starts_with(ADAPTERS) && known_in(memory) > 0 {
+        // The factors of a module are found in one go.
+        return 3000;
+    }
     let written =
         |name: &String| name.ends_with(".partial") || name.ends_with(".spool") && !memory.tree(OUT)[name].1.is_empty();
     if memory.tree(OUT).keys().any(written) { 300 } else { 40 }
@@ -143,7 +156,7 @@ fn a_run_that_never_gets_far_gets_through() {
         run(&whole, of, &Silent).unwrap_or_else(|error| panic!("{name}: {error}"));
         let expected = lasting_below(&whole);
         let (mut memory, mut stops) = (before.fork(None), 0);
-        while let Err(error) = run(&memory, of, &StopAfter(AtomicI64::new(patience(&memory)))) {
+        while let Err(error) = run(&memory, of, &StopAfter(AtomicI64::new(patience(&memory, &name)))) {
             assert_eq!(error.exit_code(), 130, "{name}: {error}");
             memory = memory.reboot(Survives::Nothing);
             stops += 1;

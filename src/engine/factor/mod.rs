@@ -7,7 +7,9 @@
 //!   algorithm 4.4), until another round makes the rest of ΔW shorter by less than [`PROGRESS`] of it. B' = U √S and
 //!   A' = √S Vᵀ.
 //! - All sums run in a fixed order (`tall`, `spectrum`): the same bytes for any threads, memory and instruction set.
-//! - What is done is done by module: an interrupted run finds thresholds again and goes on with the next module.
+//! - What is done is done by module: an interrupted run knows its thresholds, and goes on with the module that it was at. In the
+//!   journal, thresholds and searches for them have the numbers of modules, and what was counted of a module has the number
+//!   behind these ([`Factored::result`]).
 
 mod spectrum;
 mod tall;
@@ -24,13 +26,14 @@ use super::records::UnitDone;
 use super::select::{Thresholds, UnitThresholds, cuts, tensor_cuts};
 use super::shards::{ShardWriter, write_shards};
 use super::turns::Pending;
+use super::under_way::{Notes, add};
 use super::worker::{Known, Tally};
 use super::{Finished, Observer, check_inputs_unchanged, pool, report};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::limits::OUT_ELEMENTS;
-use crate::plan::{Action, Chunk, Factored, Overflow, Plan, Schedule, UnitKind, Wanted, search_columns};
+use crate::plan::{Action, Chunk, Factored, Overflow, Plan, Schedule, Unit, UnitKind, Wanted, search_columns};
 use spectrum::{Spectrum, spectrum};
 use tall::{Hands, Tall};
 
@@ -62,27 +65,33 @@ struct Counted {
     whole: f64,
     kept: f64,
     tally: Tally,
+    /// Where they are kept by position.
+    ties: TieCounts,
 }
 
 impl Counted {
     /// As numbers for the journal, which are exact below 2^53.
     fn facts(&self) -> Vec<f64> {
         let counts = [self.tally.conflicts, self.tally.merged];
-        let counts = counts.iter().chain(&self.tally.kept).chain(&self.tally.agreeing);
+        let counts = counts.iter().chain(&self.tally.kept).chain(&self.tally.agreeing).chain(&self.ties);
         [self.whole, self.kept].into_iter().chain(counts.map(|&count| count as f64)).collect()
     }
 
-    /// From such numbers, of `models` models.
-    fn of(done: &UnitDone, models: usize) -> Option<Self> {
-        let (facts, bytes_read) = (&done.facts[..], done.bytes_read);
-        let (&[whole, kept, conflicts, merged], rest) = facts.split_first_chunk::<4>()?;
-        let sound = rest.len() == 2 * models && facts.iter().all(|fact| fact.is_finite() && *fact >= 0.0);
-        let counts = |part: &[f64]| part.iter().map(|&count| count as u64).collect();
-        let (survivors, agreeing) = sound.then(|| rest.split_at(models))?;
-        let (conflicts, merged) = (conflicts as u64, merged as u64);
-        let counted = Tally { kept: counts(survivors), agreeing: counts(agreeing), ..Tally::of(models) };
-        let tally = Tally { conflicts, merged, bytes_read, ..counted };
-        Some(Self { whole, kept, tally })
+    /// From such numbers about module `index` of `merged`, if they can be that.
+    fn of(done: &UnitDone, merged: &Plan, index: usize) -> Option<Self> {
+        let (models, most) = (merged.models(), merged.tensors[index].elements);
+        let (lengths, counts) = done.facts.split_first_chunk::<2>()?;
+        let counts: Vec<u64> = counts.iter().map(|&count| count as u64).collect();
+        let (&[conflicts, of_all], rest) = counts.split_first_chunk::<2>()?;
+        let sound = done.facts.iter().all(|fact| fact.is_finite() && *fact >= 0.0);
+        if !sound || counts.iter().any(|&count| count > most) || rest.len() != models * (2 + merged.bounds()) {
+            return None;
+        }
+        let ((kept, rest), [whole, held]) = (rest.split_at(models), *lengths);
+        let (agreeing, ties) = rest.split_at(models);
+        let counted = Tally { kept: kept.to_vec(), agreeing: agreeing.to_vec(), ..Tally::of(models) };
+        let tally = Tally { conflicts, merged: of_all, bytes_read: done.bytes_read, ..counted };
+        Some(Self { whole, kept: held, tally, ties: ties.to_vec() })
     }
 }
 
@@ -156,7 +165,12 @@ pub(super) fn run(
 ) -> Result<Finished> {
     let mut found = None;
     let all = 0..plan.layout.shards.len();
-    let written = write_shards(plan, dir, all, observer, None, &|_| true, |writer, kept| {
+    // Nothing is written before all thresholds are recorded.
+    let makes_sense = |kept: &Kept| {
+        let written = (0..plan.tensors.len() as u32).any(|tensor| kept.has_part_of(tensor));
+        !written || schedule.units.iter().all(|unit| kept.unit(&factored.merged, unit).is_some())
+    };
+    let written = write_shards(plan, dir, all, observer, None, &makes_sense, |writer, kept| {
         found = Some(work(plan, factored, schedule, observer, writer, kept)?);
         Ok(())
     })?;
@@ -196,12 +210,15 @@ fn work(
     kept: &Kept,
 ) -> Result<Found> {
     let merged = &factored.merged;
+    // What is kept are parts of factors; of what is merged, nothing is.
     let nothing = Kept::new(merged);
+    let mut passes = Passes::new(merged, schedule, observer, None, &nothing);
+    passes.notes = Some(Notes::of_merge(merged, writer, &kept.under_way));
     let mut factoring = Factoring {
         plan,
         factored,
         schedule,
-        passes: Passes::new(merged, schedule, observer, None, &nothing),
+        passes,
         observer,
         units: Vec::new(),
         unit_of: vec![None; merged.tensors.len()],
@@ -209,7 +226,7 @@ fn work(
         block: Vec::with_capacity(schedule.held_elements as usize),
         ties: vec![0; merged.models() * merged.bounds()],
     };
-    factoring.find_thresholds()?;
+    factoring.find_thresholds(writer, kept)?;
     let searched = factoring.passes.tally().bytes_read;
     let counted = factoring.modules(writer, kept)?;
     let mut thresholds = Thresholds::new(merged.models(), merged.selects());
@@ -237,27 +254,34 @@ fn summary(factored: &Factored, counted: &[Counted]) -> FactorReport {
 }
 
 impl Factoring<'_> {
-    /// What survives of each tensor.
-    fn find_thresholds(&mut self) -> Result<()> {
+    /// What survives of each tensor. Thresholds are kept, at the latest when all of them are found.
+    fn find_thresholds(&mut self, writer: &ShardWriter<'_>, kept: &Kept) -> Result<()> {
         let merged = self.passes.plan;
-        if !self.schedule.units.is_empty() && !self.passes.announces_passes() {
+        let lacking = self.schedule.units.iter().filter(|unit| kept.unit(merged, unit).is_none()).count();
+        if lacking > 0 && !self.passes.announces_passes() {
             self.observer.stage("sketch", self.schedule.search_bytes(merged));
         }
+        let mut left = lacking;
         for unit in &self.schedule.units {
-            let mut unit = unit.clone();
-            if unit.kind == UnitKind::Solo {
-                (unit.kind, unit.chunk_elements) = (UnitKind::Streamed, self.schedule.chunk_elements);
-            }
-            let goals = merged.goals(&unit);
-            let mut resident = self.passes.hold(&unit);
-            let found = self.passes.shared_thresholds(&unit, &goals, &mut resident, None)?;
-            let cuts = cuts(merged, &goals, &found);
-            let facts = self.passes.facts(&unit, &mut resident, &cuts)?;
-            let majority = self.passes.majority(&unit, &mut resident, &cuts, &facts)?;
-            self.passes.give_back(resident);
+            let ready = match kept.unit(merged, unit) {
+                Some(known) => {
+                    // Else there is no stage that it is a part of.
+                    self.observer.advance(if lacking > 0 { known.bytes_read } else { 0 });
+                    self.known(unit, known)
+                }
+                None => {
+                    left -= 1;
+                    let (ready, done) = self.search(unit)?;
+                    if left > 0 {
+                        writer.keep_soon(done)?
+                    } else {
+                        writer.keep(done)?
+                    }
+                    ready
+                }
+            };
             unit.tensors.iter().for_each(|&tensor| self.unit_of[tensor as usize] = Some(self.units.len()));
-            let thresholds = UnitThresholds::new(&unit, &goals, &found);
-            self.units.push(Ready { cuts, known: Known { majority, facts }, thresholds });
+            self.units.push(ready);
         }
         // Tensors without thresholds are as a unit of their own, of which nothing is cut.
         let known = Known::default();
@@ -267,6 +291,43 @@ impl Factoring<'_> {
             self.units.push(Ready { cuts, known, thresholds });
         }
         Ok(())
+    }
+
+    /// A unit whose thresholds an earlier attempt found.
+    fn known(&mut self, unit: &Unit, known: &UnitDone) -> Ready {
+        let merged = self.passes.plan;
+        let (goals, found): (_, Vec<_>) = (merged.goals(unit), known.found.iter().map(|f| f.map(|(t, _)| t)).collect());
+        self.passes.take_over_reads(known.bytes_read);
+        Ready {
+            cuts: cuts(merged, &goals, &found),
+            known: Known { majority: f32::from(known.majority), facts: known.facts.clone() },
+            thresholds: UnitThresholds::new(unit, &goals, &found),
+        }
+    }
+
+    /// Searches the thresholds of a unit.
+    fn search(&mut self, unit: &Unit) -> Result<(Ready, UnitDone)> {
+        let (merged, before) = (self.passes.plan, self.passes.tally().bytes_read);
+        let mut unit = unit.clone();
+        if unit.kind == UnitKind::Solo {
+            (unit.kind, unit.chunk_elements) = (UnitKind::Streamed, self.schedule.chunk_elements);
+        }
+        let goals = merged.goals(&unit);
+        let mut resident = self.passes.hold(&unit);
+        let found = self.passes.shared_thresholds(&unit, &goals, &mut resident, None)?;
+        let cuts = cuts(merged, &goals, &found);
+        let facts = self.passes.facts(&unit, &mut resident, &cuts)?;
+        let majority = self.passes.majority(&unit, &mut resident, &cuts, &facts)?;
+        self.passes.give_back(resident);
+        let thresholds = UnitThresholds::new(&unit, &goals, &found);
+        let done = UnitDone {
+            tensor: thresholds.tensor,
+            found: thresholds.found.clone(),
+            majority: majority as i8,
+            bytes_read: self.passes.tally().bytes_read - before,
+            facts: facts.clone(),
+        };
+        Ok((Ready { cuts, known: Known { majority, facts }, thresholds }, done))
     }
 
     /// Does all modules, in the order of positions.
@@ -283,14 +344,14 @@ impl Factoring<'_> {
             self.observer.go_on()?;
             let (a, b) = (2 * index as u32, 2 * index as u32 + 1);
             let done = |tensor: u32| kept.gaps(tensor, self.plan.length(tensor)).next().is_none();
-            let known = kept.done(a).filter(|_| done(a) && done(b));
-            let known = known.and_then(|unit| Counted::of(unit, merged.models()));
+            let known = kept.done(self.factored.result(index)).filter(|_| done(a) && done(b));
+            let known = known.and_then(|unit| Counted::of(unit, merged, index));
             if merged.scope == crate::plan::Scope::Tensor {
                 self.ties.fill(0);
             }
             counted[index] = Some(match known {
                 Some(known) => {
-                    self.pass_by(index)?;
+                    add(&mut self.ties, &known.ties);
                     known
                 }
                 None => self.module(index, writer, kept)?,
@@ -298,18 +359,6 @@ impl Factoring<'_> {
             self.observer.advance(4 * area(index));
         }
         Ok(counted.into_iter().flatten().collect())
-    }
-
-    /// Counts the ties of a module that is done, where the modules after it need them.
-    fn pass_by(&mut self, index: usize) -> Result<()> {
-        if self.passes.plan.position_ordered() && self.unit_of[index].is_some() {
-            let mut module = self.open(index);
-            // The earlier attempt has counted what it read.
-            self.passes.workers.iter_mut().for_each(|worker| worker.rereads = true);
-            self.each_block(&mut module, |_, _, _| Ok(()))?;
-            self.passes.workers.iter_mut().for_each(|worker| worker.rereads = false);
-        }
-        Ok(())
     }
 
     fn open(&self, index: usize) -> Module {
@@ -328,7 +377,7 @@ impl Factoring<'_> {
 
     /// Seeks the factors of a module and writes them.
     fn module(&mut self, index: usize, writer: &ShardWriter<'_>, kept: &Kept) -> Result<Counted> {
-        let before = self.passes.tally();
+        let (before, ties_before) = (self.passes.tally(), self.ties.clone());
         let mut module = self.open(index);
         let (rows, columns, rank) = (module.rows, module.columns, self.factored.rank as usize);
         let width = search_columns(rows as u64, columns as u64, self.factored.rank) as usize;
@@ -353,10 +402,10 @@ impl Factoring<'_> {
             }
             last = held;
         }
-        let own = self.passes.tally();
-        let tally = own.since(&before);
+        let tally = self.passes.tally().since(&before);
+        let ties = self.ties.iter().zip(ties_before).map(|(sum, before)| sum - before).collect();
         let squares: f64 = found.values.iter().take(rank).map(|value| value * value).sum();
-        let counted = Counted { whole: module.whole.unwrap_or(0.0), kept: squares, tally };
+        let counted = Counted { whole: module.whole.unwrap_or(0.0), kept: squares, tally, ties };
         self.write(index, (&x, &y), &found, (writer, kept), &counted)?;
         Ok(counted)
     }
@@ -447,7 +496,7 @@ impl Factoring<'_> {
         })?;
         if !again {
             module.ties.push(before);
-            self.ties.iter_mut().zip(chain.into_inner()).for_each(|(sum, own)| *sum += own);
+            add(&mut self.ties, &chain.into_inner());
         }
         Ok(())
     }
@@ -514,9 +563,10 @@ impl Factoring<'_> {
                 out.write(first * width, bytes)?;
             }
             let last = number + 1 == gaps.len();
+            let merged = self.passes.plan;
             let done = counted.filter(|_| last).map(|counted| UnitDone {
-                tensor: tensor - 1,
-                found: vec![None; self.plan.models() * self.plan.bounds()],
+                tensor: self.factored.result(tensor as usize / 2),
+                found: vec![None; merged.models() * merged.bounds()],
                 majority: 0,
                 bytes_read: counted.tally.bytes_read,
                 facts: counted.facts(),
