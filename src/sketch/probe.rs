@@ -70,7 +70,7 @@ impl Probe {
             return None;
         }
         let middle = bin_at(&total, fraction * samples as f64);
-        let half = SIGMAS * standard_error(self.shares(middle), fraction, samples as f64);
+        let half = SIGMAS * standard_error(self.shares(middle).into_iter(), fraction, samples as f64);
         let high = bin_at(&total, (fraction - half) * samples as f64);
         let low = bin_at(&total, (fraction + half) * samples as f64);
         // The top bin of a sample says little about the largest value of the data.
@@ -79,12 +79,13 @@ impl Probe {
     }
 
     /// Share of values at or above bin `bin` in each group that is not empty.
-    fn shares(&self, bin: usize) -> impl Iterator<Item = f64> + Clone {
-        let sum = |counts: &[u32]| counts.iter().map(|&n| f64::from(n)).sum::<f64>();
-        self.groups.iter().filter_map(move |group| {
-            let all = sum(group);
-            (all > 0.0).then(|| sum(&group[bin..]) / all)
-        })
+    fn shares(&self, bin: usize) -> Vec<f64> {
+        let sum = |counts: &[u32]| counts.iter().map(|&n| u64::from(n)).sum::<u64>();
+        let share = |group: &Vec<u32>| match sum(group) {
+            0 => None,
+            all => Some(sum(&group[bin..]) as f64 / all as f64),
+        };
+        self.groups.iter().filter_map(share).collect()
     }
 }
 
@@ -284,10 +285,10 @@ fn standard_error(shares: impl Iterator<Item = f64> + Clone, fraction: f64, samp
 
 /// The bin that holds the value with `rank` values above it, counted from the top; 0 if there are fewer.
 fn bin_at(counts: &[u64], rank: f64) -> usize {
-    let mut above = 0.0;
+    let mut above = 0;
     for (bin, &count) in counts.iter().enumerate().rev() {
-        above += count as f64;
-        if above > 0.0 && above >= rank {
+        above += count;
+        if above > 0 && above as f64 >= rank {
             return bin;
         }
     }
