@@ -83,5 +83,5 @@ pub mod bench {
 /// What the fuzz targets take apart. No part of the API: it changes without notice.
 #[doc(hidden)]
 pub mod fuzz {
-    pub use crate::engine::{Decoded, decode_journal};
+    pub use crate::engine::{Decoded, decode_journal, packing_left};
 }

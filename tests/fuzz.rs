@@ -141,6 +141,11 @@ fn packed() {
 }
 
 #[test]
+fn packing() {
+    target("packing", 3, cases::packing::run);
+}
+
+#[test]
 fn torch() {
     target("torch", 10, cases::torch::run);
 }

@@ -12,7 +12,7 @@ use tiesmith::{ModelInput, Observer, OutputOptions, Plan, Recipe, Report, Run, S
 use super::Files;
 
 /// Stops the run when it has asked so many times.
-struct StopAfter(AtomicI64);
+pub struct StopAfter(pub AtomicI64);
 
 impl Observer for StopAfter {
     fn stopped(&self) -> bool {
@@ -65,7 +65,7 @@ fn merge(files: &Files, kind: Kind, patience: i64) -> tiesmith::Result<Report> {
     tiesmith::merge(&plan, &schedule, &output, storage, &StopAfter(AtomicI64::new(patience)))
 }
 
-fn make_inputs(files: &Files) {
+pub(super) fn make_inputs(files: &Files) {
     let header = r#"{"a":{"dtype":"F32","shape":[50],"data_offsets":[0,200]},"b":{"dtype":"F32","shape":[30],"data_offsets":[200,320]}}"#;
     for (number, name) in (0u32..).zip(["base", "one", "two"]) {
         let value = |i: u32| (i.wrapping_mul(2_654_435_761 + number) >> 8) as f32 / 1e7;
@@ -116,27 +116,8 @@ pub fn record(number: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
     record
 }
 
-/// See the file's documentation. Of the first byte, the two highest bits say which merge it is.
-pub fn run(data: &[u8]) {
-    thread_local! {
-        static STARTS: [OnceLock<(Files, Interrupted)>; 8] = const { [const { OnceLock::new() }; 8] };
-    }
-    let Some((&way, data)) = data.split_first() else { return };
-    let kind = Kind { hashes: way & 0x40 != 0, streams: way & 0x80 != 0 };
-    STARTS.with(|starts| {
-        let number = usize::from(way >> 6) + if super::ON_DISK.get() { 4 } else { 0 };
-        let (files, start) = starts[number].get_or_init(|| {
-            let files = Files::new(&format!("journal-{number}"));
-            let start = interrupted(&files, kind);
-            (files, start)
-        });
-        check(files, start, kind, way & 0x3f, data);
-    });
-}
-
-fn check(files: &Files, start: &Interrupted, kind: Kind, way: u8, data: &[u8]) {
-    let mut tree = start.tree.clone();
-    let journal = tree.get_mut(Path::new(".tiesmith/journal")).expect("a journal");
+/// Changes a journal of two records or more in one of four ways.
+pub fn change(journal: &mut Vec<u8>, way: u8, data: &[u8]) {
     let starts: Vec<usize> = (0..journal.len() - 4).filter(|&at| &journal[at..at + 4] == b"TSR\n").collect();
     match way % 4 {
         // Another tail.
@@ -159,6 +140,29 @@ fn check(files: &Files, start: &Interrupted, kind: Kind, way: u8, data: &[u8]) {
             }
         }
     }
+}
+
+/// See the file's documentation. Of the first byte, the two highest bits say which merge it is.
+pub fn run(data: &[u8]) {
+    thread_local! {
+        static STARTS: [OnceLock<(Files, Interrupted)>; 8] = const { [const { OnceLock::new() }; 8] };
+    }
+    let Some((&way, data)) = data.split_first() else { return };
+    let kind = Kind { hashes: way & 0x40 != 0, streams: way & 0x80 != 0 };
+    STARTS.with(|starts| {
+        let number = usize::from(way >> 6) + if super::ON_DISK.get() { 4 } else { 0 };
+        let (files, start) = starts[number].get_or_init(|| {
+            let files = Files::new(&format!("journal-{number}"));
+            let start = interrupted(&files, kind);
+            (files, start)
+        });
+        check(files, start, kind, way & 0x3f, data);
+    });
+}
+
+fn check(files: &Files, start: &Interrupted, kind: Kind, way: u8, data: &[u8]) {
+    let mut tree = start.tree.clone();
+    change(tree.get_mut(Path::new(".tiesmith/journal")).expect("a journal"), way, data);
     files.clear(OUT);
     for (name, content) in &tree {
         files.put(&format!("{OUT}/{}", name.display()), content);

@@ -13,6 +13,7 @@ pub mod journal;
 pub mod manifest;
 pub mod memory;
 pub mod packed;
+pub mod packing;
 pub mod recipe;
 pub mod records;
 pub mod torch;

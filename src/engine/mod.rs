@@ -50,7 +50,7 @@ pub use diff::{Change, DiffOptions, DiffReport, TensorDiff, diff};
 pub use factor::FactorReport;
 pub use hand_over::OnShard;
 pub use inspect::{DtypeTotal, InspectReport, Octave, TensorStats, ValueStats, inspect};
-pub use pack::{PackOutput, PackReport, pack};
+pub use pack::{PackOutput, PackReport, pack, packing_left};
 pub use parts::{Job, Part, PartReport, Stage, finish, run_part};
 pub use repair::repair;
 pub use sweep::{SweepEntry, SweepOptions, SweepReport, Variant, sweep};

@@ -99,12 +99,7 @@ pub fn pack(
     let schedule = packing.schedule(run)?;
     super::check_memory(&schedule)?;
     let place = Place::take(plan, output, &**storage)?;
-    let chunks = jobs.iter().map(Job::chunks).sum::<u64>() as usize;
-    let left = packing.contents(&plan.checkpoints[BASE]).and_then(|contents| {
-        let left = place.left(plan, (chunks, &contents), output.force, observer)?;
-        Ok((left, contents))
-    });
-    let (left, contents) = match left {
+    let (left, contents) = match packing.left(&place, output.force, observer) {
         Ok(left) => left,
         Err(error) => {
             place.leave();
@@ -133,6 +128,17 @@ pub fn pack(
             warnings: plan.checkpoints.iter().flat_map(|c| c.warnings.iter().cloned()).collect(),
         }
     })
+}
+
+/// Reads what is left of an interrupted packing as [`pack`] does; returns how many chunks are kept, and whether ties are.
+pub fn packing_left(plan: &Plan, output: &PackOutput, storage: &dyn Storage) -> Result<(usize, bool)> {
+    struct Silent;
+    impl Observer for Silent {}
+    let jobs = jobs(plan)?;
+    let place = Place::take(plan, output, storage)?;
+    let left = Packing::new(plan, &jobs).left(&place, output.force, &Silent);
+    place.leave();
+    left.map(|(left, _)| (left.chunks.len(), !left.ties.is_empty()))
 }
 
 /// A tensor to pack.
@@ -223,6 +229,13 @@ impl<'a> Packing<'a> {
 
     fn items(&self) -> impl Iterator<Item = Item> + '_ {
         self.jobs.iter().enumerate().flat_map(|(job, own)| (0..own.chunks()).map(move |number| Item { job, number }))
+    }
+
+    /// What earlier attempts left in `place`, and what the file says behind its chunks.
+    fn left(&self, place: &Place<'_>, force: bool, observer: &dyn Observer) -> Result<(Left, Contents)> {
+        let contents = self.contents(&self.plan.checkpoints[BASE])?;
+        let chunks = self.jobs.iter().map(Job::chunks).sum::<u64>() as usize;
+        Ok((place.left(self.plan, (chunks, &contents), force, observer)?, contents))
     }
 
     /// What packing takes beside finding thresholds, in bytes.

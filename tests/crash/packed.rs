@@ -131,6 +131,45 @@ fn packing_that_is_disturbed_while_it_recovers_ends_the_same() {
     assert!(cases > 500 / STEP.pow(2) && resumed > cases / 4, "{cases}, {resumed}");
 }
 
+/// A checkpoint and its base, of one bfloat16 tensor of six chunks.
+fn six_chunks() -> Memory {
+    let elements = 1_400_001u32;
+    let header = format!(r#"{{"w":{{"dtype":"BF16","shape":[{elements}],"data_offsets":[0,{}]}}}}"#, 2 * elements);
+    let memory = Memory::default();
+    for (seed, name) in (0u32..).zip(["base", "one"]) {
+        let value = |i: u32| (i.wrapping_mul(2_654_435_761 + 2 * seed) >> 20) as u16 | 0x3000;
+        let data: Vec<u8> = (0..elements).flat_map(|i| value(i).to_le_bytes()).collect();
+        let content = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat();
+        memory.put(&format!("/in/{name}/model.safetensors"), &content);
+    }
+    memory
+}
+
+/// Chunks that several workers write in any order, some behind gaps: what is recorded of them is there, wherever it ends.
+#[test]
+fn packing_by_several_workers_that_is_disturbed_ends_the_same() {
+    let run = Run { keep_after: Duration::ZERO, ..Run::new(120 << 20, 3) };
+    let (before, mut cases, mut resumed) = (six_chunks(), 0, 0);
+    for way in [WHOLE, Way { density: 0.3, ties: TrimTies::Lowest, ..WHOLE }] {
+        // One worker gives the same.
+        let ((operations, changes), expected, once) = way.undisturbed(&before);
+        let faults = every_fault(operations, changes, |at| [KINDS[at as usize % KINDS.len()], ErrorKind::Other]);
+        for (at, fault, survives) in faults.into_iter().step_by(2 * STEP + 1) {
+            let what = format!("{way:?}, three workers, at {at}, {fault:?}, survives {survives:?}");
+            let memory = before.fork(Some((at, fault)));
+            let _ = way.run(&memory, run, &Silent);
+            let memory = memory.reboot(survives);
+            // Another crash on the way back, where there is a way back.
+            let again = memory.fork(Some((at / 2 + 2, Fault::CrashIn)));
+            let _ = way.run(&again, run, &Silent);
+            resumed += usize::from(finish(way, &again.reboot(survives), &expected, &once, &what));
+            cases += 1;
+        }
+    }
+    say(&format!("{cases} packings by several workers disturbed, {resumed} of them with work taken over"));
+    assert!(cases > 400 / STEP && resumed > cases / 4, "{cases}, {resumed}");
+}
+
 /// However soon each attempt is stopped: thresholds, ties and chunks are kept, and what is read is not more in the end.
 #[test]
 fn packing_that_never_gets_far_gets_through() {
