@@ -91,9 +91,9 @@ pub struct LookArgs {
 
     /// Where to keep what is downloaded and needed again until the run ends, or 'none' [default: in --out]
     ///
-    /// Where thresholds are sought over the whole model (--scope model), inputs are read twice. Of inputs on the network,
-    /// everything is kept on the disk for the second time, compressed; what that has no room for is downloaded again. With
-    /// 'none', or a --cache, nothing is kept.
+    /// Where thresholds are sought over the whole model (--scope model), inputs are read twice; else tensors are that do not
+    /// fit into --memory. Of inputs on the network, everything is kept on the disk for the second time, compressed; what that
+    /// has no room for is downloaded again. With 'none', or a --cache, nothing is kept.
     #[arg(long, value_name = "DIR")]
     pub spool: Option<PathBuf>,
 

@@ -101,8 +101,9 @@ impl Rates {
 
     /// What a pass downloads that another did, but for the sample.
     fn downloaded_again(self, passes: &[PassSummary], spool_bytes: u64) -> u64 {
-        let bytes = |rates: Self| rates.passes(passes, spool_bytes).iter().map(|pass| pass.network_bytes).sum::<u64>();
-        bytes(self) - bytes(Self { cache_bytes: u64::MAX, room: None, ..self }).min(bytes(self))
+        let shown = self.passes(passes, spool_bytes);
+        let all: u64 = shown.iter().filter(|pass| pass.name != "probe").map(|pass| pass.network_bytes).sum();
+        all.saturating_sub(PassSummary::needed_once(passes))
     }
 
     fn passes(self, passes: &[PassSummary], all_spooled: u64) -> Vec<Pass> {

@@ -205,11 +205,13 @@ impl Looker for Shared<'_, '_> {
         let (turns, plan, cuts) = (Turns::new(Vec::new()), self.passes.plan, self.cuts);
         let chain = TieChain::of(cuts.len());
         let ordered = Both(&turns, &chain);
+        let keep = self.passes.keeper(&vec![true; plan.models()]);
         self.passes.each_chunk(self.unit, self.resident, Wanted::All, Some(&ordered), |worker, ordinal, data| {
             let cuts = tensor_cuts(plan, data.chunk, cuts, &[]);
             let (mut seen, _) = ties_before(worker, &chain, ordinal, data, &cuts)?;
             let mut granules = Vec::new();
             worker.sum(data, (look, facts), (&cuts, &mut seen), |sums| granules.push(sums.to_vec()))?;
+            keep(worker, data)?;
             turns.take(ordinal, |total: &mut Vec<f64>| {
                 for sums in &granules {
                     total.resize(sums.len(), 0.0);
@@ -217,14 +219,18 @@ impl Looker for Shared<'_, '_> {
                 }
             })
         })?;
+        self.passes.looked_at_all()?;
         Ok(turns.into_inner())
     }
 
     fn sketches(&mut self, facts: &[f64], brackets: &[Option<Bracket>]) -> Result<Vec<MagnitudeSketch>> {
         self.passes.workers.iter_mut().for_each(|worker| worker.set_brackets(brackets));
+        let keep = self.passes.keeper(&vec![true; self.passes.plan.models()]);
         self.passes.each_chunk(self.unit, self.resident, Wanted::All, None, |worker, _, data| {
-            worker.sketch_scores(data, facts, brackets)
+            worker.sketch_scores(data, facts, brackets)?;
+            keep(worker, data)
         })?;
+        self.passes.looked_at_all()?;
         Ok(self.passes.sum_of_sketches())
     }
 }

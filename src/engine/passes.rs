@@ -249,6 +249,7 @@ impl<'a> Passes<'a> {
         // One stage for all passes counts the reads of the first ones too.
         let done = if self.announces_passes() { self.kept.tally.bytes_read } else { known.bytes_read };
         self.observer.advance(done);
+        self.looked = true;
         self.kept_reads = self.kept_reads.saturating_add(known.bytes_read);
         // What was in memory when the thresholds were found is read again: reads that an undisturbed run does not make.
         let rereads = unit.kind == UnitKind::Resident;
@@ -313,7 +314,8 @@ impl<'a> Passes<'a> {
         let items = chunks.map(move |chunk| Item { chunk, slot: slots.as_mut().and_then(Iterator::next) });
         let observer = self.observer;
         // The first pass is the one that leaves what later ones find.
-        let counts = !self.looked && matches!(wanted, Wanted::TaskVectors(_));
+        let first = matches!(wanted, Wanted::TaskVectors(_)) || !plan.needs().looks.is_empty();
+        let counts = first && !self.looked;
         let spool = self.spool.map(|spool| Use { spool, counts });
         let ahead = |item: &Item<'_>| {
             if !loaded {

@@ -541,6 +541,12 @@ impl<'a> Passes<'a> {
         selectors.into_iter().zip(bounds.iter().cycle()).map(over).collect()
     }
 
+    /// All of the unit was looked at: what was kept of it is there for the next look.
+    pub(super) fn looked_at_all(&mut self) -> Result<()> {
+        self.looked = true;
+        self.spool.map_or(Ok(()), Spool::refresh)
+    }
+
     /// Keeps what matters of each chunk that a look has loaded; `models` are those that it looks at.
     pub(super) fn keeper(&self, models: &[bool]) -> impl Fn(&mut Worker, Loaded<'_>) -> Result<()> + Sync + use<'a> {
         let spool = self.spool;

@@ -164,7 +164,7 @@ fn run_all(
         }
     }
     for &at in &alone {
-        let schedule = Schedule::new(&variants[at].plan, run)?;
+        let schedule = Schedule::with_spool(&variants[at].plan, run)?.keeping(&variants[at].plan, &options.downloads);
         let report = merge(&variants[at].plan, &schedule, &sweep.options(&variants[at]), storage, observer)?;
         sweep.bytes_read = sweep.bytes_read.saturating_add(report.bytes_read);
         separate = separate.saturating_add(report.bytes_read);

@@ -20,7 +20,7 @@ impl Schedule {
         let (mut far_probe, mut far_sketch, mut far) = (0, 0, remote_bytes_of(plan, &self.direct, Wanted::All));
         let (mut far_vote, mut far_gather) = (0, 0);
         // What is there from earlier passes.
-        let (mut spared_vote, mut spared_merge) = (0, 0);
+        let (mut spared_vote, mut spared_gather, mut spared_merge) = (0, 0, 0);
         let looks = Self::looks(plan);
         let mut gather = 0;
         for unit in &self.units {
@@ -49,7 +49,11 @@ impl Schedule {
             (gather, far_gather) = (gather + looks * all, far_gather + looks * far_all);
             if let Some(spool) = &self.spool {
                 spared_merge += spool.spared(plan, &unit.tensors, false);
-                spared_vote += if plan.votes() { spool.spared(plan, &unit.tensors, true) } else { 0 };
+                spared_vote += if plan.votes() { spool.spared(plan, &unit.tensors, looks == 0) } else { 0 };
+                if looks > 0 {
+                    spared_gather += spool.spared(plan, &unit.tensors, true);
+                    spared_gather += (looks - 1) * spool.spared(plan, &unit.tensors, false);
+                }
             }
         }
         let written = plan.layout.shards.iter().map(|s| s.bytes).sum();
@@ -71,7 +75,7 @@ impl Schedule {
             pass("probe", "sample magnitudes to bracket the thresholds", probe, far_probe, 0, 0),
             pass("sketch", find, sketch, far_sketch, 0, 0),
             pass("vote", "count elected signs for the majority", vote, far_vote, spared_vote, 0),
-            pass("gather", "sum up or rank what the method needs of each tensor", gather, far_gather, 0, 0),
+            pass("gather", "sum up or rank what the method needs of each tensor", gather, far_gather, spared_gather, 0),
             pass("merge", "merge and write", merge, far, spared_merge, written),
         ];
         passes.retain(|p| p.bytes_read + p.bytes_spared > 0 || p.name == "merge");

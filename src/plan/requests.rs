@@ -112,18 +112,19 @@ impl OfPasses {
     /// What comes before the merge of a unit that is read more than once.
     fn add_searches(&mut self, plan: &Plan, schedule: &Schedule, unit: &Unit) {
         let none = || Requests::new(plan, schedule.ahead_bytes);
-        let over = |wanted: Wanted<'_>, votes: bool| {
+        // `first` says whether a pass is the first after the sketch pass, or a later one.
+        let over = |wanted: Wanted<'_>, first: Option<bool>| {
             let mut pass = none();
             for &tensor in &unit.tensors {
-                let pieces = plan.pieces(tensor, wanted);
-                let left = pieces.filter(|&piece| !(votes && spares(plan, schedule, (tensor, piece), true)));
+                let there = |piece| first.is_some_and(|first| spares(plan, schedule, (tensor, piece), first));
+                let left = plan.pieces(tensor, wanted).filter(|&piece| !there(piece));
                 left.for_each(|piece| pass.tensor(tensor, piece));
             }
             pass.count()
         };
         let models = plan.searched(&plan.goals(unit));
         if models.contains(&true) {
-            self.sketch += over(Wanted::TaskVectors(&models), false);
+            self.sketch += over(Wanted::TaskVectors(&models), None);
             let exact = plan.trim.as_ref().is_some_and(|trim| trim.threshold == ThresholdKind::Exact);
             if exact || schedule.spool.as_ref().is_some_and(|spool| spool.needs_bounds()) {
                 let mut probe = none();
@@ -134,8 +135,11 @@ impl OfPasses {
                 self.probe += probe.count();
             }
         }
-        self.vote += if plan.votes() { over(Wanted::All, true) } else { 0 };
-        self.gather += Schedule::looks(plan) * over(Wanted::All, false);
+        let looks = Schedule::looks(plan);
+        self.vote += if plan.votes() { over(Wanted::All, Some(looks == 0)) } else { 0 };
+        if looks > 0 {
+            self.gather += over(Wanted::All, Some(true)) + (looks - 1) * over(Wanted::All, Some(false));
+        }
     }
 
     /// Of the pass called `name`.
@@ -150,7 +154,7 @@ impl OfPasses {
     }
 }
 
-/// Whether a pass finds `piece` of a tensor on the local disk: the vote, or the merge.
-fn spares(plan: &Plan, schedule: &Schedule, (tensor, piece): (u32, Piece), votes: bool) -> bool {
-    schedule.spool.as_ref().is_some_and(|spool| spool.spares(plan, tensor, piece, votes))
+/// Whether a pass finds `piece` of a tensor on the local disk: the first one after the sketch pass, or the merge.
+fn spares(plan: &Plan, schedule: &Schedule, (tensor, piece): (u32, Piece), first: bool) -> bool {
+    schedule.spool.as_ref().is_some_and(|spool| spool.spares(plan, tensor, piece, first))
 }

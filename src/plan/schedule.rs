@@ -164,7 +164,7 @@ impl Schedule {
         if plan.factors.is_some() {
             return Self::new(plan, run);
         }
-        Self::cut_for_merge(plan, run, Demand::of(plan))
+        Self::cut_keeping(plan, run, Demand::of(plan), &|tensors| Spooling::of(plan, tensors))
     }
 
     /// Cuts `plan` for a run that makes other outputs of what it loads; see [`Self::new`].
@@ -180,8 +180,7 @@ impl Schedule {
             demand.out_width = demand.out_width.max(own.out_width);
             demand.tile = demand.tile.max(own.tile);
         }
-        let spool = Spooling::of_together(plan, &demand.grouped, others);
-        Self::cut_keeping(plan, run, demand, spool)
+        Self::cut_keeping(plan, run, demand, &|tensors| Spooling::of_together(plan, tensors, others))
     }
 
     /// Cuts a look at the models of `plan` for `run`, that seeks `goals` in a unit: nothing is written, and no unit is held in
@@ -193,32 +192,36 @@ impl Schedule {
         demand.sums = study.sums;
         demand.direct.clear();
         demand.study = Some(study);
-        let spool = Spooling::of_study(plan, &demand.grouped, goals);
-        Self::cut_keeping(plan, run, demand, spool)
+        Self::cut_keeping(plan, run, demand, &|tensors| Spooling::of_study(plan, tensors, goals))
     }
 
     /// The same with sketches of `bins` bins, as runs that add up their sketches must have, and with room to write them
     /// down.
     pub fn with_bins(plan: &Plan, run: Run, bins: usize) -> Result<Self> {
-        Self::cut_for_merge(plan, run, Demand { fixed_bins: Some(bins), ..Demand::of(plan) })
+        let demand = Demand { fixed_bins: Some(bins), ..Demand::of(plan) };
+        Self::cut_keeping(plan, run, demand, &|tensors| Spooling::of(plan, tensors))
     }
 
-    /// Cuts `plan` for a merge that keeps on the local disk what it needs again of what it downloads.
-    fn cut_for_merge(plan: &Plan, run: Run, demand: Demand) -> Result<Self> {
-        if !plan.is_remote() || !plan.per_tensor() {
-            let spool = Spooling::of(plan, &demand.grouped);
-            return Self::cut_keeping(plan, run, demand, spool);
-        }
+    /// Cuts `plan` for a run that keeps on the local disk what it needs again of what it downloads: what `worth` says of the
+    /// tensors that are read more than once. Where there is no memory for that, nothing is kept: what helps to read less must
+    /// not be what fails.
+    fn cut_keeping(plan: &Plan, run: Run, demand: Demand, worth: &dyn Fn(&[u32]) -> Option<Spooling>) -> Result<Self> {
         let without = Self::cut(plan, run, demand.clone())?;
-        let mut streamed = without.streamed();
+        if !plan.is_remote() {
+            return Ok(without);
+        }
+        let mut tensors = if plan.per_tensor() { without.streamed() } else { demand.grouped.clone() };
         // Keeping takes memory, and so leaves more tensors too long for what is left: more than once only for their table.
         for _ in 0..3 {
-            let spool = Spooling::of_tensors(plan, &streamed).filter(|spool| spool.is_modest(run.memory_bytes));
+            let spool = worth(&tensors).filter(|spool| spool.is_modest(run.memory_bytes));
             let Some(spool) = spool else { break };
             let Ok(kept) = Self::cut(plan, run, Demand { spool: Some(spool), ..demand.clone() }) else { break };
-            streamed = kept.streamed();
+            if !plan.per_tensor() {
+                return Ok(kept);
+            }
+            tensors = kept.streamed();
             // Of some there is nothing worth keeping.
-            let worth = Spooling::of_tensors(plan, &streamed);
+            let worth = worth(&tensors);
             if kept.spool.as_ref().zip(worth).is_some_and(|(spool, worth)| spool.has_all_of(&worth)) {
                 return Ok(kept);
             }
@@ -226,23 +229,12 @@ impl Schedule {
         Ok(without)
     }
 
-    /// Tensors that are too long to be held and have thresholds of their own, in increasing order.
+    /// Tensors that are read more than once, in increasing order.
     fn streamed(&self) -> Vec<u32> {
         let streamed = self.units.iter().filter(|unit| unit.kind == UnitKind::Streamed);
         let mut tensors: Vec<u32> = streamed.flat_map(|unit| unit.tensors.iter().copied()).collect();
         tensors.sort_unstable();
         tensors
-    }
-
-    /// Keeps `spool` on the local disk, where there is memory for that: what helps to read less must not be what fails.
-    fn cut_keeping(plan: &Plan, run: Run, demand: Demand, spool: Option<Spooling>) -> Result<Self> {
-        let spool = spool.filter(|spool| spool.is_modest(run.memory_bytes));
-        if spool.is_some()
-            && let Ok(schedule) = Self::cut(plan, run, Demand { spool, ..demand.clone() })
-        {
-            return Ok(schedule);
-        }
-        Self::cut(plan, run, demand)
     }
 
     fn cut(plan: &Plan, run: Run, demand: Demand) -> Result<Self> {

@@ -3,9 +3,10 @@
 //! - It applies where a pass over the whole model finds thresholds: of a model's task vector only what may survive is
 //!   kept, for whatever lies below is trimmed, and trimmed values are alike. Base is kept whole, and so is a model of
 //!   another type than base's.
-//! - A look at the models needs all of their task vectors again, so all of what is downloaded is kept.
+//! - A look at the models needs all of their task vectors again, and so does a method that looks at whole tensors: of those all
+//!   of what is downloaded is kept.
 //! - What a pass reads first, later passes take from there. What only one pass reads is not kept.
-//! - Where tensors have thresholds of their own, those that are too long to be held are kept, one at a time.
+//! - Where every tensor is a unit of its own, those that are too long to be held are kept, one at a time.
 //!
 //! How it is kept is the engine's business.
 
@@ -13,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Action, Goal, Plan, Run, Schedule, Together, Unit, Wanted};
+use super::{Action, Goal, PassSummary, Plan, Run, Schedule, Together, Unit, Wanted};
 use crate::checkpoint::packed::{CHUNK, Encoder};
 use crate::error::Result;
 use crate::limits::{CONNECTIONS_BYTES, UPLOAD_PARTS_AT_ONCE, upload_part_bytes};
@@ -54,10 +55,13 @@ pub struct Spooling {
     remote: Vec<bool>,
     /// Per model: whether a pass before the merge reads its task vector, of any tensor.
     searched: Vec<bool>,
-    /// The tensors that are kept, each while it is worked on, in increasing order; all of the unit together, if `None`.
-    alone: Option<Vec<u32>>,
-    /// Whether a pass before the merge reads everything.
+    /// The tensors that are kept, each while it is worked on, in increasing order, with what `searched` is of it; all of the
+    /// unit together, if `None`.
+    alone: Option<Vec<(u32, Box<[bool]>)>>,
+    /// Whether a vote before the merge reads everything.
     votes: bool,
+    /// Whether looks before the merge and a vote do.
+    looks: bool,
     /// Whether models are kept whole, and not what of them may survive.
     whole: bool,
     /// Elements of all tensors, and how many of them there are.
@@ -70,21 +74,28 @@ pub struct Spooling {
 impl Spooling {
     /// What is worth keeping of a merge by `plan` whose units have the tensors `grouped`; `None` if it needs none.
     pub(super) fn of(plan: &Plan, grouped: &[u32]) -> Option<Self> {
-        if !plan.is_remote() || plan.per_tensor() || !plan.selects() || flips(plan) {
+        if plan.per_tensor() {
+            return Self::of_tensors(plan, grouped);
+        }
+        if !plan.selects() || flips(plan) {
             return None;
         }
         Self::over(plan, grouped, &plan.goals(&unit_of(plan, grouped)), false)
     }
 
-    /// The same where tensors have thresholds of their own, and `streamed`, in increasing order, are read more than once.
+    /// The same where every tensor is a unit, and `streamed`, in increasing order, are read more than once.
     pub(super) fn of_tensors(plan: &Plan, streamed: &[u32]) -> Option<Self> {
-        let needs = plan.needs();
-        if !plan.is_remote() || !plan.selects() || flips(plan) || !needs.looks.is_empty() || needs.rows {
+        let looks = !plan.needs().looks.is_empty();
+        if (flips(plan) || !plan.selects()) && !looks {
             return None;
         }
-        let each = streamed.iter().filter_map(|&tensor| {
-            Self::over(plan, &[tensor], &plan.goals(&unit_of(plan, &[tensor])), false)
-                .map(|spooling| (tensor, spooling))
+        Self::over_each(plan, streamed, &|unit| plan.goals(unit), looks)
+    }
+
+    /// The same for units of one tensor in which `goals` are sought; `whole` says that all of the models is kept.
+    fn over_each(plan: &Plan, tensors: &[u32], goals: &dyn Fn(&Unit) -> Vec<Goal>, whole: bool) -> Option<Self> {
+        let each = tensors.iter().filter_map(|&tensor| {
+            Self::over(plan, &[tensor], &goals(&unit_of(plan, &[tensor])), whole).map(|spooling| (tensor, spooling))
         });
         let mut all: Option<Self> = None;
         for (tensor, own) in each {
@@ -94,46 +105,54 @@ impl Spooling {
                 tensors: plan.tensors.len() as u64,
                 ..own.clone()
             });
-            all.alone.iter_mut().for_each(|alone| alone.push(tensor));
-            all.searched.iter_mut().zip(own.searched).for_each(|(any, one)| *any |= one);
             all.bytes = all.bytes.max(own.bytes);
             all.elements = all.elements.max(own.elements);
             all.width = all.width.max(own.width);
+            all.alone.iter_mut().for_each(|alone| alone.push((tensor, own.searched.clone().into())));
         }
         all
     }
 
     /// Whether all that `other` keeps one at a time are among its own.
     pub(super) fn has_all_of(&self, other: &Self) -> bool {
-        other.alone.iter().flatten().all(|tensor| self.has(*tensor))
+        other.alone.iter().flatten().all(|(tensor, _)| self.has(*tensor))
     }
 
     /// Whether something of `tensor` is kept.
     pub fn has(&self, tensor: u32) -> bool {
-        self.alone.as_ref().is_none_or(|alone| alone.binary_search(&tensor).is_ok())
+        self.searched_in(tensor).is_some()
     }
 
-    /// The same for a look at the models that seeks `goals` in a unit.
+    /// Per model: whether its thresholds are sought in the unit of `tensor`; `None` if nothing of that is kept.
+    fn searched_in(&self, tensor: u32) -> Option<&[bool]> {
+        let Some(alone) = &self.alone else { return Some(&self.searched) };
+        let place = alone.binary_search_by_key(&tensor, |(tensor, _)| *tensor).ok()?;
+        Some(&alone[place].1)
+    }
+
+    /// The same for a look at the models that seeks `goals` in a unit. Where every tensor is one, `grouped` are those that are
+    /// read more than once.
     pub(super) fn of_study(plan: &Plan, grouped: &[u32], goals: &dyn Fn(&Unit) -> Vec<Goal>) -> Option<Self> {
-        if !plan.is_remote() || plan.per_tensor() {
-            return None;
+        match plan.per_tensor() {
+            true => Self::over_each(plan, grouped, goals, true),
+            false => Self::over(plan, grouped, &goals(&unit_of(plan, grouped)), true),
         }
-        Self::over(plan, grouped, &goals(&unit_of(plan, grouped)), true)
     }
 
     /// The same where all outputs of `together` are made from what `plan` loads.
     pub(super) fn of_together(plan: &Plan, grouped: &[u32], together: &Together<'_>) -> Option<Self> {
-        if !plan.is_remote() || plan.per_tensor() || together.plans.iter().any(|plan| flips(plan)) {
+        if together.plans.iter().any(|plan| flips(plan)) {
             return None;
         }
-        Self::over(plan, grouped, &(together.goals)(&unit_of(plan, grouped)), false)
+        match plan.per_tensor() {
+            true => Self::over_each(plan, grouped, together.goals, false),
+            false => Self::over(plan, grouped, &(together.goals)(&unit_of(plan, grouped)), false),
+        }
     }
 
     /// Goal i of `goals` is about model i mod n.
     fn over(plan: &Plan, grouped: &[u32], goals: &[Goal], whole: bool) -> Option<Self> {
-        if plan.needs().rows {
-            return None;
-        }
+        let looks = !plan.needs().looks.is_empty();
         let unit = unit_of(plan, grouped);
         let mut spooling = Self {
             dir: None,
@@ -142,12 +161,13 @@ impl Spooling {
             searched: plan.searched(goals),
             alone: None,
             votes: plan.votes(),
+            looks,
             whole,
             elements: unit.elements,
             tensors: grouped.len() as u64,
             width: 0,
         };
-        if !spooling.searched.contains(&true) {
+        if !(looks || spooling.searched.contains(&true)) {
             return None;
         }
         let shares: Vec<f64> = (0..plan.models()).map(|model| largest_share(goals, model, plan.models())).collect();
@@ -196,36 +216,37 @@ impl Spooling {
         index: u32,
         by_sketch: bool,
     ) -> impl Iterator<Item = (super::Piece, Option<usize>)> + 'a {
-        let (base, models) = match &plan.tensors[index as usize].action {
-            Action::Merge { base, models, .. } => (*base, &models[..]),
-            Action::Copy { .. } => (None, &[][..]),
+        let (base, models) = match (&plan.tensors[index as usize].action, self.has(index)) {
+            (Action::Merge { base, models, .. }, true) => (*base, &models[..]),
+            _ => (None, &[][..]),
         };
-        // Each tensor may have densities of its own.
-        let own = || plan.searched(&plan.goals(&unit_of(plan, &[index])));
-        let searched = if self.alone.is_some() && self.has(index) { own() } else { self.searched.clone() };
-        let taken = move |model: usize| searched[model] || (self.votes && !by_sketch);
+        let searched = self.searched_in(index).unwrap_or_default();
+        let all = !by_sketch && (self.votes || self.looks);
         let models = models.iter().map(|&(model, piece)| (piece, Some(model as usize)));
-        let models = models.filter(move |(_, model)| model.is_none_or(&taken));
-        let all = base.into_iter().map(|piece| (piece, None)).chain(models).filter(move |_| self.has(index));
-        all.filter(|(piece, _)| self.remote[piece.checkpoint as usize])
+        let models = models.filter(move |(_, model)| model.is_none_or(|model| all || searched[model]));
+        let base = base.filter(|_| all || searched.contains(&true));
+        let pieces = base.into_iter().map(|piece| (piece, None)).chain(models);
+        pieces.filter(|(piece, _)| self.remote[piece.checkpoint as usize])
     }
 
-    /// Whether a pass over all of tensor `index` finds `piece` of it on the local disk: the vote, or the merge.
-    pub(super) fn spares(&self, plan: &Plan, index: u32, piece: super::Piece, votes: bool) -> bool {
-        self.kept(plan, index, votes).any(|(kept, _)| kept == piece)
+    /// Whether a pass over all of tensor `index` finds `piece` of it on the local disk: the first one after the sketch pass, or
+    /// the merge.
+    pub(super) fn spares(&self, plan: &Plan, index: u32, piece: super::Piece, first: bool) -> bool {
+        self.kept(plan, index, first).any(|(kept, _)| kept == piece)
     }
 
-    /// Bytes of `tensors` that a pass over all of them finds on the local disk: the vote, or the merge.
-    pub(super) fn spared(&self, plan: &Plan, tensors: &[u32], votes: bool) -> u64 {
+    /// Bytes of `tensors` that a pass over all of them finds on the local disk: the first one after the sketch pass, or the merge.
+    pub(super) fn spared(&self, plan: &Plan, tensors: &[u32], first: bool) -> u64 {
         let of = |&tensor: &u32| -> u64 {
-            self.kept(plan, tensor, votes).map(|(piece, _)| plan.bytes_used(tensor, piece)).sum()
+            self.kept(plan, tensor, first).map(|(piece, _)| plan.bytes_used(tensor, piece)).sum()
         };
         tensors.iter().map(of).sum()
     }
 
     /// Memory of each thread, and of all together where chunks have `chunk_elements`.
     pub(super) fn held_bytes(&self, chunk_elements: u64) -> (u64, u64) {
-        let chunk = chunk_elements.min(SPOOLED_ELEMENTS);
+        // Chunks of whole granules are half as long, at the least.
+        let chunk = chunk_elements.min(SPOOLED_ELEMENTS).div_ceil(if self.looks { 2 } else { 1 });
         // Compressing, to a record; decompressing from one, and a chunk of which only a part is asked for.
         let thread = Encoder::held_bytes(self.width()) + 4 * SPOOLED_ELEMENTS * (self.width + 1);
         let checkpoints = self.remote.iter().filter(|&&remote| remote).count() as u64;
@@ -291,8 +312,8 @@ impl Schedule {
 
     /// Bytes that passes after the first one over everything download, because nothing keeps them.
     pub fn downloaded_again(&self) -> u64 {
-        let all = || self.passes.iter().filter(|pass| pass.name != "probe").map(|pass| pass.bytes_downloaded);
-        all().sum::<u64>() - all().max().unwrap_or(0)
+        let all = self.passes.iter().filter(|pass| pass.name != "probe").map(|pass| pass.bytes_downloaded).sum::<u64>();
+        all - all.min(PassSummary::needed_once(&self.passes))
     }
 
     /// Keeps what is downloaded and needed again as `kept` says.

@@ -83,6 +83,11 @@ impl PassSummary {
     pub fn bytes_used(&self) -> u64 {
         self.bytes_read + self.bytes_spared
     }
+
+    /// Bytes that come over a network in `passes`, each counted once: the last pass needs them all.
+    pub fn needed_once(passes: &[Self]) -> u64 {
+        passes.last().map_or(0, |merge| merge.bytes_downloaded + merge.bytes_spared)
+    }
 }
 
 fn is_zero(number: &u64) -> bool {

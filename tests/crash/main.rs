@@ -17,6 +17,7 @@ mod memory;
 mod packed;
 mod parts;
 mod repair;
+mod room;
 mod sweep;
 mod under_way;
 mod upload;

@@ -15,7 +15,7 @@ use crate::support::files::read_json;
 const RUN: [&str; 3] = ["--memory=128MB", "--threads=2", "--densities=0.1,0.4"];
 
 /// All that a report says of the weights: the rest names inputs.
-fn numbers(out: &Path) -> [Value; 5] {
+pub fn numbers(out: &Path) -> [Value; 5] {
     let mut report = read_json(&out.join("report.json"));
     ["thresholds", "overall", "layers", "kinds", "tensors"].map(|key| report[key].take())
 }

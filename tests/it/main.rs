@@ -28,6 +28,7 @@
 //! | `output` | the files of a finished output |
 //! | `parts` | merges in parts, on many machines |
 //! | `remote` | inputs from the Hub and from web servers, with every fault |
+//! | `long_tensors` | tensors too long for memory are downloaded once |
 //! | `limits` | limits of the system: files, memory, names |
 //! | `resume` | what becomes of an unfinished output |
 //! | `repair` | a manifest makes its output again, and its damaged files |
@@ -59,6 +60,7 @@ mod guesses;
 mod handing;
 mod hostile;
 mod limits;
+mod long_tensors;
 mod mergekit;
 mod merges;
 mod methods;

@@ -84,8 +84,9 @@ Directory for what is downloaded and needed again, or 'none' [default: in --out]
 
 Where thresholds are sought over the whole model (--scope model), inputs are read twice. Of inputs on the network, what the \
 merge needs of them (base, and of each model what may survive the trim) is kept on the disk until the run ends, compressed, so \
-that every byte is downloaded once; 'tiesmith plan' says how much that is. What the disk has no room for is downloaded again. \
-With 'none', or a --cache, nothing is kept.";
+that every byte is downloaded once; 'tiesmith plan' says how much that is. Of thresholds per tensor, and of methods that look at \
+whole tensors first, the same goes for tensors that do not fit into --memory, one at a time. What the disk has no room for is \
+downloaded again. With 'none', or a --cache, nothing is kept.";
 
 /// Inputs and options of `plan`.
 #[derive(Debug, Args)]

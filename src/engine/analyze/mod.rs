@@ -120,7 +120,7 @@ fn run(
         room: Room::default(),
     };
     let spool = Spool::open(&study.plan, &study.schedule, &site, gathered.thresholds.is_none(), observer)?;
-    let done = look(study, work, storage, observer, gathered, spool.as_ref());
+    let done = look(study, work, storage, observer, gathered, (&site, spool.as_ref()));
     Spool::forget(spool, done)
 }
 
@@ -131,18 +131,19 @@ fn look(
     storage: &Arc<dyn Storage>,
     observer: &dyn Observer,
     mut gathered: Gathered,
-    spool: Option<&Spool<'_>>,
+    (site, spool): (&Site<'_>, Option<&Spool<'_>>),
 ) -> Result<(AnalysisReport, Vec<String>)> {
     let (reused, left) = (gathered.done, std::mem::take(&mut gathered.under_way));
     // All of a tensor is read again before its thresholds are recorded.
     let more_to_come = study.plan.per_tensor();
     let notes = Notes { keeper: work, left: &left, of: Default::default(), more_to_come };
-    let mut looker = Looker { spool, ..Looker::new(study, observer, notes) };
-    let (mut gatherer, outcome) = looker.look(Gatherer::new(study, work, &**storage, gathered));
+    let mut looker = Looker::new(study, observer, notes, site);
+    let (mut gatherer, outcome) = looker.look(Gatherer::new(study, work, &**storage, gathered), spool);
     // What was finished is kept, whatever ended the look.
     let flushed = gatherer.flush();
     outcome?;
     flushed?;
+    site.forget_tensors(&study.plan, &study.schedule);
     check_inputs_unchanged(&study.plan)?;
     observer.go_on()?;
     let analysis = study.describe(&gatherer.gathered);
@@ -227,44 +228,57 @@ struct Hand {
     blocks: Vec<f64>,
 }
 
+/// Tensors that are measured chunk by chunk.
+struct Streamed<'s> {
+    tensors: &'s [u32],
+    /// Their own thresholds, if they have any.
+    found: &'s [Option<Threshold>],
+    /// Longest chunk.
+    chunk_elements: u64,
+    /// What was downloaded of them.
+    spool: Option<&'s Spool<'s>>,
+}
+
 /// Everything that a look shares.
 struct Looker<'a> {
     study: &'a Study,
     observer: &'a dyn Observer,
     notes: Notes<'a>,
-    /// What the first pass downloads.
-    spool: Option<&'a Spool<'a>>,
+    /// Where what is downloaded is kept of a single tensor.
+    site: &'a Site<'a>,
     hands: Vec<Hand>,
 }
 
 impl<'a> Looker<'a> {
-    fn new(study: &'a Study, observer: &'a dyn Observer, notes: Notes<'a>) -> Self {
+    fn new(study: &'a Study, observer: &'a dyn Observer, notes: Notes<'a>, site: &'a Site<'a>) -> Self {
         let hand = |_| Hand {
             worker: Some(Worker::new(&study.plan, &study.schedule)),
             meter: Meter::new(&study.aim.shape),
             blocks: Vec::new(),
         };
-        Self { study, observer, notes, spool: None, hands: (0..study.schedule.threads).map(hand).collect() }
+        Self { study, observer, notes, site, hands: (0..study.schedule.threads).map(hand).collect() }
     }
 
     fn bytes_read(&self) -> u64 {
         self.hands.iter().filter_map(|hand| hand.worker.as_ref()).map(|worker| worker.tally.bytes_read).sum()
     }
 
-    /// Measures all tensors that are not done.
-    fn look(&mut self, mut gatherer: Gatherer<'a>) -> (Gatherer<'a>, Result<()>) {
+    /// Measures all tensors that are not done; `spool` has what is downloaded of all of them together.
+    fn look(&mut self, mut gatherer: Gatherer<'a>, spool: Option<&Spool<'_>>) -> (Gatherer<'a>, Result<()>) {
         let study = self.study;
         let done = gatherer.gathered.done;
         if !study.plan.per_tensor() {
             let unit = &study.schedule.units[0];
             let goals = study.goals(unit);
-            let found = match self.model_thresholds(unit, &goals, &mut gatherer) {
+            let found = match self.model_thresholds((unit, &goals), spool, &mut gatherer) {
                 Ok(found) => found,
                 Err(error) => return (gatherer, Err(error)),
             };
             self.observer.stage("measure", study.bytes_from(done));
             let cuts = study.cuts(&goals, &found);
-            return self.stream(&study.tensors[done..], &cuts, &[], unit.chunk_elements, gatherer);
+            let streamed =
+                Streamed { tensors: &study.tensors[done..], found: &[], chunk_elements: unit.chunk_elements, spool };
+            return self.stream(&streamed, &cuts, gatherer);
         }
         self.observer.stage("measure", study.bytes_from(done));
         let tensors: Vec<u32> = study.tensors[done..].to_vec();
@@ -291,8 +305,8 @@ impl<'a> Looker<'a> {
     /// Thresholds of the whole model, found now or by an earlier attempt.
     fn model_thresholds(
         &mut self,
-        unit: &Unit,
-        goals: &[Goal],
+        (unit, goals): (&Unit, &[Goal]),
+        spool: Option<&Spool<'_>>,
         gatherer: &mut Gatherer<'a>,
     ) -> Result<Vec<Option<Threshold>>> {
         if let Some(found) = gatherer.gathered.thresholds.clone() {
@@ -301,19 +315,19 @@ impl<'a> Looker<'a> {
         if gatherer.gathered.done > 0 {
             return Err(gatherer.senseless());
         }
-        let found = self.thresholds(unit, goals)?;
+        let found = self.thresholds(unit, goals, spool)?;
         gatherer.thresholds(found.clone())?;
         Ok(found)
     }
 
     /// Sketches a unit that is not held in memory.
-    fn thresholds(&mut self, unit: &Unit, goals: &[Goal]) -> Result<Vec<Option<Threshold>>> {
+    fn thresholds(&mut self, unit: &Unit, goals: &[Goal], spool: Option<&Spool<'_>>) -> Result<Vec<Option<Threshold>>> {
         let study = self.study;
         let kept = Kept::new(&study.plan);
         let workers = self.hands.iter_mut().filter_map(|hand| hand.worker.take()).collect();
         let mut passes = Passes::with_workers(&study.plan, &study.schedule, self.observer, None, &kept, workers);
         passes.notes = Some(self.notes);
-        passes.spool = self.spool;
+        passes.spool = spool;
         let found = passes.shared_thresholds(unit, goals, &mut None, None);
         let found = found.and_then(|found| passes.keep_for(&found).map(|()| found));
         self.hands.iter_mut().zip(passes.workers).for_each(|(hand, worker)| hand.worker = Some(worker));
@@ -321,26 +335,27 @@ impl<'a> Looker<'a> {
     }
 
     fn streamed_tensor(&mut self, unit: &Unit, gatherer: Gatherer<'a>) -> (Gatherer<'a>, Result<()>) {
+        let Study { plan, schedule, .. } = self.study;
+        let spool = match Spool::of_tensor(plan, schedule, unit, self.site, true, self.observer) {
+            Ok(spool) => spool,
+            Err(error) => return (gatherer, Err(error)),
+        };
         let goals = self.study.goals(unit);
-        match self.thresholds(unit, &goals) {
+        let (gatherer, done) = match self.thresholds(unit, &goals, spool.as_ref()) {
             Ok(found) => {
-                let cuts = self.study.cuts(&goals, &found);
-                self.stream(&unit.tensors, &cuts, &found, unit.chunk_elements, gatherer)
+                let (cuts, spool) = (self.study.cuts(&goals, &found), spool.as_ref());
+                let (tensors, chunk_elements) = (&unit.tensors[..], unit.chunk_elements);
+                self.stream(&Streamed { tensors, found: &found, chunk_elements, spool }, &cuts, gatherer)
             }
             Err(error) => (gatherer, Err(error)),
-        }
+        };
+        (gatherer, Spool::forget(spool, done))
     }
 
     /// Measures tensors chunk by chunk.
-    fn stream(
-        &mut self,
-        tensors: &[u32],
-        cuts: &Cuts,
-        found: &[Option<Threshold>],
-        chunk_elements: u64,
-        gatherer: Gatherer<'a>,
-    ) -> (Gatherer<'a>, Result<()>) {
-        let (study, observer, spool) = (self.study, self.observer, self.spool);
+    fn stream(&mut self, streamed: &Streamed<'_>, cuts: &Cuts, gatherer: Gatherer<'a>) -> (Gatherer<'a>, Result<()>) {
+        let (study, observer) = (self.study, self.observer);
+        let &Streamed { tensors, found, chunk_elements, spool } = streamed;
         let plan = &study.plan;
         let turns = Turns::new(gatherer);
         let ordered: &dyn Ordered = &turns;

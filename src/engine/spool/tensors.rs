@@ -1,11 +1,45 @@
-//! Tensors with thresholds of their own that are too long to be held: each has a spool while it is worked on, so that no more
-//! of the disk is taken than the largest of them needs.
+//! Tensors that are units of their own and too long to be held: each has a spool while it is worked on, so that no more of the
+//! disk is taken than the largest of them needs.
 
-use super::Spool;
+use super::{Site, Spool};
+use crate::engine::Observer;
 use crate::engine::identity::Begin;
 use crate::engine::passes::Passes;
 use crate::error::Result;
-use crate::plan::{Schedule, Spooling, Unit, UnitKind};
+use crate::plan::{Plan, Schedule, Unit, UnitKind};
+
+impl<'a> Spool<'a> {
+    /// Begins the spool of `unit` at `site`, or goes on with that of an earlier attempt; `None` if `schedule` keeps nothing of
+    /// it on its own. `searches` says that its thresholds are still sought.
+    pub(in crate::engine) fn of_tensor(
+        plan: &'a Plan,
+        schedule: &'a Schedule,
+        unit: &Unit,
+        site: &Site<'a>,
+        searches: bool,
+        observer: &'a dyn Observer,
+    ) -> Result<Option<Self>> {
+        let spooling = schedule.spool.as_ref().filter(|spooling| spooling.by_tensor());
+        let Some(spooling) = spooling.filter(|s| unit.kind == UnitKind::Streamed && s.has(unit.tensors[0])) else {
+            return Ok(None);
+        };
+        let mut begin = blake3::Hasher::new();
+        begin.update(&Begin::of(plan)?.encode()?).update(&unit.tensors[0].to_le_bytes());
+        Self::open_for(plan, (spooling, unit), begin.finalize(), site, searches, observer).map(Some)
+    }
+}
+
+impl Site<'_> {
+    /// Removes what an attempt left that ended between a tensor and its spool.
+    pub(in crate::engine) fn forget_tensors(&self, plan: &Plan, schedule: &Schedule) {
+        if let Some(spooling) = schedule.spool.as_ref().filter(|spooling| spooling.by_tensor())
+            && let Ok((path, _)) = self.place(plan, spooling)
+        {
+            // Best effort: it is of no use any more.
+            let _ = self.storage.remove_file(&path);
+        }
+    }
+}
 
 impl<'a> Passes<'a> {
     /// Does `work` on `unit`, with what is downloaded for it kept at the passes' site where that spares another download;
@@ -16,15 +50,13 @@ impl<'a> Passes<'a> {
         searches: bool,
         work: impl FnOnce(&mut Passes<'_>) -> Result<()>,
     ) -> Result<()> {
-        let schedule = self.schedule;
-        let (Some(site), Some(spooling)) = (self.site, by_tensor(schedule, unit)) else { return work(self) };
+        let Some(site) = self.site else { return work(self) };
         if self.kept.left(self.plan, &unit.tensors, unit.chunk_elements).next().is_none() {
             return work(self);
         }
-        let mut begin = blake3::Hasher::new();
-        begin.update(&Begin::of(self.plan)?.encode()?).update(&unit.tensors[0].to_le_bytes());
-        let spool = Spool::open_for(self.plan, (spooling, unit), begin.finalize(), site, searches, self.observer)?;
-        let done = self.lending(schedule, |passes| {
+        let spool = Spool::of_tensor(self.plan, self.schedule, unit, site, searches, self.observer)?;
+        let Some(spool) = spool else { return work(self) };
+        let done = self.lending(self.schedule, |passes| {
             passes.spool = Some(&spool);
             work(passes)
         });
@@ -33,17 +65,6 @@ impl<'a> Passes<'a> {
 
     /// Removes what an attempt left that ended between a tensor and its spool.
     pub(in crate::engine) fn forget_kept(&self) {
-        if let (Some(site), Some(spooling)) = (self.site, self.schedule.spool.as_ref().filter(|s| s.by_tensor()))
-            && let Ok((path, _)) = site.place(self.plan, spooling)
-        {
-            // Best effort: it is of no use any more.
-            let _ = site.storage.remove_file(&path);
-        }
+        self.site.into_iter().for_each(|site| site.forget_tensors(self.plan, self.schedule));
     }
-}
-
-/// How `unit` is kept on its own, if it is.
-fn by_tensor<'s>(schedule: &'s Schedule, unit: &Unit) -> Option<&'s Spooling> {
-    let keeps = |spooling: &&Spooling| spooling.by_tensor() && spooling.has(unit.tensors[0]);
-    schedule.spool.as_ref().filter(keeps).filter(|_| unit.kind == UnitKind::Streamed)
 }

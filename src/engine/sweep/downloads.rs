@@ -5,22 +5,19 @@ use std::path::Path;
 use super::Sweep;
 use super::group::Out;
 use super::ready::Ready;
-use crate::engine::spool::{Room, Site, Spool};
+use crate::engine::spool::{Room, Site};
 use crate::error::Result;
-use crate::plan::{Goal, Plan, Schedule, Unit};
+use crate::plan::{Goal, Plan, Unit};
 use crate::storage::Storage;
 
 /// Name of the spool, in the directory of the outputs.
 const SPOOL: &str = "sweep.spool";
 
-impl<'a> Sweep<'a> {
-    /// What `schedule` keeps of what is downloaded for all outputs together; `at_once` bytes of them are on the disk. What an
-    /// earlier run left is used.
-    pub(super) fn downloads<'s>(&self, schedule: &'s Schedule, at_once: u64) -> Result<Option<Spool<'s>>>
-    where
-        'a: 's,
-    {
-        let site = Site {
+impl Sweep<'_> {
+    /// Where what is downloaded is kept for all outputs together; `at_once` bytes of them are on the disk. What an earlier run
+    /// left is used.
+    pub(super) fn site(&self, at_once: u64) -> Site<'_> {
+        Site {
             own: (self.output.dir.join(SPOOL), self.output.dir.clone()),
             name: String::new(),
             out: &self.output.dir,
@@ -29,8 +26,7 @@ impl<'a> Sweep<'a> {
             hashes: false,
             storage: &**self.storage,
             room: Room::default(),
-        };
-        Spool::open(self.union, schedule, &site, true, self.observer)
+        }
     }
 }
 

@@ -22,7 +22,7 @@ use crate::engine::select::{Thresholds, solo_thresholds, tensor_cuts};
 use crate::engine::shard_hash::Digest;
 use crate::engine::shards::{ShardWriter, Written, write_shards};
 use crate::engine::slot::{Loaded, Slot, locate};
-use crate::engine::spool::{Spool as Downloaded, Use};
+use crate::engine::spool::{Site, Spool as Downloaded, Use};
 use crate::engine::turns::Pending;
 use crate::engine::under_way::{Keeps, Notes};
 use crate::engine::worker::{Known, Sink, Tally, Worker};
@@ -190,9 +190,8 @@ impl Sweep<'_> {
         join_families(&mut outs);
         schedule.allow_ahead(self.union, &**self.storage);
         let at_once = variants.iter().map(|variant| super::packed_bytes_max(&variant.plan)).sum();
-        let downloads = self.downloads(schedule, at_once)?;
-        let done = Group::new(self.union, schedule, self.observer, &outs)?.run(downloads.as_ref());
-        let (made, read) = Downloaded::forget(downloads, done)?;
+        let site = self.site(at_once);
+        let (made, read) = Group::new(self.union, schedule, self.observer, &outs)?.run_keeping(&site)?;
         self.bytes_read = self.bytes_read.saturating_add(read);
         self.storage.check_mapped()?;
         check_inputs_unchanged(self.union)?;
@@ -223,7 +222,7 @@ impl Sweep<'_> {
         let mut read = 0;
         schedule.allow_ahead(union, &**self.storage);
         let at_once = targets.iter().map(|(plan, dir)| dir.bytes_at_once(plan)).sum();
-        let mut downloads = self.downloads(schedule, at_once)?;
+        let site = self.site(at_once);
         with_writers(&targets, &[], observer, &mut sealed, &mut |writers| {
             let mut outs = Vec::with_capacity(writers.len());
             for (&(writer, kept), &(plan, _)) in writers.iter().zip(&targets) {
@@ -231,8 +230,7 @@ impl Sweep<'_> {
                 outs.push(Out { plan, kept, target: Target::Shards(writer), places, family: None });
             }
             join_families(&mut outs);
-            let done = Group::new(union, schedule, observer, &outs)?.run(downloads.as_ref());
-            (made, read) = Downloaded::forget(downloads.take(), done)?;
+            (made, read) = Group::new(union, schedule, observer, &outs)?.run_keeping(&site)?;
             Ok(())
         })?;
         self.bytes_read = self.bytes_read.saturating_add(read);
@@ -283,9 +281,16 @@ impl<'a> Group<'a> {
         Ok(Self { union, schedule, observer, outs, counts, framers, compared, of })
     }
 
-    /// Does everything, with what is downloaded in `downloads`; returns what each output's report is made of, and the tensor
-    /// bytes read.
-    fn run(self, downloads: Option<&'a Downloaded<'a>>) -> Result<(Vec<Made>, u64)> {
+    /// Does everything, and keeps at `site` what is downloaded and needed again; see [`Self::run`].
+    fn run_keeping(self, site: &'a Site<'a>) -> Result<(Vec<Made>, u64)> {
+        let downloads = Downloaded::open(self.union, self.schedule, site, true, self.observer)?;
+        let done = self.run(site, downloads.as_ref());
+        Downloaded::forget(downloads, done)
+    }
+
+    /// Does everything, with what is downloaded of all tensors together in `downloads`; returns what each output's report is
+    /// made of, and the tensor bytes read.
+    fn run(self, site: &Site<'_>, downloads: Option<&Downloaded<'_>>) -> Result<(Vec<Made>, u64)> {
         let nothing_kept = Kept::new(self.union);
         let mut passes = Passes::new(self.union, self.schedule, self.observer, None, &nothing_kept);
         passes.spool = downloads;
@@ -299,9 +304,10 @@ impl<'a> Group<'a> {
         for unit in &self.schedule.units {
             match unit.kind == UnitKind::Solo && self.is_whole(unit.tensors[0]) {
                 true => solo.push(unit),
-                false => self.shared_unit(unit, &mut passes)?,
+                false => self.keeping(unit, &mut passes, site)?,
             }
         }
+        site.forget_tensors(self.union, self.schedule);
         self.solo_units(&solo, &mut passes)?;
         self.direct(&mut passes)?;
         let read = passes.read_here() + self.compared.load(Ordering::Relaxed);
@@ -345,6 +351,23 @@ impl<'a> Group<'a> {
         let more_to_come = new.iter().any(|&out| outs[out].plan.votes());
         let left = &outs[*furthest].kept.under_way;
         Some(Notes { keeper: outs[first].target.keeper(), left, of: self.of, more_to_come })
+    }
+
+    /// A unit that all workers share, with what is downloaded for it kept where that spares another download.
+    fn keeping<'p>(&self, unit: &Unit, passes: &mut Passes<'p>, site: &Site<'_>) -> Result<()>
+    where
+        'a: 'p,
+    {
+        let lacks = left(self.union, self.outs, &unit.tensors, unit.chunk_elements).next().is_some();
+        let of_tensor = || Downloaded::of_tensor(self.union, self.schedule, unit, site, true, self.observer);
+        let Some(downloads) = lacks.then(of_tensor).transpose()?.flatten() else {
+            return self.shared_unit(unit, passes);
+        };
+        let done = passes.lending(self.schedule, |passes| {
+            passes.spool = Some(&downloads);
+            self.shared_unit(unit, passes)
+        });
+        Downloaded::forget(Some(downloads), done)
     }
 
     /// A unit that all workers share.
