@@ -112,9 +112,9 @@ pub fn run(args: &AnalyzeArgs) -> Result<u8> {
     let dir = args.look.out.clone().ok_or_else(|| {
         Error::usage("no output directory is given").help("add '--out DIR': the report is written there")
     })?;
-    let storage = super::inputs(&args.run)?;
-    let recipe = recipe(args, &*storage)?;
     let progress = Progress::new(args.run.report.progress);
+    let storage = super::inputs(&args.run, &progress)?;
+    let recipe = recipe(args, &*storage)?;
     let plan = Plan::new(&recipe, &storage)?;
     let spool = args.look.spool.as_deref();
     let study = Study::new(plan, &args.look.densities, lower::run(&args.run))?;

@@ -12,8 +12,8 @@ const LISTED: usize = 20;
 
 /// Runs the command.
 pub fn run(args: &DiffArgs) -> Result<u8> {
-    let storage = disk(IoMode::Auto);
     let progress = Progress::new(args.report.progress);
+    let storage = disk(IoMode::Auto, &progress);
     let a = Checkpoint::open(&args.a, &storage)?;
     let b = Checkpoint::open(&args.b, &storage)?;
     for warning in a.warnings.iter().chain(&b.warnings) {

@@ -10,8 +10,8 @@ use super::{lower, merge, signals};
 /// Runs the command.
 pub fn run(args: &FinishArgs) -> Result<u8> {
     signals::install();
-    let Planned { args: planned, plan, job, storage } = job::load(&args.job, None)?;
     let progress = Progress::new(args.report.progress);
+    let Planned { args: planned, plan, job, storage } = job::load(&args.job, None, &progress)?;
     let report = tiesmith::finish(&plan, &job, lower::run(&planned.run), &storage, &progress)?;
     for warning in &report.warnings {
         progress.warn(warning);

@@ -41,8 +41,8 @@ struct Config {
 
 /// Runs the command.
 pub fn run(args: &InspectArgs) -> Result<u8> {
-    let storage = disk(IoMode::Auto);
     let progress = Progress::new(args.report.progress);
+    let storage = disk(IoMode::Auto, &progress);
     let checkpoint = Checkpoint::open(&args.checkpoint, &storage)?;
     let config = config(&checkpoint, &storage, &progress);
     let mut report = tiesmith::inspect(&checkpoint, args.stats, &progress)?;

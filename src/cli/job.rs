@@ -7,10 +7,11 @@ use std::sync::Arc;
 
 use clap::Parser;
 use serde::{Deserialize, Serialize};
-use tiesmith::{Error, IoMode, Job, Plan, Result, Run, Schedule, Storage};
+use tiesmith::{Disk, Error, IoMode, Job, Plan, Result, Run, Schedule, Storage};
 
 use super::args::{Cli, Command, MergeArgs, ResourceArgs};
-use super::{disk, jobs, lower};
+use super::progress::Progress;
+use super::{jobs, lower};
 
 /// Version of the file's format.
 const VERSION: u32 = 1;
@@ -75,7 +76,7 @@ pub fn save(
 }
 
 fn read(file: &Path) -> Result<PlanFile> {
-    let bytes = disk(IoMode::Auto)
+    let bytes = Disk::new(IoMode::Auto)
         .read_small(file, MAX_FILE_BYTES)
         .map_err(|e| e.as_input().replace_help("give a file that 'tiesmith plan --save' wrote"))?;
     let plan: std::result::Result<PlanFile, _> = serde_json::from_slice(&bytes);
@@ -88,8 +89,8 @@ fn read(file: &Path) -> Result<PlanFile> {
     }
 }
 
-/// Plans again what `file` describes, reading inputs as `io` says.
-pub fn load(file: &Path, io: Option<IoMode>) -> Result<Planned> {
+/// Plans again what `file` describes, reading inputs as `io` says; `progress` tells of waits.
+pub fn load(file: &Path, io: Option<IoMode>, progress: &Progress) -> Result<Planned> {
     let PlanFile { directory, arguments, job, .. } = read(file)?;
     std::env::set_current_dir(&directory).map_err(|e| {
         Error::input(format!("the directory it was planned in cannot be entered here: {e}"))
@@ -106,7 +107,7 @@ pub fn load(file: &Path, io: Option<IoMode>) -> Result<Planned> {
     };
     let mut args = args.merge;
     args.run.io = io.unwrap_or(args.run.io);
-    let storage = super::inputs(&args.run)?;
+    let storage = super::inputs(&args.run, progress)?;
     let mut merges = jobs::read(&args, "plan", &*storage)?;
     let mut merge = merges.pop().ok_or_else(|| Error::input("there is nothing to merge in it").at(file))?;
     let plan = merge.plan(&storage)?;

@@ -34,8 +34,8 @@ pub struct EarlierArgs {
 /// Makes what `recipe` describes, and prints its report: for people as `shown` puts it.
 pub fn run(recipe: &Recipe, place: &PlaceArgs, run: &RunArgs, shown: impl FnOnce(&Report) -> String) -> Result<u8> {
     signals::install();
-    let storage = super::inputs(run)?;
     let progress = Progress::new(run.report.progress);
+    let storage = super::inputs(run, &progress)?;
     let plan = Plan::new(recipe, &storage)?;
     let schedule = Schedule::new(&plan, lower::run(run))?;
     let EarlierArgs { force, restart } = place.earlier;

@@ -2,16 +2,16 @@
 
 use clap::CommandFactory;
 use clap_mangen::Man;
-use tiesmith::{Error, IoMode, Result};
+use tiesmith::{Disk, Error, IoMode, Result, Storage};
 
 use super::args::{Cli, ManArgs};
-use super::{disk, print};
+use super::print;
 
 /// Runs the command.
 pub fn run(args: &ManArgs) -> Result<u8> {
     let mut pages = pages()?;
     if let Some(dir) = &args.out {
-        let storage = disk(IoMode::Auto);
+        let storage = Disk::new(IoMode::Auto);
         storage.create_dir_all(dir).map_err(Error::as_input)?;
         for (name, page) in &pages {
             storage.write_small(&dir.join(format!("{name}.1")), page.as_bytes(), dir).map_err(Error::as_input)?;

@@ -13,7 +13,8 @@ use super::{human, lower, print, print_json, signals};
 
 /// Runs the command.
 pub fn run(args: &MergeArgs) -> Result<u8> {
-    let storage = super::inputs(&args.run)?;
+    let progress = Progress::new(args.run.report.progress);
+    let storage = super::inputs(&args.run, &progress)?;
     signals::install();
     let mut jobs = jobs::read(args, "merge", &*storage)?;
     let output = lower::output(args)?;
@@ -22,9 +23,8 @@ pub fn run(args: &MergeArgs) -> Result<u8> {
     }
     let mut last = jobs.pop().expect("a recipe has a document");
     for job in jobs {
-        part(args, job, &storage)?;
+        part(args, job, &storage, &progress)?;
     }
-    let progress = Progress::new(args.run.report.progress);
     let mut plan = last.plan(&storage)?;
     if let Some(manifest) = &last.again {
         manifest.admit(&mut plan)?;
@@ -116,17 +116,16 @@ fn compare(manifest: &Manifest, dir: &Path, storage: &dyn Storage) -> Result<()>
 }
 
 /// Makes what later jobs use, unless it is there already.
-fn part(args: &MergeArgs, mut job: Job, storage: &Arc<dyn Storage>) -> Result<()> {
+fn part(args: &MergeArgs, mut job: Job, storage: &Arc<dyn Storage>, progress: &Progress) -> Result<()> {
     let plan = job.plan(storage)?;
     let (Some(dir), Some(name)) = (job.out, job.name) else { return Ok(()) };
-    let progress = Progress::new(args.run.report.progress);
     if tiesmith::is_finished(&plan, &dir, &**storage)? {
         return Ok(());
     }
     let schedule = lower::schedule(&plan, args)?;
     let EarlierArgs { force, restart } = args.output.earlier;
     let output = OutputOptions { dir, force, restart, hash_inputs: args.hash_inputs, on_shard: None };
-    let report = tiesmith::merge(&plan, &schedule, &output, storage, &progress)?;
+    let report = tiesmith::merge(&plan, &schedule, &output, storage, progress)?;
     for warning in &report.warnings {
         progress.warn(&format!("{name}: {warning}"));
     }

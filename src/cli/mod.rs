@@ -44,6 +44,7 @@ use tiesmith::{Disk, Error, ErrorKind, IoMode, Online, Result, Storage};
 
 use args::{Cli, Command};
 use output::Out;
+use progress::Progress;
 
 /// Exit code of a comparison that found differences.
 const DIFFERS: u8 = 1;
@@ -106,14 +107,18 @@ fn print_json(value: &impl serde::Serialize) -> Result<u8> {
     print(&format!("{json}\n"))
 }
 
-/// The local file system, and what is on the network.
-fn disk(io: IoMode) -> Arc<dyn Storage> {
-    Arc::new(Online::new(Disk::new(io)))
+/// The local file system, and what is on the network; `progress` tells of waits for servers.
+fn disk(io: IoMode, progress: &Progress) -> Arc<dyn Storage> {
+    Arc::new(online(io, progress))
+}
+
+fn online(io: IoMode, progress: &Progress) -> Online {
+    Online::new(Disk::new(io)).telling_waits(progress.waits())
 }
 
 /// The same with what `args` say of them.
-fn inputs(args: &args::RunArgs) -> Result<Arc<dyn Storage>> {
-    let online = Online::new(Disk::new(args.io));
+fn inputs(args: &args::RunArgs, progress: &Progress) -> Result<Arc<dyn Storage>> {
+    let online = online(args.io, progress);
     match (&args.cache.dir, args.cache.size) {
         (Some(dir), Some(size)) => Ok(Arc::new(online.with_cache(dir, size)?)),
         _ => Ok(Arc::new(online)),

@@ -18,7 +18,8 @@ Examples:
 
 /// Packs.
 pub fn pack(args: &PackArgs) -> Result<u8> {
-    let storage = super::inputs(&args.run)?;
+    let progress = Progress::new(args.run.report.progress);
+    let storage = super::inputs(&args.run, &progress)?;
     signals::install();
     let recipe = Recipe {
         scope: args.thresholds.scope,
@@ -27,7 +28,6 @@ pub fn pack(args: &PackArgs) -> Result<u8> {
         seed: args.seed,
         ..Recipe::packing(&args.checkpoint, &args.base, args.density)
     };
-    let progress = Progress::new(args.run.report.progress);
     let plan = Plan::new(&recipe, &storage)?;
     let output = PackOutput { file: args.out.clone(), force: args.force };
     let report = tiesmith::pack(&plan, lower::run(&args.run), &output, &storage, &progress)?;

@@ -7,6 +7,7 @@ use tiesmith::{Error, InputSummary, PlanSummary, Result, printable, spool_room};
 
 use super::args::PlanArgs;
 use super::estimate::Rates;
+use super::progress::Progress;
 use super::table::Table;
 use super::{disk, human, job, jobs, lower, output, print, print_json};
 
@@ -22,7 +23,8 @@ pub fn run(args: &PlanArgs) -> Result<u8> {
         room: None,
     };
     let (args, save) = (&args.merge, args.save.as_deref());
-    let storage = disk(args.run.io);
+    let progress = Progress::new(args.run.report.progress);
+    let storage = disk(args.run.io, &progress);
     let jobs = jobs::read(args, "plan", &*storage)?;
     let alone = jobs.len() == 1;
     if save.is_some() && !alone {

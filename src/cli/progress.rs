@@ -81,6 +81,12 @@ impl Progress {
         self.shared.mode == Mode::Bar
     }
 
+    /// Says that a server asks to wait.
+    pub fn waits(&self) -> impl Fn(&str, Duration) + Send + Sync + use<> {
+        let shared = Arc::clone(&self.shared);
+        move |host, time| shared.wait(host, time)
+    }
+
     fn with_sink(mode: Mode, sink: Sink) -> Self {
         let shared = Shared {
             mode,
@@ -145,11 +151,7 @@ impl Observer for Progress {
         if shared.mode == Mode::Json {
             return shared.json(&json!({"event": "warning", "message": message}));
         }
-        let line = format!("warning: {}", output::one_line(message));
-        match &*lock(&shared.stage) {
-            Some(Stage { bar: Some(bar), .. }) => bar.suspend(|| (shared.sink)(&line)),
-            _ => (shared.sink)(&line),
-        }
+        shared.line(&format!("warning: {}", output::one_line(message)));
     }
 
     fn stopped(&self) -> bool {
@@ -171,6 +173,22 @@ impl Drop for Progress {
 impl Shared {
     fn json(&self, event: &serde_json::Value) {
         (self.sink)(&event.to_string());
+    }
+
+    /// A line of text, above the bar if there is one.
+    fn line(&self, line: &str) {
+        match &*lock(&self.stage) {
+            Some(Stage { bar: Some(bar), .. }) => bar.suspend(|| (self.sink)(line)),
+            _ => (self.sink)(line),
+        }
+    }
+
+    fn wait(&self, host: &str, time: Duration) {
+        match self.mode {
+            Mode::None => {}
+            Mode::Json => self.json(&json!({"event": "wait", "host": host, "seconds": time.as_secs()})),
+            _ => self.line(&format!("{} asks to wait {}", output::one_line(host), human::duration(time.as_secs_f64()))),
+        }
     }
 
     /// Leaves the stage's bar where it got to.

@@ -13,8 +13,8 @@ use super::{human, print, print_json, signals};
 pub fn run(args: &RunPartArgs) -> Result<u8> {
     signals::install();
     let part = args.part.resolve(|name| std::env::var(name).ok())?;
-    let Planned { args: planned, plan, job, storage } = job::load(&args.job, args.io)?;
     let progress = Progress::new(args.report.progress);
+    let Planned { args: planned, plan, job, storage } = job::load(&args.job, args.io, &progress)?;
     let run = job::run(&planned, &args.resources);
     let report = tiesmith::run_part(&plan, &job, part, args.stage, run, &storage, &progress)?;
     for warning in &report.warnings {

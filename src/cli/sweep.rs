@@ -15,7 +15,8 @@ const MAX_OUTPUTS: usize = 10_000;
 
 /// Runs the command.
 pub fn run(args: SweepArgs) -> Result<u8> {
-    let storage = super::inputs(&args.run)?;
+    let progress = Progress::new(args.run.report.progress);
+    let storage = super::inputs(&args.run, &progress)?;
     signals::install();
     let grid = Grid {
         methods: args.method.clone(),
@@ -26,7 +27,7 @@ pub fn run(args: SweepArgs) -> Result<u8> {
     if args.output.parts.is_some() {
         return Err(Error::usage("--parts has no meaning in a sweep: its recipe file has one document"));
     }
-    let (report, packed) = (args.run.report.progress, args.packed);
+    let packed = args.packed;
     let args = merge_args(args);
     if lower::address(&args).is_some() || args.output.work.is_some() {
         return Err(Error::usage("the outputs of a sweep go to a directory: give one for --out, and no --work"));
@@ -42,7 +43,6 @@ pub fn run(args: SweepArgs) -> Result<u8> {
     recipes.extend(points.iter().map(|point| point.recipe.clone()));
     let mut plans = Plan::all(&recipes, &storage)?.into_iter();
     let union = plans.next().expect("there is a plan per recipe");
-    let progress = Progress::new(report);
     let mut warnings: BTreeSet<String> = job.warnings.into_iter().collect();
     let methods: BTreeSet<&str> = points.iter().map(|point| &*point.recipe.method).collect();
     warnings.extend(lower::idle(&args.given, &methods.into_iter().collect::<Vec<_>>()));

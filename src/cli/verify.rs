@@ -39,8 +39,8 @@ pub struct VerifyArgs {
 /// Runs the command.
 pub fn run(args: &VerifyArgs) -> Result<u8> {
     signals::install();
-    let storage = disk(IoMode::Auto);
     let progress = Progress::new(args.report.progress);
+    let storage = disk(IoMode::Auto, &progress);
     let threads = args.threads.unwrap_or_else(lower::cores);
     let mut report = tiesmith::verify(&args.dir, threads, &storage, &progress)?;
     if args.repair && !report.intact {

@@ -11,12 +11,14 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ureq::http::{HeaderMap, Response, StatusCode};
 use ureq::{Agent, Body};
 
 use super::refusal;
+use super::waits::{Wait, Waits};
 use crate::error::{Error, Result, printable};
 
 /// Redirects followed for one request.
@@ -46,6 +48,7 @@ pub(super) struct Http {
     credentials: Option<(String, String)>,
     /// Longest silence.
     silence: Duration,
+    waits: Arc<Waits>,
 }
 
 /// What arrives of an answer, as far as it is too little for its time.
@@ -88,8 +91,8 @@ impl Answer {
 
 /// Why a request brought nothing.
 pub(super) enum Failure {
-    /// Another attempt may succeed, not before so long.
-    Passing(String, Option<Duration>),
+    /// Another attempt may succeed, after the wait that the server asks for, if it does.
+    Passing(String, Option<Wait>),
     /// The same, and what it did bring is next to nothing.
     Slow(String),
     /// No other attempt will.
@@ -97,20 +100,21 @@ pub(super) enum Failure {
 }
 
 /// Attempts at one thing.
-pub(super) struct Patience {
+pub(super) struct Patience<'a> {
     attempts: u32,
     most: u32,
+    waits: &'a Waits,
 }
 
-impl Patience {
+impl<'a> Patience<'a> {
     /// With a server that answered before.
-    pub(super) fn at_work() -> Self {
-        Self { attempts: 0, most: MAX_ATTEMPTS }
+    pub(super) fn at_work(http: &'a Http) -> Self {
+        Self { attempts: 0, most: MAX_ATTEMPTS, waits: &http.waits }
     }
 
     /// With a server that was not asked yet.
-    pub(super) fn at_first() -> Self {
-        Self { attempts: 0, most: FIRST_ATTEMPTS }
+    pub(super) fn at_first(http: &'a Http) -> Self {
+        Self { attempts: 0, most: FIRST_ATTEMPTS, waits: &http.waits }
     }
 
     /// Something was achieved.
@@ -136,14 +140,22 @@ impl Patience {
         let jitter = RandomState::new().build_hasher().finish() % 256;
         let spread = |wait: Duration| wait.mul_f64(0.75 + jitter as f64 / 512.0);
         let own = spread(doubled);
-        std::thread::sleep(wait.map_or(own, |wait| wait + spread(FIRST_WAIT)).min(LONGEST_WAIT));
+        let pause = match wait {
+            Some(wait) => {
+                let time = wait.time.min(LONGEST_WAIT);
+                self.waits.begin(&Wait { time, ..wait });
+                time + spread(FIRST_WAIT)
+            }
+            None => own,
+        };
+        std::thread::sleep(pause);
         Ok(())
     }
 }
 
 impl Http {
-    /// A client that shows `token` to the host of `endpoint` only.
-    pub(super) fn new(endpoint: &str, token: Option<String>) -> Self {
+    /// A client that shows `token` to the host of `endpoint` only, and speaks of `waits`.
+    pub(super) fn new(endpoint: &str, token: Option<String>, waits: Arc<Waits>) -> Self {
         let silence = std::env::var("HF_HUB_DOWNLOAD_TIMEOUT").ok().and_then(|seconds| seconds.parse().ok());
         let silence = silence.map_or(SILENCE, |seconds: u64| Duration::from_secs(seconds.clamp(1, 3600)));
         let config = Agent::config_builder()
@@ -161,7 +173,7 @@ impl Http {
             .user_agent(concat!("tiesmith/", env!("CARGO_PKG_VERSION")))
             .build();
         let credentials = token.map(|token| (origin(endpoint).to_owned(), token));
-        Self { agent: config.into(), credentials, silence }
+        Self { agent: config.into(), credentials, silence, waits }
     }
 
     pub(super) fn has_token(&self) -> bool {
@@ -277,6 +289,7 @@ pub(super) fn settled(answer: Answer) -> Result<Answer, Failure> {
     let window =
         || answer.header("ratelimit")?.split(';').find_map(|part| part.trim().strip_prefix("t=")).and_then(seconds);
     let wait = wait.or_else(|| (status == StatusCode::TOO_MANY_REQUESTS).then(|| window().unwrap_or(TOO_MANY_WAIT)));
+    let wait = wait.map(|time| Wait::at(&answer.url, time));
     drain(answer.response);
     Err(Failure::Passing(format!("the server says {status}"), wait))
 }
@@ -430,7 +443,9 @@ mod tests {
         ] {
             assert_eq!(shown(url), Path::new(text));
         }
-        let error = Patience { attempts: 0, most: 1 }.after(Failure::Passing("no".into(), None), "https://a/b?secret");
+        let waits = Waits::default();
+        let error = Patience { attempts: 0, most: 1, waits: &waits }
+            .after(Failure::Passing("no".into(), None), "https://a/b?secret");
         assert!(!error.unwrap_err().to_string().contains("secret"));
     }
 }

@@ -5,10 +5,12 @@
 //! - A refusal is explained: missing, private, gated, wrong token.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
 
 use super::http::{Answer, Failure, Http, Patience, settled};
+use super::waits::Waits;
 use crate::error::{Error, Result, printable};
 
 /// Longest accepted list of a repository's files.
@@ -49,12 +51,12 @@ fn variable(name: &str) -> Option<String> {
 
 impl Hub {
     /// The Hub as the environment has it.
-    pub(super) fn from_environment() -> Self {
+    pub(super) fn from_environment(waits: Arc<Waits>) -> Self {
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
         let endpoint = endpoint.trim().trim_end_matches('/').to_owned();
         let yes =
             |name| variable(name).is_some_and(|v| matches!(v.to_lowercase().as_str(), "1" | "on" | "yes" | "true"));
-        let http = Http::new(&endpoint, token());
+        let http = Http::new(&endpoint, token(), waits);
         Self { offline: yes("HF_HUB_OFFLINE"), http, endpoint }
     }
 
@@ -67,7 +69,7 @@ impl Hub {
                 .help("unset it, or download the model first"));
         }
         let url = format!("{}/api/models/{id}/revision/{}", self.endpoint, escaped(revision, ""));
-        let mut patience = Patience::at_first();
+        let mut patience = Patience::at_first(&self.http);
         let body = loop {
             let body = self.http.get(&url, None).and_then(settled).and_then(|answer| {
                 if !answer.response.status().is_success() {

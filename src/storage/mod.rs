@@ -20,6 +20,7 @@ mod refusal;
 mod remote;
 mod system;
 mod transfer;
+mod waits;
 
 pub(crate) use ahead::request_bytes;
 pub use cloud::is_object;

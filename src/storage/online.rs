@@ -11,12 +11,14 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use super::ahead::{Ahead, Source};
 use super::cache::{Cache, Cached};
 use super::cloud::{self, Clouds};
 use super::hub::{Hub, Snapshot};
 use super::remote::{DEVICE, Far, Remote, RemoteInput, hash};
+use super::waits::Waits;
 use super::{Disk, Identity, InputFile, Lock, OutputFile, Pinned, Storage};
 use crate::error::{Error, Result};
 
@@ -38,6 +40,7 @@ pub struct Online {
     /// What is known of files, by path; `None` for those that are not there.
     heads: Mutex<HashMap<PathBuf, Option<Arc<dyn Far>>>>,
     clouds: Clouds,
+    waits: Arc<Waits>,
     /// What is kept of what was read.
     cache: Option<Arc<Cache>>,
 }
@@ -53,8 +56,15 @@ impl Online {
             snapshots: Mutex::default(),
             heads: Mutex::default(),
             clouds: Clouds::default(),
+            waits: Arc::default(),
             cache: None,
         }
+    }
+
+    /// The same, telling `listener` of every wait that a server asks for: the host, and how long it takes.
+    pub fn telling_waits(mut self, listener: impl Fn(&str, Duration) + Send + Sync + 'static) -> Self {
+        self.waits = Arc::new(Waits::new(Box::new(listener)));
+        self
     }
 
     /// The same, keeping up to `bytes` bytes of what is read over the network in `dir`, for the next pass over it. They go
@@ -74,7 +84,7 @@ impl Online {
     }
 
     fn hub(&self) -> &Arc<Hub> {
-        self.hub.get_or_init(|| Arc::new(Hub::from_environment()))
+        self.hub.get_or_init(|| Arc::new(Hub::from_environment(Arc::clone(&self.waits))))
     }
 
     /// The snapshot that a `hf://` path is in, and the path in it.

@@ -78,7 +78,7 @@ impl Remote {
         snapshot: Option<Arc<Snapshot>>,
         hub: Arc<Hub>,
     ) -> Result<Option<Self>> {
-        let mut patience = Patience::at_first();
+        let mut patience = Patience::at_first(&hub.http);
         loop {
             match Self::try_open(path, &url, snapshot.as_ref(), &hub) {
                 Ok(found) => return Ok(found),
@@ -171,7 +171,7 @@ impl Source for Remote {
     /// In as many requests as it takes.
     fn fetch(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         let mut done = 0;
-        let mut patience = Patience::at_work();
+        let mut patience = Patience::at_work(&self.hub.http);
         while done < buffer.len() {
             let end = buffer.len().min(done + REQUEST_BYTES as usize);
             let (before, rest) = (done, buffer.len() - done);

@@ -42,7 +42,11 @@ impl Remote {
     }
 
     pub fn of_family(family: &Family) -> Self {
-        let (saved, hub) = (family.save(), Hub::start());
+        Self::of_saved(family.save())
+    }
+
+    pub fn of_saved(saved: Saved) -> Self {
+        let hub = Hub::start();
         hub.add("org/base", &saved.base);
         for (index, model) in (1..).zip(&saved.models) {
             hub.add(&format!("org/model{index}"), model);
@@ -147,11 +151,13 @@ pub type Kind = (&'static str, Box<dyn Fn(&str) -> String>, Vec<String>);
 
 pub fn kinds(remote: &Remote, cache: &Path) -> Vec<Kind> {
     let content = remote.hub.address("org", "");
+    let local = remote.saved.dir.path().to_owned();
+    let dir = local.clone();
     let address = move |name: &str| {
-        let file = if name == "model1" { "model.safetensors" } else { "model.safetensors.index.json" };
+        let index = "model.safetensors.index.json";
+        let file = if dir.join(name).join(index).exists() { index } else { "model.safetensors" };
         format!("{}/{name}/{file}", content.trim_end_matches('/'))
     };
-    let local = remote.saved.dir.path().to_owned();
     let cached = ["--cache".to_owned(), text(cache), "--cache-size=1GB".to_owned()];
     vec![
         ("files", Box::new(move |name: &str| text(&local.join(name))), Vec::new()),
@@ -336,6 +342,43 @@ fn what_is_kept_is_not_downloaded_again() {
     assert!(refused(&["--cache", "missing", "--cache-size", "1GB"]).contains("no such directory for --cache"));
     assert!(refused(&["--cache", &cache_dir, "--cache-size", "1000TB"]).contains("smaller --cache-size"));
     assert!(refused(&["--cache", &cache_dir]).contains("--cache-size"));
+}
+
+#[test]
+fn a_wait_that_a_server_asks_for_is_told() {
+    let remote = Remote::new();
+    let plan = ["--memory=64MB", "--threads=1"];
+    remote.hub.log();
+    remote.merge("plan", &hf, &plan).succeeded();
+    let opened = remote.hub.log().iter().filter(|request| request.content).count();
+    let dir = tempfile::tempdir().unwrap();
+    // When files are opened, and when they are read.
+    let turns =
+        [("plan", 0, "plain"), ("merge", 0, "auto"), ("merge", opened + 1, "plain"), ("merge", opened + 1, "json")];
+    for (turn, (verb, from, mode)) in turns.into_iter().chain([("merge", opened + 1, "none")]).enumerate() {
+        let out = text(&dir.path().join(turn.to_string()));
+        let [base, models @ ..] = ["base", "model1", "model2", "model3"].map(hf);
+        let mut args = vec![verb, "--progress", mode, "--base", &base];
+        models.iter().for_each(|model| args.extend(["--model", model]));
+        remote.hub.misbehave(Fault::TooMany, from, 1);
+        let place = ["--out", &out];
+        let place = if verb == "plan" { &[][..] } else { &place };
+        let outcome = remote.run(&[&args[..], &plan, place].concat());
+        let told: Vec<String> =
+            outcome.succeeded().stderr.lines().filter(|line| line.contains("wait")).map(str::to_owned).collect();
+        match (mode, &told[..]) {
+            ("none", []) => {}
+            ("json", [event]) => {
+                let event: Value = serde_json::from_str(event).unwrap();
+                let host = event["host"].as_str().unwrap();
+                assert!(host.starts_with("127.0.0.1:") && event["event"] == "wait" && event["seconds"] == 1, "{event}");
+            }
+            ("plain" | "auto", [line]) => {
+                assert!(line.starts_with("127.0.0.1:") && line.ends_with(" asks to wait 1 s"), "{line}");
+            }
+            _ => panic!("{verb} {mode}: {told:?}"),
+        }
+    }
 }
 
 #[test]
