@@ -28,7 +28,7 @@ pub use adapter::{Adapters, Changes, FactoredModule};
 
 use crate::dtype::{Dtype, Float};
 use crate::error::{Error, Result};
-use crate::storage::{InputFile, Storage};
+use crate::storage::{InputFile, Storage, is_remote};
 use resolve::Source;
 
 /// One tensor of a checkpoint.
@@ -111,6 +111,10 @@ pub struct HubRef {
     pub commit: String,
 }
 
+fn is_here(path: &Path, storage: &dyn Storage) -> bool {
+    !is_remote(path) && matches!(storage.identity(path), Ok(Some(_)))
+}
+
 impl Checkpoint {
     /// Opens what `spec` names: a directory, a `.safetensors` file or a PyTorch file (`.bin`, `.pt`, `.pth`, `.ckpt`), an
     /// index file, a Hub id in the local cache, or one of these and a PEFT adapter on it, `MODEL+ADAPTER`.
@@ -152,6 +156,26 @@ impl Checkpoint {
             warnings,
             derived: Derived::default(),
         })
+    }
+
+    /// `spec` as it is found from any working directory.
+    pub fn place(spec: &str, storage: &dyn Storage) -> String {
+        if let Ok(Some((model, adapter))) = adapter::split(spec, storage) {
+            return format!("{}+{}", Self::place(model, storage), Self::place(adapter, storage));
+        }
+        let path = Path::new(spec);
+        match std::path::absolute(path) {
+            Ok(absolute) if is_here(path, storage) => absolute.to_string_lossy().into_owned(),
+            _ => spec.to_owned(),
+        }
+    }
+
+    /// Whether something on a local disk has the name `spec`, or both parts of it do.
+    pub fn is_here(spec: &str, storage: &dyn Storage) -> bool {
+        match adapter::split(spec, storage) {
+            Ok(Some((model, adapter))) => Self::is_here(model, storage) && Self::is_here(adapter, storage),
+            _ => is_here(Path::new(spec), storage),
+        }
     }
 
     /// The directory of what `spec` names, for the sake of files beside the weights, which need not be there.

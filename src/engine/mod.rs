@@ -215,8 +215,20 @@ fn can_be_resumed(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Failed | ErrorKind::Interrupted)
 }
 
-/// Ends what an earlier attempt had finished but for its traces; the report is the one it left.
+/// Ends what an earlier attempt had finished but for its traces, if it still is what that attempt wrote; the report is the one it
+/// left.
 fn tidy_up(plan: &Plan, dir: OutputDir, observer: &dyn Observer) -> Result<Report> {
+    let damaged = match dir.address() {
+        None => verify(&dir.dir, 1, &dir.storage, observer)?.damaged,
+        Some(_) => Vec::new(),
+    };
+    if let Some(file) = damaged.first() {
+        let path = dir.dir.join(&file.name);
+        dir.tidy_up();
+        return Err(Error::failed("the merge was finished, but this file is not what it wrote any more")
+            .at(&path)
+            .help("repair it with 'tiesmith verify --repair' and the output's directory"));
+    }
     let there = dir.address().map(Path::new);
     let report = OutputDir::report_in(&dir.dir, &*dir.storage)
         .or_else(|error| there.map_or(Err(error), |there| OutputDir::report_in(there, &*dir.storage)));

@@ -88,6 +88,8 @@ pub(super) struct OutputDir {
     untouchable: AtomicBool,
     /// An earlier attempt got as far as publishing everything.
     published: bool,
+    /// One got as far as giving shards their names: nothing of a replaced output was left by then.
+    committed: bool,
     /// See [`OutputOptions::hash_inputs`].
     hash_inputs: bool,
     /// What the journal says of the inputs. Nothing in parts and in repairs.
@@ -268,6 +270,7 @@ impl OutputDir {
             resumes: false,
             untouchable: AtomicBool::new(false),
             published: false,
+            committed: false,
             hash_inputs: false,
             inputs: None,
             on_shard: None,
@@ -324,6 +327,7 @@ impl OutputDir {
             begin.admit_touched(plan).map_err(|e| e.at(&self.dir))?;
             self.inputs = Some(begin.clone());
             self.stale = log.stale;
+            self.committed = log.committed;
             self.refuse_other_address(&log.handed_over)?;
             self.handed_over = Mutex::new(log.handed_over);
             self.resumes = true;
@@ -628,7 +632,8 @@ impl OutputDir {
 
     /// Removes what is left of a replaced output: first what makes it loadable.
     fn remove_stale(&self, plan: &Plan) -> Result<()> {
-        let Some(stale) = &self.stale else { return Ok(()) };
+        // Once shards have their names, what is called so is new.
+        let Some(stale) = self.stale.as_ref().filter(|_| !self.committed) else { return Ok(()) };
         for name in LOADABLE {
             self.storage.remove_file(&self.dir.join(name))?;
         }

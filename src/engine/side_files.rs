@@ -3,6 +3,7 @@
 //! They are copied from the template (base, or the first model), with the data type in `config.json` brought in line.
 //! Nothing here is needed to merge; a template without such files is fine.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -16,7 +17,9 @@ use super::tensor_crc::{self, Crc};
 use super::{PROGRAM, Report};
 use crate::error::{Error, Result, printable};
 use crate::limits::{MAX_CONFIG_BYTES, MAX_SIDE_FILE_BYTES};
-use crate::plan::{Action, LAYER_COUNT_KEYS, LayerMap, MANIFEST_VERSION, Plan, PlanSummary, Schedule, may_describe};
+use crate::plan::{
+    Action, LAYER_COUNT_KEYS, LayerMap, MANIFEST_VERSION, Plan, PlanSummary, Schedule, may_describe, python_json,
+};
 use crate::sketch::Threshold;
 use crate::storage::Storage;
 
@@ -157,7 +160,7 @@ fn updated_config(path: &Path, content: Vec<u8>, plan: &Plan) -> Result<Vec<u8>>
     {
         return Ok(content);
     }
-    let mut config: Value = serde_json::from_slice(&content)
+    let mut config = python_json::read(&content)
         .map_err(|e| Error::input(format!("not valid JSON: {e}")).at(path).help("repair it, or move it away"))?;
     let before = config.clone();
     let Some(object) = config.as_object_mut() else { return Ok(content) };
@@ -188,18 +191,18 @@ fn updated_config(path: &Path, content: Vec<u8>, plan: &Plan) -> Result<Vec<u8>>
     if config == before {
         return Ok(content);
     }
-    let text = serde_json::to_string_pretty(&config).map_err(|e| Error::failed(e.to_string()).at(path))?;
+    let text = python_json::write(&config).map_err(|e| Error::failed(e.to_string()).at(path))?;
     Ok((text + "\n").into_bytes())
 }
 
 /// `tokenizer_config.json` with the output's chat template, for loaders that do not look for a file of its own.
 fn with_template(path: &Path, content: &[u8], plan: &Plan) -> Result<Vec<u8>> {
-    let mut config: Value = serde_json::from_slice(content)
+    let mut config = python_json::read(content)
         .map_err(|e| Error::input(format!("not valid JSON: {e}")).at(path).help("repair it, or move it away"))?;
     if let Some(object) = config.as_object_mut() {
         object.insert("chat_template".into(), plan.chat_template.as_deref().into());
     }
-    let text = serde_json::to_string_pretty(&config).map_err(|e| Error::failed(e.to_string()).at(path))?;
+    let text = python_json::write(&config).map_err(|e| Error::failed(e.to_string()).at(path))?;
     Ok((text + "\n").into_bytes())
 }
 
@@ -306,6 +309,7 @@ struct WrittenManifest<'a> {
     program: &'a str,
     fingerprint: &'a str,
     recipe: &'a crate::plan::Recipe,
+    places: &'a BTreeMap<String, String>,
     settings: Value,
     inputs: Vec<Value>,
     thresholds: Vec<Value>,
@@ -384,6 +388,7 @@ pub(super) fn manifest(
         program: PROGRAM,
         fingerprint: &plan.fingerprint,
         recipe: &plan.recipe,
+        places: &plan.places,
         settings: settings(plan.merging()),
         inputs,
         thresholds: thresholds.listed.iter().map(|unit| unit_thresholds(plan.merging(), unit)).collect(),

@@ -123,6 +123,7 @@ fn lower(recipe: &Recipe, mut checkpoints: Vec<Checkpoint>, adapter: bool, stora
     let [fingerprint, untimed_fingerprint] = fingerprints;
     let parsed_bytes = parsed_bytes(&checkpoints, chat_template.is_some(), &**storage)?;
     Ok(Plan {
+        places: recipe.sources().map(|spec| (spec.to_owned(), Checkpoint::place(spec, &**storage))).collect(),
         recipe: recipe.clone(),
         method,
         params,

@@ -133,7 +133,7 @@ fn configured_counts(checkpoint: &Checkpoint, storage: &dyn Storage) -> Result<V
         return Ok(Vec::new());
     }
     let content = storage.read_small(&path, MAX_CONFIG_BYTES).map_err(Error::as_input)?;
-    let Ok(config) = serde_json::from_slice::<serde_json::Value>(&content) else { return Ok(Vec::new()) };
+    let Ok(config) = super::python_json::read(&content) else { return Ok(Vec::new()) };
     let nested = config.as_object().into_iter().flat_map(|object| object.values());
     let objects = std::iter::once(&config).chain(nested);
     Ok(objects.flat_map(|o| LAYER_COUNT_KEYS.iter().filter_map(|key| o.get(key)?.as_u64())).collect())

@@ -6,15 +6,17 @@
 //! - Whether inputs are the same is judged by names, lengths and headers before the work, and by the hashes of what comes
 //!   out of them after it.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::Plan;
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result, printable};
 use crate::limits::MAX_MANIFEST_BYTES;
-use crate::recipe::{Module, Recipe, Slice, TokenSource, Vocabulary};
+use crate::recipe::{Module, Recipe, Slice};
 use crate::storage::Storage;
 
 /// The version of the format that is read and written.
@@ -35,16 +37,13 @@ pub struct ListedFile {
 /// An input as it was.
 #[derive(Debug, Deserialize)]
 struct Input {
-    checkpoint: Checkpoint,
+    checkpoint: Named,
     files: Vec<InputFile>,
 }
 
 #[derive(Debug, Deserialize)]
-struct Checkpoint {
-    #[serde(default)]
-    role: String,
+struct Named {
     source: String,
-    path: PathBuf,
     hub: Option<String>,
 }
 
@@ -65,6 +64,8 @@ pub struct Manifest {
     pub fingerprint: String,
     /// What was asked.
     pub recipe: Recipe,
+    #[serde(default)]
+    places: BTreeMap<String, String>,
     inputs: Vec<Input>,
     /// Thresholds as they were found, unit by unit.
     #[serde(default)]
@@ -126,37 +127,22 @@ impl Manifest {
     /// The recipe, with inputs named by where they are now.
     pub fn recipe(&self, storage: &dyn Storage) -> Recipe {
         let mut recipe = self.recipe.clone();
-        // The base of adapters that are merged with each other is no input: it is what does nothing.
-        let real = |input: &&Input| recipe.base.is_some() || input.checkpoint.role != "base";
-        let mut inputs = self
-            .inputs
-            .iter()
-            .filter(real)
-            .map(|input| input.checkpoint.place(storage))
-            .collect::<Vec<_>>()
-            .into_iter();
-        let mut next = |source: &mut String| {
-            let Some(place) = inputs.next() else { return };
-            match &mut recipe.vocabulary {
-                Some(Vocabulary::Model(name)) if name == source => name.clone_from(&place),
-                _ => {}
-            }
-            for rule in &mut recipe.token_rules {
-                match &mut rule.source {
-                    Some(TokenSource::Model(name) | TokenSource::Token(name, _) | TokenSource::Row(name, _))
-                        if name == source =>
-                    {
-                        name.clone_from(&place);
-                    }
-                    _ => {}
-                }
-            }
-            *source = place;
-        };
-        recipe.base.iter_mut().for_each(&mut next);
-        recipe.models.iter_mut().for_each(|model| next(&mut model.source));
-        recipe.sign_from.iter_mut().for_each(next);
+        recipe.rename_sources(|source| *source = self.place(source, storage));
         recipe
+    }
+
+    /// What to open for `source` now.
+    fn place(&self, source: &str, storage: &dyn Storage) -> String {
+        let input = self.inputs.iter().find(|input| input.checkpoint.source == source);
+        if let Some(hub) = input.and_then(|input| input.checkpoint.hub.as_ref())
+            && hub.split('@').next() == source.trim_start_matches("hf://").split('@').next()
+        {
+            return hub.clone();
+        }
+        match self.places.get(source) {
+            Some(place) if !Checkpoint::is_here(source, storage) => place.clone(),
+            _ => source.to_owned(),
+        }
     }
 
     /// Refuses a plan whose inputs or shards are not those of the manifest, as far as that shows before the work. The
@@ -164,6 +150,7 @@ impl Manifest {
     pub fn admit(&self, plan: &mut Plan) -> Result<()> {
         self.compare(plan)?;
         plan.recipe = self.recipe.clone();
+        plan.places.clone_from(&self.places);
         let merged = plan.factors.as_mut().map_or(&mut [][..], |factored| &mut factored.merged.checkpoints);
         for checkpoints in [&mut plan.checkpoints[..], merged] {
             for (input, checkpoint) in self.inputs.iter().zip(checkpoints) {
@@ -212,26 +199,6 @@ impl Manifest {
         let mut pairs = self.shards.iter().zip(&other.shards);
         let differing = pairs.find(|(a, b)| a != b).map(|(a, _)| &*a.name);
         differing.or_else(|| odd.then(|| self.shards.last().map_or("", |shard| &shard.name)))
-    }
-}
-
-impl Checkpoint {
-    /// What to open now.
-    fn place(&self, storage: &dyn Storage) -> String {
-        if let Some(hub) = &self.hub {
-            return hub.clone();
-        }
-        let given = Path::new(&self.source);
-        let named_file = given.extension().is_some_and(|e| e == "safetensors" || e == "json");
-        let found = match given.file_name() {
-            Some(name) if named_file => self.path.join(name),
-            _ => self.path.clone(),
-        };
-        let exists = |path: &Path| storage.is_dir(path) || storage.is_file(path);
-        match !exists(given) && exists(&found) {
-            true => found.to_string_lossy().into_owned(),
-            false => self.source.clone(),
-        }
     }
 }
 

@@ -15,6 +15,7 @@ mod manifest;
 mod modules;
 mod params;
 mod passes;
+pub mod python_json;
 mod request;
 mod requests;
 mod schedule;
@@ -26,6 +27,7 @@ mod tokens;
 mod upkeep;
 mod vocabulary;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub use factored::{Factored, search_columns};
@@ -196,6 +198,8 @@ pub struct LayerMap {
 pub struct Plan {
     /// What was asked, for the record.
     pub recipe: Recipe,
+    /// Where the checkpoints are that it names, from any working directory, by their names.
+    pub places: BTreeMap<String, String>,
     /// The method.
     pub method: &'static dyn Method,
     /// Its parameters: each different set once. All have the same needs.

@@ -118,6 +118,20 @@ impl Tokens {
         self.ids.get(token).copied().filter(|&id| id < self.known)
     }
 
+    /// The tokens by their numbers, which are below `count`. Of several with one number, it belongs to an added one, as loaders
+    /// put these above the vocabulary, and else to the first by name.
+    pub(super) fn names(&self, count: usize) -> Vec<Option<&str>> {
+        let mut names: Vec<Option<&str>> = vec![None; count];
+        let order = |name: &str| (!self.added.contains_key(name), name.to_owned());
+        for (name, &id) in &self.ids {
+            let slot = &mut names[id as usize];
+            if slot.is_none_or(|other| order(name) < order(other)) {
+                *slot = Some(name);
+            }
+        }
+        names
+    }
+
     /// Adds a token with the next number, unless it is there; returns its definition, to be written.
     pub(super) fn add(&mut self, token: &str, definition: Option<&Map<String, Value>>) -> Option<Map<String, Value>> {
         if self.ids.contains_key(token) {

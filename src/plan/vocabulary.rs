@@ -7,7 +7,7 @@
 //!   of the rows of the models that have it; zeros if none has. Rules of the recipe for single tokens come before.
 //! - Rows that only fill up to a multiple are the average of all rows before them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -79,8 +79,7 @@ pub(super) fn reconcile(
     }));
     let output = tokens[source].as_ref().expect("it was checked");
     let count = output.ids.values().max().map_or(0, |&last| last as usize + 1);
-    let mut names: Vec<Option<&str>> = vec![None; count];
-    output.ids.iter().for_each(|(name, &id)| names[id as usize] = Some(name));
+    let names = output.names(count);
     let of = |checkpoint: usize| tokens[checkpoint].as_ref().or(tokens[0].as_ref());
     let owned = (0..checkpoints.len()).map(|c| old_ids(&names, of(c))).collect();
     let rules = rules(recipe, checkpoints, &output.ids, &of)?;
@@ -126,7 +125,7 @@ fn union(tokens: &mut [Option<Tokens>]) -> Vec<Map<String, Value>> {
                 .filter(|(name, _)| !base.ids.contains_key(*name))
                 .collect();
             missing.retain(|(name, _)| other.added.contains_key(*name) == special);
-            missing.sort_unstable_by_key(|&(_, id)| id);
+            missing.sort_unstable_by_key(|&(name, id)| (id, name));
             written.extend(missing.iter().filter_map(|(name, _)| base.add(name, other.added.get(*name))));
         }
     }
@@ -216,7 +215,7 @@ impl Wanted {
     ) -> Result<Vec<(usize, usize, Rows)>> {
         let opened = Opened { recipe, checkpoints, base: None, first_model: 0 };
         let mut views = Vec::new();
-        let mut empty: HashMap<&str, usize> = HashMap::new();
+        let mut empty: BTreeMap<&str, usize> = BTreeMap::new();
         for (index, checkpoint) in checkpoints.iter().enumerate() {
             for (entry, tensor) in checkpoint.tensors.iter().enumerate() {
                 if tensor.shape.len() != 2 || !layers::is_vocabulary(&tensor.name) {

@@ -12,6 +12,7 @@
 
 mod analyze;
 mod factors;
+mod finished;
 mod guess;
 mod memory;
 mod packed;

@@ -133,6 +133,17 @@ fn the_configuration_says_the_output_type() {
 }
 
 #[test]
+fn what_python_writes_for_infinity_stays_in_the_configuration() {
+    let saved = Spec::default().family().save();
+    let config = |dtype: &str| {
+        format!("{{\n  \"dtype\": \"{dtype}\",\n  \"time_step_limit\": [\n    0.0,\n    Infinity\n  ]\n}}\n")
+    };
+    fs::write(saved.base.join("config.json"), config("float32")).unwrap();
+    let output = saved.merge(&Recipe { dtype: Some(Dtype::BF16), ..Recipe::default() }, &[]);
+    assert_eq!(fs::read_to_string(output.path.join("config.json")).unwrap(), config("bfloat16"));
+}
+
+#[test]
 fn a_base_without_a_configuration_still_merges() {
     let saved = Spec::default().family().save();
     fs::remove_file(saved.base.join("config.json")).unwrap();

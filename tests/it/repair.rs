@@ -8,9 +8,11 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::support::family::{Deltas, Saved, Spec, text};
-use crate::support::files::{copy_tree, read_checkpoint, read_json, read_tree, write_raw};
+use crate::support::files::{Layout, copy_tree, read_checkpoint, read_json, read_tree, write_checkpoint, write_raw};
 use crate::support::oracle::Recipe;
+use crate::support::repository;
 use crate::support::run::{Outcome, command, run, tiesmith};
+use crate::support::tensor::Tensor;
 
 const SHARDS: &str = "--max-shard-size=700B";
 
@@ -115,6 +117,56 @@ fn a_manifest_finds_inputs_from_anywhere_and_knows_when_they_are_others() {
     assert!(line.contains("model.safetensors is not what the manifest lists"), "{line}");
     write_raw(&file, r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, &[0; 4]);
     assert!(again("x", &[]).code == Some(2) && !saved.path("x").exists());
+}
+
+/// A directory with a copy of every kind of input, to be named from within.
+fn kinds_of_inputs() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["base", "lora", "rslora"] {
+        copy_tree(&repository("tests/golden/peft").join(name), &dir.path().join(name));
+    }
+    let at = |args: &[&str]| {
+        let mut command = command();
+        command.current_dir(dir.path()).args(args).args(["--progress", "none"]);
+        run(command).succeeded();
+    };
+    at(&["merge", "--method", "linear", "--model", "base+lora", "--out", "model"]);
+    let ones = |tensor: &Tensor| Tensor::floats(Dtype::F32, &tensor.shape, &vec![1.0; tensor.values().len()]);
+    let fisher =
+        read_checkpoint(&dir.path().join("base")).iter().map(|(name, tensor)| (name.clone(), ones(tensor))).collect();
+    write_checkpoint(&dir.path().join("fisher"), &fisher, Layout::SINGLE);
+    at(&["pack", "model", "--base", "base", "--out", "model.tvz"]);
+    dir
+}
+
+#[test]
+fn inputs_of_every_kind_are_found_from_anywhere() {
+    let dir = kinds_of_inputs();
+    let at = |name: &str| text(&dir.path().join(name));
+    let merges: [&[&str]; 4] = [
+        &["merge", "--base", "base", "--model", "base+lora", "--model", "base+rslora"],
+        &["merge", "--base", "base", "--model", "lora", "--model", "model"],
+        &["merge", "--base", "base", "--model", "model.tvz"],
+        &["merge", "--method", "fisher", "--base", "base", "--model", "model,weight=0.5", "--fisher", "fisher"],
+    ];
+    for flags in merges {
+        let mut merge = command();
+        merge.current_dir(dir.path()).args(flags).args(["--out", "out", "--progress", "none"]);
+        run(merge).succeeded();
+        let manifest = at("out/tiesmith.json");
+        for again in ["again", "and-again"] {
+            let from = if again == "again" { manifest.clone() } else { at("again/tiesmith.json") };
+            tiesmith(["merge", &from, "--out", &at(again)]).succeeded();
+            assert!(lasting(&dir.path().join("out")) == lasting(&dir.path().join(again)), "{flags:?}");
+        }
+        for file in shard_names(&dir.path().join("out")) {
+            fs::write(dir.path().join("out").join(file), "").unwrap();
+        }
+        assert_eq!(repair(&dir.path().join("out")).succeeded().json()["intact"], true, "{flags:?}");
+        for made in ["out", "again", "and-again"] {
+            fs::remove_dir_all(dir.path().join(made)).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -71,6 +71,7 @@ fn finished_before(plan: &Plan, job: &Job, storage: &Arc<dyn Storage>) -> Result
             .at(&job.out)
             .help("run its parts first: tiesmith run JOB --part 1/N and so on"));
     }
+    OutputDir::forget_lock(&job.out, &**storage);
     OutputDir::report_in(job.address().unwrap_or(&job.out), &**storage)
 }
 
