@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::output::{MANIFEST, is_file_name};
+use super::shards::SealedShard;
 use super::tensor_crc::{self, PieceCrc};
 use super::{Observer, pool};
 use crate::checkpoint;
@@ -101,7 +102,8 @@ pub fn verify(dir: &Path, threads: usize, storage: &Arc<dyn Storage>, observer: 
         0,
         |_| (),
         |buffer, ordinal, file| {
-            if let Some(damage) = check(dir, file, buffer, &**storage, observer)? {
+            let wanted = (file.bytes, &*file.blake3);
+            if let Some(damage) = check(&dir.join(&file.name), wanted, buffer, &**storage, observer)? {
                 let tensors = damaged_tensors(dir, file, buffer, &**storage, observer)?;
                 let found = DamagedFile { name: file.name.clone(), damage, tensors };
                 damaged.lock().unwrap_or_else(PoisonError::into_inner).push((ordinal, found));
@@ -125,28 +127,54 @@ pub fn verify(dir: &Path, threads: usize, storage: &Arc<dyn Storage>, observer: 
     })
 }
 
-/// What is wrong with `file`, if anything is; an error only if the work is to stop.
+/// Which of `files` are not what was written, by place.
+pub(super) fn differing(
+    files: &[(PathBuf, SealedShard)],
+    threads: usize,
+    storage: &dyn Storage,
+    observer: &dyn Observer,
+) -> Result<Vec<usize>> {
+    let damaged = Mutex::new(Vec::new());
+    let mut buffers = vec![vec![0u8; PIECE_BYTES]; threads.clamp(1, files.len().max(1))];
+    pool::run(
+        &mut buffers,
+        files.iter(),
+        0,
+        |_| (),
+        |buffer, place, (path, written)| {
+            if check(path, (written.bytes, &written.hash), buffer, storage, observer)?.is_some() {
+                damaged.lock().unwrap_or_else(PoisonError::into_inner).push(place);
+            }
+            Ok(())
+        },
+    )?;
+    let mut damaged = damaged.into_inner().unwrap_or_else(PoisonError::into_inner);
+    damaged.sort_unstable();
+    Ok(damaged)
+}
+
+/// What is wrong with a file that was written with this length and hash, if anything is; an error only if the work is to
+/// stop.
 fn check(
-    dir: &Path,
-    file: &Listed,
+    path: &Path,
+    (bytes, hash): (u64, &str),
     buffer: &mut [u8],
     storage: &dyn Storage,
     observer: &dyn Observer,
 ) -> Result<Option<Damage>> {
-    let path: PathBuf = dir.join(&file.name);
     let unreadable = |error: Error| Ok(Some(Damage::Unreadable { message: error.to_string() }));
-    match storage.identity(&path) {
+    match storage.identity(path) {
         Ok(Some(_)) => {}
         Ok(None) => return Ok(Some(Damage::Missing)),
         Err(error) => return unreadable(error),
     }
-    let input = match storage.open(&path) {
+    let input = match storage.open(path) {
         Ok(input) => input,
         Err(error) => return unreadable(error),
     };
     let found = input.identity().bytes;
-    if found != file.bytes {
-        return Ok(Some(Damage::Length { expected: file.bytes, found }));
+    if found != bytes {
+        return Ok(Some(Damage::Length { expected: bytes, found }));
     }
     let mut hasher = blake3::Hasher::new();
     let mut take = |part: &[u8]| {
@@ -154,7 +182,7 @@ fn check(
         observer.advance(part.len() as u64);
     };
     match read(&*input, 0..found, buffer, observer, &mut take) {
-        Ok(()) => Ok((*hasher.finalize().to_hex() != *file.blake3).then_some(Damage::Content)),
+        Ok(()) => Ok((*hasher.finalize().to_hex() != *hash).then_some(Damage::Content)),
         Err(error) if error.kind() == ErrorKind::Interrupted => Err(error),
         Err(error) => unreadable(error),
     }

@@ -364,6 +364,133 @@ fn damaged_files_of_parts_are_named() {
     job.finish().succeeded();
 }
 
+/// The unfinished shards, by name.
+fn shards(job: &Job) -> Vec<PathBuf> {
+    let entries = fs::read_dir(job.out.join(".tiesmith")).unwrap().map(|entry| entry.unwrap().path());
+    let mut shards: Vec<_> = entries.filter(|path| path.extension().is_some_and(|e| e == "partial")).collect();
+    shards.sort();
+    shards
+}
+
+fn flip(path: &Path, at: usize) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[at] ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_shard_damaged_after_its_part_is_made_again() {
+    let saved = family(Deltas::Stepped).save();
+    let flags = ["--max-shard-size=100KB"];
+    let whole = saved.merge(&Recipe::default(), &flags);
+    for at in [0, 400, 70_000] {
+        let job = Job::plan(&saved, &Recipe::default(), &flags);
+        for part in ["1/2", "2/2"] {
+            job.run(part, &[]).succeeded();
+        }
+        let damaged = &shards(&job)[1];
+        flip(damaged, at);
+        let outcome = job.finish();
+        let line = outcome.error_line(1);
+        for words in [&text(damaged), "damaged", "made by part 1 of 2", "--part 1/2"] {
+            assert!(line.contains(words), "{words}: {line}");
+        }
+        assert!(!job.out.join("tiesmith.json").exists());
+        assert_eq!(job.run("2/2", &[]).succeeded().json()["done_before"], true);
+        assert_eq!(job.run("1/2", &[]).succeeded().json()["done_before"], false);
+        job.finish().succeeded();
+        must_be_alike(&whole.path, &job.out, &format!("a flipped bit at {at}"));
+    }
+}
+
+#[test]
+fn a_replaced_output_is_not_taken_for_a_lost_shard() {
+    let saved = family(Deltas::Stepped).save();
+    let job = Job::plan(&saved, &Recipe::default(), &["--max-shard-size=100KB"]);
+    let (out, file) = (text(&job.out), text(&job.file));
+    let flags = ["--out", &out, "--max-shard-size=100KB"];
+    saved.run("merge", &Recipe::default(), &[&flags[..], &["--density=0.7", "--progress=none"]].concat()).succeeded();
+    let before = read_tree(&job.out);
+    saved.run("plan", &Recipe::default(), &[&flags[..], &["--save", &file, "--force"]].concat()).succeeded();
+    job.run("1/1", &[]).succeeded();
+    fs::remove_file(&shards(&job)[0]).unwrap();
+    assert!(job.finish().error_line(1).contains("not done yet: part 1 of 1"));
+    assert_eq!(job.run("1/1", &[]).succeeded().json()["done_before"], false);
+    let during = read_tree(&job.out);
+    assert!(before.iter().all(|(path, data)| during.get(path) == Some(data)), "the old output is whole until the end");
+    job.finish().succeeded();
+    must_be_alike(&saved.merge(&Recipe::default(), &["--max-shard-size=100KB"]).path, &job.out, "replaced");
+}
+
+#[test]
+fn records_that_are_not_a_part_s_own_are_made_again() {
+    let saved = family(Deltas::Stepped).save();
+    let flags = ["--max-shard-size=100KB"];
+    let whole = saved.merge(&Recipe::default(), &flags);
+    let spoils: [fn(&Path, &Path); 3] = [
+        |own, other| assert!(fs::copy(other, own).unwrap() > 0),
+        |own, _| flip(own, 150),
+        |own, _| fs::File::options().write(true).open(own).unwrap().set_len(3 << 30).unwrap(),
+    ];
+    for spoil in spoils {
+        let job = Job::plan(&saved, &Recipe::default(), &flags);
+        for part in ["1/3", "2/3", "3/3"] {
+            job.run(part, &[]).succeeded();
+        }
+        let done = |part: usize| job.parts().join(format!("done-{part:05}-of-00003"));
+        spoil(&done(2), &done(1));
+        assert!(job.finish().error_line(1).contains("not done yet: part 2 of 3"));
+        assert_eq!(job.run("2/3", &[]).succeeded().json()["done_before"], false);
+        job.finish().succeeded();
+        must_be_alike(&whole.path, &job.out, "a record made again");
+    }
+}
+
+#[test]
+fn a_damaged_mark_of_the_job_says_what_helps() {
+    let saved = family(Deltas::Stepped).save();
+    let job = Job::plan(&saved, &Recipe::default(), &[]);
+    job.run("1/2", &[]).succeeded();
+    let marker = job.parts().join("job");
+    flip(&marker, 90);
+    for outcome in [job.run("1/2", &[]), job.finish()] {
+        let line = outcome.error_line(1);
+        assert!(
+            line.contains("parts/job") && line.contains("remove the output directory's .tiesmith folder"),
+            "{line}"
+        );
+    }
+    fs::File::options().write(true).open(&marker).unwrap().set_len(3 << 30).unwrap();
+    for outcome in [job.run("1/2", &[]), job.finish()] {
+        let line = outcome.error_line(1);
+        assert!(line.contains("3221225472 bytes, but can have 6") && line.contains(".tiesmith folder"), "{line}");
+    }
+    fs::remove_dir_all(job.out.join(".tiesmith")).unwrap();
+    for part in ["1/2", "2/2"] {
+        job.run(part, &[]).succeeded();
+    }
+    job.finish().succeeded();
+}
+
+#[test]
+fn files_longer_than_they_can_be_are_not_read() {
+    let saved = family(Deltas::Stepped).save();
+    let recipe = Recipe { trim_ties: TrimTies::Lowest, zero_sum: ZeroSum::Majority, ..Recipe::default() };
+    let job = Job::plan(&saved, &recipe, &[]);
+    job.run("1/1", &[]).succeeded();
+    for name in ["probe-1", "sketch-00001-of-00001", "ties-00001-of-00001", "vote-00001-of-00001", "thresholds"] {
+        let path = job.parts().join(name);
+        let sound = fs::read(&path).unwrap();
+        fs::File::options().write(true).open(&path).unwrap().set_len(3 << 30).unwrap();
+        let outcome = job.finish();
+        let line = outcome.error_line(1);
+        assert!(line.contains(name) && line.contains("3221225472 bytes, but can have"), "{line}");
+        assert!(line.contains("remove it and run the part again"), "{line}");
+        fs::write(&path, sound).unwrap();
+    }
+    job.finish().succeeded();
+}
+
 #[test]
 fn a_bad_input_is_the_same_line_in_parts() {
     let mut family = family(Deltas::Stepped);

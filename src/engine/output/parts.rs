@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use super::upload::{address, refuse_occupied};
 use super::{Found, JOURNAL, LOCK, Log, OutputDir, check_space, finished_already, kind, refuse_inputs, work_dir};
-use crate::engine::hand_over::{AllHandedOver, OnShard};
+use crate::engine::hand_over::OnShard;
 use crate::engine::holds_output;
 use crate::engine::identity::Begin;
 use crate::error::{Error, Result};
@@ -113,7 +113,7 @@ impl OutputDir {
         storage: &Arc<dyn Storage>,
     ) -> Result<Self> {
         let mut output = Self::bare(dir, journal_path, lock, storage);
-        output.handed_over = Mutex::new(output.handed_over_by_the_end()?);
+        output.look_at_the_end()?;
         if storage.identity(&output.journal_path)?.is_some() {
             let mut log = Log::default();
             // A journal that cannot be read is no loss but of time: the part is done again.
@@ -131,16 +131,18 @@ impl OutputDir {
 
     /// Decides with `decide` what of a part is to be done again, while nobody publishes: then no shard is gone that is not
     /// known to be handed over.
-    pub(in crate::engine) fn while_nobody_ends<T>(&self, decide: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(in crate::engine) fn while_nobody_ends<T>(&mut self, decide: impl FnOnce(&Self) -> Result<T>) -> Result<T> {
         let at_work =
             |e: Error| e.replace_help("wait until 'tiesmith finish' ends, then run the part again if it asks for it");
         let _lock = self.storage.lock(&self.work.join(LOCK)).map_err(at_work)?;
-        *self.handed_over() = self.handed_over_by_the_end()?;
-        decide()
+        self.look_at_the_end()?;
+        decide(self)
     }
 
-    /// The shards that whoever publishes handed over, so far.
-    fn handed_over_by_the_end(&self) -> Result<AllHandedOver> {
+    /// Takes in what whoever publishes did so far: which shards were handed over, and whether a replaced output is still there.
+    fn look_at_the_end(&mut self) -> Result<()> {
+        // What is published after this look is in the journal by then.
+        let found = Found::look(&self.dir, &self.work, &*self.storage)?;
         let path = self.work.join(JOURNAL);
         let mut log = Log::default();
         if self.storage.identity(&path)?.is_some() {
@@ -148,7 +150,10 @@ impl OutputDir {
             replay(&path, &*self.storage, take)
                 .map_err(|e| e.replace_help("remove the directory's .tiesmith folder to start over"))?;
         }
-        Ok(log.handed_over)
+        self.handed_over = Mutex::new(log.handed_over);
+        self.replaces = found.finished() && !log.committed;
+        self.stale = log.stale;
+        Ok(())
     }
 
     /// The directory, with all parts in it, to be published.
@@ -236,14 +241,20 @@ impl OutputDir {
 
     /// Whether shard `name` is there in full, finished or published, or was handed over.
     pub(in crate::engine) fn has_shard(&self, name: &str, bytes: u64) -> Result<bool> {
-        if self.was_handed_over(name) {
-            return Ok(true);
-        }
-        let whole = |path: &Path| Ok(self.storage.identity(path)?.is_some_and(|found| found.bytes == bytes));
-        Ok(whole(&self.partial(name))? || self.journal_says_published() && whole(&self.dir.join(name))?)
+        let Some(path) = self.path_of(name)? else { return Ok(self.was_handed_over(name)) };
+        Ok(self.storage.identity(&path)?.is_some_and(|found| found.bytes == bytes))
     }
 
-    fn journal_says_published(&self) -> bool {
-        !self.replaces || self.stale.is_some()
+    /// Where shard `name` is, finished or published; `None` if it is nowhere, or was handed over.
+    pub(in crate::engine) fn path_of(&self, name: &str) -> Result<Option<PathBuf>> {
+        if self.was_handed_over(name) {
+            return Ok(None);
+        }
+        for (path, counts) in [(self.partial(name), true), (self.dir.join(name), self.owns_final_names())] {
+            if counts && self.storage.identity(&path)?.is_some() {
+                return Ok(Some(path));
+            }
+        }
+        Ok(None)
     }
 }

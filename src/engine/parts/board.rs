@@ -11,30 +11,33 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::lengths::Lengths;
 use crate::engine::Observer;
 use crate::error::{Error, Result};
-use crate::limits::MAX_RECORD_BYTES;
+use crate::plan::Plan;
 use crate::storage::{Lock, Storage};
 
 /// First bytes of every file.
 const MAGIC: &[u8; 16] = b"tiesmith part 1\n";
 const CHECKSUM_BYTES: usize = 16;
+/// What helps against a file that makes no sense.
+const HELP: &str = "remove it and run the part again";
 /// Between looks whether others are done.
 const WAIT: Duration = Duration::from_millis(200);
-/// Longest accepted file: a sketch of every model.
-const MAX_FILE_BYTES: u64 = 64 * MAX_RECORD_BYTES as u64;
 
 /// The directory. See the module's documentation.
 pub(super) struct Board {
     pub storage: Arc<dyn Storage>,
     dir: PathBuf,
     fingerprint: String,
+    lengths: Lengths,
 }
 
 impl Board {
-    /// The board of the work with this fingerprint in `dir`.
-    pub(super) fn new(dir: PathBuf, fingerprint: &str, storage: &Arc<dyn Storage>) -> Self {
-        Self { storage: Arc::clone(storage), dir, fingerprint: fingerprint.to_owned() }
+    /// The board of the work on `plan`, whose sketches have `bins` bins, in `dir`.
+    pub(super) fn new(dir: PathBuf, plan: &Plan, bins: usize, storage: &Arc<dyn Storage>) -> Self {
+        let (fingerprint, lengths) = (plan.fingerprint.clone(), Lengths::of(plan, bins));
+        Self { storage: Arc::clone(storage), dir, fingerprint, lengths }
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -48,25 +51,40 @@ impl Board {
 
     /// What file `name` says; `None` if it is not there.
     pub(super) fn read(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        self.look(name)?.transpose()
+    }
+
+    /// The same; what is wrong with the file itself is told apart from a failure to read it.
+    pub(super) fn look(&self, name: &str) -> Result<Option<Result<Vec<u8>>>> {
         let path = self.path(name);
-        if self.storage.identity(&path)?.is_none() {
-            return Ok(None);
+        let Some(found) = self.storage.identity(&path)? else { return Ok(None) };
+        let longest =
+            MAGIC.len() as u64 + self.fingerprint.len() as u64 + self.lengths.longest(name) + CHECKSUM_BYTES as u64;
+        if found.bytes > longest {
+            let long =
+                format!("this file of a part is damaged: it has {} bytes, but can have {longest} at most", found.bytes);
+            return Ok(Some(Err(Error::failed(long).at(&path).help(HELP))));
         }
-        let mut bytes = self.storage.read_small(&path, MAX_FILE_BYTES)?;
+        let bytes = self.storage.read_small(&path, longest)?;
+        Ok(Some(self.content(&path, bytes)))
+    }
+
+    /// What the `bytes` of a file say.
+    fn content(&self, path: &Path, mut bytes: Vec<u8>) -> Result<Vec<u8>> {
         let start = MAGIC.len() + self.fingerprint.len();
         let sound = bytes.len() >= start + CHECKSUM_BYTES && bytes.starts_with(MAGIC) && {
             let (content, sum) = bytes.split_at(bytes.len() - CHECKSUM_BYTES);
             checksum(content) == sum
         };
         if !sound {
-            return Err(damaged(&path));
+            return Err(damaged(path));
         }
         if &bytes[MAGIC.len()..start] != self.fingerprint.as_bytes() {
-            return Err(Error::input("this belongs to another plan").at(&path).help("use the plan it was made with"));
+            return Err(Error::input("this belongs to another plan").at(path).help("use the plan it was made with"));
         }
         bytes.truncate(bytes.len() - CHECKSUM_BYTES);
         bytes.drain(..start);
-        Ok(Some(bytes))
+        Ok(bytes)
     }
 
     /// Puts up file `name`, durably.
@@ -144,7 +162,7 @@ impl Board {
 }
 
 fn damaged(path: &Path) -> Error {
-    Error::failed("this file of a part is damaged").at(path).help("remove it and run the part again")
+    Error::failed("this file of a part is damaged").at(path).help(HELP)
 }
 
 fn checksum(bytes: &[u8]) -> [u8; CHECKSUM_BYTES] {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -102,6 +103,25 @@ impl PartDone {
         self.shards.iter().enumerate().map(move |(at, shard)| (self.first + at, sealed(shard)))
     }
 
+    /// Whether it is of `part`: a file can be copied to another's place.
+    fn is_of(&self, plan: &Plan, part: Part) -> bool {
+        let own = plan.shares(part.count)[part.index].clone();
+        let tensors = (0..plan.tensors.len() as u32).filter(|&tensor| plan.is_within(tensor, &own));
+        self.first == own.start
+            && self.shards.len() == own.len()
+            && self.tensors.iter().map(|(tensor, _)| *tensor).eq(tensors)
+    }
+
+    /// Where the shards are that can be read again: those that were handed over need not be here.
+    pub(super) fn files(&self, plan: &Plan, dir: &OutputDir) -> Result<Vec<(PathBuf, SealedShard)>> {
+        let mut files = Vec::new();
+        for (index, sealed) in self.shards() {
+            let Some(planned) = plan.layout.shards.get(index) else { continue };
+            files.extend(dir.path_of(&planned.name)?.map(|path| (path, sealed)));
+        }
+        Ok(files)
+    }
+
     /// Whether all its shards are in the directory.
     pub(super) fn is_there(&self, plan: &Plan, dir: &OutputDir) -> Result<bool> {
         for (index, sealed) in self.shards() {
@@ -118,11 +138,10 @@ impl PartDone {
         board.write(&part.file("done"), &json)
     }
 
-    /// What part `part` left, if it is done.
-    pub(super) fn read(board: &Board, part: Part) -> Result<Option<Self>> {
-        let name = part.file("done");
-        let Some(bytes) = board.read(&name)? else { return Ok(None) };
-        serde_json::from_slice(&bytes).map(Some).map_err(|_| board.senseless(&name))
+    /// What `part` left, if it is done. What is damaged, or of another part, is as good as nothing: the part is done again.
+    pub(super) fn read(plan: &Plan, board: &Board, part: Part) -> Result<Option<Self>> {
+        let Some(Ok(bytes)) = board.look(&part.file("done"))? else { return Ok(None) };
+        Ok(serde_json::from_slice(&bytes).ok().filter(|done: &Self| done.is_of(plan, part)))
     }
 }
 

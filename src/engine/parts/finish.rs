@@ -32,16 +32,16 @@ pub fn finish(plan: &Plan, job: &Job, run: Run, storage: &Arc<dyn Storage>, obse
     if !storage.is_dir(&parts_dir) {
         return finished_before(plan, job, storage);
     }
-    let board = Board::new(parts_dir, &plan.fingerprint, storage);
+    let board = Board::new(parts_dir, plan, job.sketch_bins, storage);
     let count = parts_of(&board, &job.out)?;
     let dir = OutputDir::of_parts(plan, &job.out, job.force, job.on_shard.clone(), storage)?;
     if dir.is_published() {
         // By somebody else, right now.
         return tidy_up(plan, dir, observer);
     }
-    let parts = all_parts(plan, job, count, &board, &dir)?;
     let schedule = Schedule::with_bins(plan, run, job.sketch_bins)?;
     let desk = Desk { plan, job, part: Part { index: 0, count }, board, schedule, observer };
+    let parts = all_parts(&desk, &dir)?;
     let looks = Looks::new(&desk);
     let mut finished = Summed::of(plan, &parts);
     finished.tally.bytes_read = finished.tally.bytes_read.saturating_add(looks.bytes_read()?);
@@ -75,11 +75,12 @@ fn finished_before(plan: &Plan, job: &Job, storage: &Arc<dyn Storage>) -> Result
     OutputDir::report_in(job.address().unwrap_or(&job.out), &**storage)
 }
 
-/// What all parts left; an error names those that are missing.
-fn all_parts(plan: &Plan, job: &Job, count: usize, board: &Board, dir: &OutputDir) -> Result<Vec<PartDone>> {
+/// What all parts left, whose shards are what was written; an error names those that are missing or damaged.
+fn all_parts(desk: &Desk<'_>, dir: &OutputDir) -> Result<Vec<PartDone>> {
+    let (plan, job, count) = (desk.plan, desk.job, desk.part.count);
     let (mut parts, mut missing) = (Vec::with_capacity(count), Vec::new());
     for index in 0..count {
-        match PartDone::read(board, Part { index, count })? {
+        match PartDone::read(plan, &desk.board, Part { index, count })? {
             Some(done) if done.is_there(plan, dir)? => parts.push(done),
             _ => missing.push(index),
         }
@@ -89,11 +90,20 @@ fn all_parts(plan: &Plan, job: &Job, count: usize, board: &Board, dir: &OutputDi
             .at(&job.out)
             .help(format!("run them first: tiesmith run JOB --part {}/{count}", first + 1)));
     }
-    let indexes: Vec<usize> = parts.iter().flat_map(PartDone::shards).map(|(index, _)| index).collect();
-    if indexes.iter().copied().ne(0..plan.layout.shards.len()) {
-        return Err(Error::failed("the parts do not make up the output").at(&job.out).help("run all parts again"));
+    let damaged = desk.damaged(&parts.iter().collect::<Vec<_>>(), dir)?;
+    let Some(first) = damaged.first() else { return Ok(parts) };
+    let mut of = Vec::new();
+    for (index, part) in parts.iter().enumerate() {
+        if part.files(plan, dir)?.iter().any(|(path, _)| damaged.contains(path)) {
+            of.push(index);
+        }
     }
-    Ok(parts)
+    let again = of.first().map_or(1, |index| index + 1);
+    let more = if damaged.len() > 1 { format!(", as are {} more", damaged.len() - 1) } else { String::new() };
+    Err(Error::failed(format!("this shard is damaged{more}: made by {}", listed(&of, count))).at(first).help(format!(
+        "run {} again, then finish: tiesmith run JOB --part {again}/{count}",
+        if of.len() > 1 { "them" } else { "it" }
+    )))
 }
 
 /// What the parts add up to.
@@ -133,5 +143,5 @@ impl Summed {
 }
 
 fn add(sum: &mut [u64], counts: &[u64]) {
-    sum.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+    sum.iter_mut().zip(counts).for_each(|(sum, count)| *sum = sum.saturating_add(*count));
 }

@@ -4,12 +4,13 @@
 //! - A part is a number of whole output shards, and the tensors in them. Where thresholds are shared by the whole model,
 //!   parts first look at their own tensors and write down what they counted: counts add up exactly, in any order.
 //! - Parts may run at once or one after the other, be killed, and run again: what is done is not done twice, and the
-//!   output's bytes are those of a merge in one piece.
+//!   output's bytes are those of a merge in one piece. What is found done is read again and compared with its hash.
 //! - Nothing is scheduled here. Whoever runs does its own part, and of the common looks what nobody else is at work on.
 
 mod board;
 mod done;
 mod finish;
+mod lengths;
 mod looks;
 mod page;
 
@@ -28,9 +29,10 @@ use super::passes::Passes;
 use super::shards::write_shards;
 use super::spool::{Room, Site, Spool};
 use super::{
-    Observer, OnShard, OutputOptions, check_inputs_unchanged, check_memory, holds_output, peak_memory_bytes, side_files,
+    Observer, OnShard, OutputOptions, check_inputs_unchanged, check_memory, holds_output, peak_memory_bytes,
+    side_files, verify,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::limits::MAX_PARTS;
 use crate::plan::{Downloads, Plan, Run, Schedule};
 use crate::storage::Storage;
@@ -246,7 +248,7 @@ pub fn run_part(
 
 /// The board of `job`, which the first to come puts up.
 fn take_board(plan: &Plan, job: &Job, part: Part, dir: PathBuf, storage: &Arc<dyn Storage>) -> Result<Board> {
-    let board = Board::new(dir, &plan.fingerprint, storage);
+    let board = Board::new(dir, plan, job.sketch_bins, storage);
     let count = (part.count as u64).to_le_bytes();
     OutputDir::take_for_parts(
         plan,
@@ -267,16 +269,21 @@ fn take_board(plan: &Plan, job: &Job, part: Part, dir: PathBuf, storage: &Arc<dy
 
 /// In how many parts the job is done.
 fn parts_of(board: &Board, out: &Path) -> Result<usize> {
-    let marker = board
-        .read(MARKER)
-        .map_err(|e| e.replace_help("use the plan whose merge is under way there, or another --out"))?;
-    let Some(marker) = marker else {
+    let Some(marker) = board.look(MARKER)? else {
         return Err(Error::input("no part of this merge was run yet")
             .at(out)
             .help("run its parts first: tiesmith run"));
     };
-    let count = marker.try_into().map(u64::from_le_bytes).map_err(|_| board.senseless(MARKER))?;
-    Ok(count as usize)
+    let start_over = |e: Error| e.replace_help("remove the output directory's .tiesmith folder to start over");
+    let marker = marker.map_err(|e| match e.kind() {
+        ErrorKind::Input => e.replace_help(
+            "use the plan whose merge is under way there, or another --out; or remove the directory's .tiesmith folder to \
+             give that merge up",
+        ),
+        _ => start_over(e),
+    })?;
+    let count = marker.try_into().map(u64::from_le_bytes).ok().filter(|&count| (1..=MAX_PARTS as u64).contains(&count));
+    count.map(|count| count as usize).ok_or_else(|| start_over(board.senseless(MARKER)))
 }
 
 impl Desk<'_> {
@@ -307,6 +314,17 @@ impl Desk<'_> {
         Spool::open(self.plan, schedule, &self.site(index), searches, self.observer)
     }
 
+    /// The files, of shards of finished `parts`, that are not what was written.
+    fn damaged(&self, parts: &[&PartDone], dir: &OutputDir) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        for part in parts {
+            files.extend(part.files(self.plan, dir)?);
+        }
+        self.observer.stage("check", files.iter().map(|(_, shard)| shard.bytes).sum());
+        let differing = verify::differing(&files, self.schedule.threads, &*self.board.storage, self.observer)?;
+        Ok(differing.into_iter().map(|at| files[at].0.clone()).collect())
+    }
+
     /// Merges the shards of the part, unless that is done.
     fn merge(&self, looks: &Looks<'_>, report: &mut PartReport) -> Result<()> {
         let (plan, part, board) = (self.plan, self.part, &self.board);
@@ -315,11 +333,13 @@ impl Desk<'_> {
         report.bytes_read += found.as_ref().map_or(0, |found| found.bytes_read_here);
         let lock = board.lock(&part.file("merge"))?;
         let journal = board.path(&part.file("journal"));
-        let dir = OutputDir::of_part(plan, &self.job.out, journal, lock, &board.storage)?;
-        if let Some(done) = PartDone::read(board, part)? {
-            let is_there = || done.is_there(plan, &dir);
-            let undone = || if is_there()? { Ok(true) } else { board.remove(&part.file("done")).map(|()| false) };
-            if is_there()? || dir.while_nobody_ends(undone)? {
+        let mut dir = OutputDir::of_part(plan, &self.job.out, journal, lock, &board.storage)?;
+        if let Some(done) = PartDone::read(plan, board, part)? {
+            let is_whole = |dir: &OutputDir| Ok(done.is_there(plan, dir)? && self.damaged(&[&done], dir)?.is_empty());
+            let undone = |dir: &OutputDir| {
+                if is_whole(dir)? { Ok(true) } else { board.remove(&part.file("done")).map(|()| false) }
+            };
+            if is_whole(&dir)? || dir.while_nobody_ends(undone)? {
                 report.done_before = report.bytes_read == 0;
                 return Ok(());
             }
