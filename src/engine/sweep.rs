@@ -25,7 +25,7 @@ use serde::Serialize;
 
 use super::output::{JOURNAL_PATH, MANIFEST};
 use super::scaled::HELD_BYTES;
-use super::{Observer, OutputOptions, Report, check_memory, is_finished, merge, peak_memory_bytes};
+use super::{Observer, OutputOptions, Report, check_memory, is_finished, merge, peak_memory_bytes, verify};
 use crate::checkpoint::packed;
 use crate::error::{Error, Result, printable};
 use crate::limits::{MAX_MANIFEST_BYTES, MAX_SWEEP_GROUP};
@@ -229,6 +229,7 @@ impl Sweep<'_> {
         if self.output.force || !is_finished(&variant.plan, &dir, &**self.storage)? {
             return Ok(None);
         }
+        verify::must_be_complete(&dir, &**self.storage)?;
         let manifest = self.storage.read_small(&dir.join(MANIFEST), MAX_MANIFEST_BYTES)?;
         let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap_or_default();
         let report = serde_json::from_value(manifest["report"].clone());

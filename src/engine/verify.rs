@@ -17,7 +17,7 @@ use super::shards::SealedShard;
 use super::tensor_crc::{self, PieceCrc};
 use super::{Observer, pool};
 use crate::checkpoint;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, printable};
 use crate::limits::MAX_MANIFEST_BYTES;
 use crate::storage::{InputFile, Storage};
 
@@ -151,6 +151,24 @@ pub(super) fn differing(
     let mut damaged = damaged.into_inner().unwrap_or_else(PoisonError::into_inner);
     damaged.sort_unstable();
     Ok(damaged)
+}
+
+/// Fails unless every file that the manifest in `dir` lists is there with its length. Nothing else is read.
+pub(super) fn must_be_complete(dir: &Path, storage: &dyn Storage) -> Result<()> {
+    for file in listed(dir, storage)? {
+        let path = dir.join(&file.name);
+        let what = match storage.identity(&path)? {
+            Some(found) if found.bytes == file.bytes => continue,
+            None if file.handed_over => continue,
+            Some(found) => format!("it has {} bytes, {} were written", found.bytes, file.bytes),
+            None => "it is missing".to_owned(),
+        };
+        return Err(Error::input(format!("a file of a finished output is damaged: {what}")).at(&path).help(format!(
+            "'tiesmith verify {} --repair' makes it again, or --force all outputs",
+            printable(&dir.display().to_string())
+        )));
+    }
+    Ok(())
 }
 
 /// What is wrong with a file that was written with this length and hash, if anything is; an error only if the work is to

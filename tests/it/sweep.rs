@@ -333,6 +333,34 @@ fn packed_outputs_are_the_merges_bit_for_bit() {
 }
 
 #[test]
+fn an_output_with_a_lost_or_cut_off_file_is_not_there_already() {
+    let shapes = vec![("a", vec![30, 100]), ("b", vec![2000])];
+    let saved = Spec { shapes, ..Spec::default() }.family().save();
+    let out = saved.path("sweep");
+    let grid = ["--lambda=0.5,1", "--max-shard-size=13KB"];
+    sweep(&saved, &out, &grid).succeeded();
+    let expected = lasting(&out.join("lambda-1"));
+    let shard = expected.keys().find(|path| text(path).starts_with("model-00001")).expect("there are several shards");
+    let path = out.join("lambda-1").join(shard);
+    let cut = |path: &Path| fs::File::options().write(true).open(path).unwrap().set_len(100).unwrap();
+    for (spoil, words) in [(&|path: &Path| fs::remove_file(path).unwrap()) as &dyn Fn(&Path), &cut]
+        .into_iter()
+        .zip(["it is missing", "it has 100 bytes"])
+    {
+        spoil(&path);
+        let outcome = sweep(&saved, &out, &grid);
+        let line = outcome.refusal();
+        for words in [&text(&path), words, "lambda-1 --repair", "--force"] {
+            assert!(line.contains(words), "{words}: {line}");
+        }
+        assert_eq!(tiesmith(["verify", &text(&out.join("lambda-1")), "--repair"]).code, Some(0));
+        let again = sweep(&saved, &out, &grid).succeeded().json();
+        assert!(again["outputs"].as_array().unwrap().iter().all(|entry| entry["found"] == true));
+        assert!(lasting(&out.join("lambda-1")) == expected);
+    }
+}
+
+#[test]
 fn a_second_run_keeps_what_is_known_of_packed_outputs() {
     let saved = Spec::default().family().save();
     let out = saved.path("sweep");
