@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use tiesmith::{Error, Manifest, Observer, OutputOptions, Plan, Report, Result, Storage, printable};
+use tiesmith::{DamagedFile, Error, Manifest, Observer, OutputOptions, Plan, Report, Result, Storage, printable};
 
 use super::args::MergeArgs;
 use super::jobs::{self, Job};
@@ -115,21 +115,34 @@ fn compare(manifest: &Manifest, dir: &Path, storage: &dyn Storage) -> Result<()>
     Err(Error::failed(what).at(dir).help("an input was changed without changing its length, or versions differ"))
 }
 
-/// Makes what later jobs use, unless it is there already.
+/// Makes what later jobs use, unless it is there already, as it was written.
 fn part(args: &MergeArgs, mut job: Job, storage: &Arc<dyn Storage>, progress: &Progress) -> Result<()> {
     let plan = job.plan(storage)?;
     let (Some(dir), Some(name)) = (job.out, job.name) else { return Ok(()) };
+    let EarlierArgs { force, restart } = args.output.earlier;
     if tiesmith::is_finished(&plan, &dir, &**storage)? {
-        return Ok(());
+        let found = tiesmith::verify(&dir, lower::run(&args.run).threads, storage, progress)?;
+        match found.damaged.first() {
+            None => return Ok(()),
+            Some(_) if force => {}
+            Some(damaged) => return Err(not_as_written(&name, &dir, damaged)),
+        }
     }
     let schedule = lower::schedule(&plan, args)?;
-    let EarlierArgs { force, restart } = args.output.earlier;
     let output = OutputOptions { dir, force, restart, hash_inputs: args.hash_inputs, on_shard: None };
     let report = tiesmith::merge(&plan, &schedule, &output, storage, progress)?;
     for warning in &report.warnings {
         progress.warn(&format!("{name}: {warning}"));
     }
     Ok(())
+}
+
+/// A finished output that later jobs would use, with a file that is not what was written.
+fn not_as_written(name: &str, dir: &Path, damaged: &DamagedFile) -> Error {
+    let dir_shown = printable(&dir.display().to_string());
+    Error::input(format!("the output of document {} is damaged: this is not what was written", printable(name)))
+        .at(&dir.join(&damaged.name))
+        .help(format!("'tiesmith verify {dir_shown} --repair' makes it again, or --force the whole output"))
 }
 
 /// What was done, for people.

@@ -388,6 +388,35 @@ fn a_document_uses_the_output_of_another() {
 }
 
 #[test]
+fn a_finished_document_is_used_again_only_as_it_was_written() {
+    let place = Place::new();
+    for (name, seed) in [("a", 1), ("b", 2), ("c", 3)] {
+        place.model(name, 1, seed);
+    }
+    let expected = place.merge(CHAIN, &[]);
+    let part = place.path("out.parts/first/model.safetensors");
+    let written = fs::read(&part).unwrap();
+    let mut flipped = written.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    for damaged in [flipped, written[..written.len() - 2].to_vec()] {
+        assert!(damaged != written);
+        fs::write(&part, damaged).unwrap();
+        fs::remove_dir_all(place.path("out")).unwrap();
+        let refusal = place.refusal(CHAIN, &[]);
+        for words in ["out.parts/first/model.safetensors", "document first is damaged", "out.parts/first --repair"] {
+            assert!(refusal.contains(words), "{words}: {refusal}");
+        }
+        assert!(!place.path("out").exists());
+        place.tiesmith(&["verify", "out.parts/first", "--repair"]).succeeded();
+        assert!(fs::read(&part).unwrap() == written);
+        assert_eq!(differences(&place.merge(CHAIN, &[]), &expected), "");
+    }
+    fs::write(&part, "").unwrap();
+    place.merge(CHAIN, &["--force"]);
+    assert!(fs::read(&part).unwrap() == written);
+}
+
+#[test]
 fn a_checkpoint_that_a_later_document_lacks_is_missed_before_the_first_is_merged() {
     let place = Place::new();
     for (seed, name) in [(1, "a"), (2, "b")] {
