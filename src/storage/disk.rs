@@ -54,9 +54,13 @@ impl Disk {
             system::no_follow(&mut options);
             let mut file = match options.open(path) {
                 Err(e) if e.kind() == IoKind::NotFound => continue,
-                Err(_) if path.is_symlink() => return Err(a_link(path)),
+                Err(_) if is_in_the_way(path) => return Err(in_the_way(path)),
                 other => other.map_err(|e| write_error("create", path, &e))?,
             };
+            let metadata = file.metadata().map_err(|e| Error::io("examine", path, &e))?;
+            if !system::is_plain(&metadata) {
+                return Err(in_the_way(path));
+            }
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Ok(Err(locked(path, file))),
@@ -64,7 +68,7 @@ impl Disk {
                 Err(TryLockError::Error(e)) if e.kind() == IoKind::Unsupported => {}
                 Err(TryLockError::Error(e)) => return Err(Error::io("lock", path, &e)),
             }
-            let held = system::identity_of(&file.metadata().map_err(|e| Error::io("examine", path, &e))?);
+            let held = system::identity_of(&metadata);
             if self.identity(path)?.is_none_or(|there| (there.device, there.inode) != (held.device, held.inode)) {
                 continue;
             }
@@ -206,17 +210,24 @@ impl Storage for Disk {
     fn create(&self, path: &Path, length: u64) -> Result<Box<dyn OutputFile>> {
         // Readable too, so that what was written can be hashed through the same file system path.
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(true);
+        options.read(true).write(true).create(true).truncate(false);
         // What is behind a link is not this program's to write to.
         system::no_follow(&mut options);
         let file = match options.open(path) {
-            Err(_) if path.is_symlink() => {
+            Ok(file) if file.metadata().is_ok_and(|metadata| !system::is_plain(&metadata)) => None,
+            Err(_) if is_in_the_way(path) => None,
+            other => Some(other),
+        };
+        let file = match file {
+            Some(file) => file,
+            None => {
                 self.remove_file(path)?;
-                options.open(path)
+                options.create_new(true).open(path)
             }
-            other => other,
         };
         let file = file.map_err(|e| write_error("create", path, &e))?;
+        // What an earlier attempt left is no part of it.
+        file.set_len(0).map_err(|e| write_error("empty", path, &e))?;
         file.set_len(length).map_err(|e| write_error(&format!("set the length to {length} bytes"), path, &e))?;
         Ok(Box::new(DiskOutput { file, path: path.to_path_buf(), failure: OnceLock::new() }))
     }
@@ -225,14 +236,14 @@ impl Storage for Disk {
         let mut options = OpenOptions::new();
         options.read(true).write(true);
         system::no_follow(&mut options);
-        let file = options.open(path).map_err(|e| match path.is_symlink() {
-            // Taken away, the work goes on.
-            true => a_link(path).as_failed(),
+        // Taken away, the work goes on.
+        let file = options.open(path).map_err(|e| match is_in_the_way(path) {
+            true => in_the_way(path).as_failed(),
             false => write_error("open", path, &e),
         })?;
         let metadata = file.metadata().map_err(|e| Error::io("examine", path, &e))?;
-        if !metadata.is_file() {
-            return Err(Error::failed("not a regular file").at(path));
+        if !system::is_plain(&metadata) {
+            return Err(in_the_way(path).as_failed());
         }
         if metadata.len() != length {
             file.set_len(length).map_err(|e| write_error(&format!("set the length to {length} bytes"), path, &e))?;
@@ -251,6 +262,11 @@ impl Storage for Disk {
     fn create_dir_all(&self, path: &Path) -> Result<()> {
         let is_missing = |dir: &&Path| *dir != Path::new("") && !dir.exists();
         let made: Vec<&Path> = path.ancestors().take_while(is_missing).collect();
+        if let Some(link) = made.iter().find(|dir| dir.is_symlink()) {
+            return Err(Error::input("a link to a place that is not there")
+                .at(link)
+                .help("make the directory that it leads to, or remove the link"));
+        }
         std::fs::create_dir_all(path).map_err(|e| write_error("create directory", path, &e))?;
         for dir in made.into_iter().rev() {
             let parent = dir.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
@@ -336,9 +352,21 @@ fn open_error(path: &Path, error: &std::io::Error) -> Error {
     }
 }
 
-/// What is behind it is not this program's to write to.
-fn a_link(path: &Path) -> Error {
-    Error::input("a link to somewhere else, where this program keeps a file of its own").at(path).help("remove it")
+/// Whether a link, or something that is no file, is where this program keeps a file.
+fn is_in_the_way(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.is_dir() && !system::is_plain(&metadata))
+}
+
+/// It is not this program's to write to.
+fn in_the_way(path: &Path) -> Error {
+    let (what, help) = match std::fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_symlink() => ("a link to somewhere else", "remove it"),
+        Ok(metadata) if metadata.is_file() => {
+            ("a file that has another name too (a hard link)", "put a copy in its place")
+        }
+        _ => ("no regular file", "remove it"),
+    };
+    Error::input(format!("{what}, where this program keeps a file of its own")).at(path).help(help)
 }
 
 fn not_regular(path: &Path) -> Error {
@@ -547,6 +575,30 @@ mod tests {
         assert_eq!(
             (std::fs::read(&target).unwrap(), std::fs::read(&link).unwrap()),
             (b"precious".into(), b"abc".into())
+        );
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn nothing_is_written_to_a_file_with_another_name_or_to_none() {
+        let (dir, disk) = disk(IoMode::Auto);
+        let (other, path) = (dir.path().join("copy of the work"), dir.path().join("out.partial"));
+        std::fs::write(&other, b"precious").unwrap();
+        std::fs::hard_link(&other, &path).unwrap();
+        for error in [disk.reopen(&path, 3).map(drop), disk.lock(&path).map(drop)].map(Result::unwrap_err) {
+            assert!(error.to_string().contains("a hard link"), "{error}");
+        }
+        disk.create(&path, 3).unwrap().write_at(b"abc", 0).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"abc");
+        std::fs::remove_file(&path).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        for error in [disk.reopen(&path, 3).map(drop), disk.lock(&path).map(drop)].map(Result::unwrap_err) {
+            assert!(error.to_string().contains("no regular file"), "{error}");
+        }
+        disk.create(&path, 3).unwrap().write_at(b"abc", 0).unwrap();
+        assert_eq!(
+            (std::fs::read(&path).unwrap(), std::fs::read(&other).unwrap()),
+            (b"abc".into(), b"precious".into())
         );
     }
 

@@ -58,6 +58,18 @@ pub(super) fn identity_of(metadata: &Metadata) -> Identity {
     Identity { bytes: metadata.len(), mtime_ns, ..Identity::default() }
 }
 
+/// Whether what is open is a file that has one name only: writing to it changes nothing that is called otherwise.
+#[cfg(unix)]
+pub(super) fn is_plain(metadata: &Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    metadata.is_file() && metadata.nlink() <= 1
+}
+
+#[cfg(not(unix))]
+pub(super) fn is_plain(metadata: &Metadata) -> bool {
+    metadata.is_file()
+}
+
 /// Whether nothing can be at a path: it is too long for the file system, or its links lead back to themselves.
 pub(super) fn is_nowhere(error: &std::io::Error) -> bool {
     #[cfg(unix)]
@@ -77,11 +89,12 @@ pub(super) fn open_without_waiting(options: &mut OpenOptions) {
 #[cfg(any(not(unix), miri))]
 pub(super) fn open_without_waiting(_options: &mut OpenOptions) {}
 
-/// Refuses to open what a symbolic link points to.
+/// Refuses to open what a symbolic link points to, and does not wait for the other end of a FIFO.
 #[cfg(unix)]
 pub(super) fn no_follow(options: &mut OpenOptions) {
+    use rustix::fs::OFlags;
     use std::os::unix::fs::OpenOptionsExt as _;
-    options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32);
+    options.custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32);
 }
 
 #[cfg(not(unix))]

@@ -659,9 +659,30 @@ fn nothing_is_written_through_a_link_in_the_output() {
     std::fs::create_dir_all(linked_lock.join(".tiesmith")).unwrap();
     std::os::unix::fs::symlink(victim.join("file"), linked_lock.join(".tiesmith/lock")).unwrap();
 
-    for out in [linked_dir, linked_lock] {
-        saved.run("merge", &recipe, &["--out", out.to_str().unwrap()]).error_line(2);
+    let twice = saved.path("c");
+    std::fs::create_dir_all(twice.join(".tiesmith")).unwrap();
+    std::fs::hard_link(victim.join("file"), twice.join(".tiesmith/lock")).unwrap();
+    let nowhere = saved.path("d");
+    std::os::unix::fs::symlink(victim.join("none"), &nowhere).unwrap();
+
+    let untouched = || {
         assert_eq!(std::fs::read_to_string(victim.join("file")).unwrap(), "precious");
         assert_eq!(std::fs::read_dir(&victim).unwrap().count(), 1);
+    };
+    for (out, says) in [
+        (linked_dir, "the work directory is a link to somewhere else"),
+        (linked_lock, "a link to somewhere else, where this program keeps a file of its own; remove it"),
+        (twice, "a hard link"),
+        (nowhere, "a link to a place that is not there"),
+    ] {
+        let line = saved.run("merge", &recipe, &["--out", out.to_str().unwrap()]).error_line(2).to_owned();
+        assert!(line.contains(says) && line.contains(out.to_str().unwrap()), "{line}");
+        untouched();
     }
+
+    // What was to be written anew gets a file of its own.
+    let (packed, model) = (text(&saved.path("x.tvz")), text(&saved.models[0]));
+    std::fs::hard_link(victim.join("file"), saved.path("x.tvz.partial")).unwrap();
+    tiesmith(["pack", &model, "--base", &text(&saved.base), "--out", &packed]).succeeded();
+    untouched();
 }

@@ -102,7 +102,17 @@ fn outputs_that_cannot_be_are_refused() {
         );
     }
     type Make = fn(&Path);
-    let places: [(&str, Make); 9] = [
+    let places: [(&str, Make); 12] = [
+        ("a link to nowhere", |out| link("/nonexistent/place", out)),
+        ("a FIFO for the lock", |out| {
+            fs::create_dir_all(out.join(".tiesmith")).unwrap();
+            fifo(&out.join(".tiesmith/lock"));
+        }),
+        ("a file with another name for the lock", |out| {
+            fs::create_dir_all(out.join(".tiesmith")).unwrap();
+            fs::write(out.with_extension("mine"), "mine").unwrap();
+            fs::hard_link(out.with_extension("mine"), out.join(".tiesmith/lock")).unwrap();
+        }),
         ("a FIFO", fifo),
         ("a socket", socket),
         ("a link to itself", |out| link("o", out)),
@@ -131,7 +141,7 @@ fn outputs_that_cannot_be_are_refused() {
         make(&dir.join("o"));
         corpus.refuse_args(what, &["o"], &dir, &["--base=good", "--model=bad", "--out=o"]);
     }
-    corpus.finish(19);
+    corpus.finish(22);
 }
 
 #[test]

@@ -1,9 +1,10 @@
 //! What was measured, put together in the order of the tensors: sums over layers, kinds and the whole, and the journal's
-//! records of finished tensors.
+//! records of finished tensors, and of how far the one at hand is.
 
 use std::time::{Duration, Instant};
 
 use super::measures::Measures;
+use super::meter::BLOCK_ELEMENTS;
 use super::study::Study;
 use super::work::WorkDir;
 use crate::engine::records;
@@ -26,11 +27,22 @@ pub(super) enum Entry {
     Tensor { place: u32, found: Vec<Option<Threshold>>, measures: Measures },
     /// How far the search for thresholds is.
     Step(Step),
+    /// The first elements of a tensor, whole blocks of them: the same about these.
+    Part { place: u32, found: Vec<Option<Threshold>>, part: Part },
+}
+
+/// What was measured of a tensor so far.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Part {
+    /// Elements that were, from the first one on.
+    pub elements: u64,
+    pub measures: Measures,
 }
 
 const THRESHOLDS: u8 = 1;
 const TENSOR: u8 = 2;
 const STEP: u8 = 3;
+const PART: u8 = 4;
 
 impl Entry {
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
@@ -42,10 +54,9 @@ impl Entry {
             Self::Tensor { place, found, measures } => {
                 out.push(TENSOR);
                 out.extend(place.to_le_bytes());
-                encode_found(found, out);
-                measures.counts.iter().for_each(|count| out.extend(count.to_le_bytes()));
-                measures.sums.iter().for_each(|sum| out.extend(sum.to_le_bytes()));
+                encode_measured(found, measures, out);
             }
+            Self::Part { place, found, part } => encode_part(*place, found, part, out),
             Self::Step(step) => {
                 let mut entry = Vec::new();
                 step.encode(&mut entry);
@@ -62,13 +73,13 @@ impl Entry {
             [THRESHOLDS] => Some(Self::Thresholds(decode_found(rest)?)),
             [TENSOR] => {
                 let place = u32::from_le_bytes(take(rest)?);
-                let found = decode_found(rest)?;
-                if rest.len() < 8 * (counts + sums) {
-                    return None;
-                }
-                let counts = (0..counts).map(|_| take(rest).map(u64::from_le_bytes)).collect::<Option<_>>()?;
-                let sums = (0..sums).map(|_| take(rest).map(f64::from_le_bytes)).collect::<Option<_>>()?;
-                Some(Self::Tensor { place, found, measures: Measures { counts, sums } })
+                let (found, measures) = decode_measured(rest, counts, sums)?;
+                Some(Self::Tensor { place, found, measures })
+            }
+            [PART] => {
+                let (place, elements) = (u32::from_le_bytes(take(rest)?), u64::from_le_bytes(take(rest)?));
+                let (found, measures) = decode_measured(rest, counts, sums)?;
+                Some(Self::Part { place, found, part: Part { elements, measures } })
             }
             [STEP] => {
                 let length = u32::from_le_bytes(take(rest)?) as usize;
@@ -98,6 +109,30 @@ pub(super) fn decode(
         }
     }
     Ok(Some(()))
+}
+
+fn encode_part(place: u32, found: &[Option<Threshold>], part: &Part, out: &mut Vec<u8>) {
+    out.push(PART);
+    out.extend(place.to_le_bytes());
+    out.extend(part.elements.to_le_bytes());
+    encode_measured(found, &part.measures, out);
+}
+
+fn encode_measured(found: &[Option<Threshold>], measures: &Measures, out: &mut Vec<u8>) {
+    encode_found(found, out);
+    measures.counts.iter().for_each(|count| out.extend(count.to_le_bytes()));
+    measures.sums.iter().for_each(|sum| out.extend(sum.to_le_bytes()));
+}
+
+/// Thresholds and so many counts and sums.
+fn decode_measured(rest: &mut &[u8], counts: usize, sums: usize) -> Option<(Vec<Option<Threshold>>, Measures)> {
+    let found = decode_found(rest)?;
+    if rest.len() < 8 * (counts + sums) {
+        return None;
+    }
+    let counts = (0..counts).map(|_| take(rest).map(u64::from_le_bytes)).collect::<Option<_>>()?;
+    let sums = (0..sums).map(|_| take(rest).map(f64::from_le_bytes)).collect::<Option<_>>()?;
+    Some((found, Measures { counts, sums }))
 }
 
 fn encode_found(found: &[Option<Threshold>], out: &mut Vec<u8>) {
@@ -143,6 +178,8 @@ pub(super) struct Gathered {
     pub thresholds: Option<Vec<Option<Threshold>>>,
     /// Tensors that are done: the first so many of the study's order.
     pub done: usize,
+    /// What of the next one is measured, and its own thresholds (none in model scope).
+    pub part: Option<(Part, Vec<Option<Threshold>>)>,
     /// What is known of units whose thresholds are not found.
     pub under_way: UnderWay,
 }
@@ -156,6 +193,7 @@ impl Gathered {
             kinds: study.kinds.names.iter().map(|_| new()).collect(),
             thresholds: None,
             done: 0,
+            part: None,
             under_way: UnderWay::default(),
         }
     }
@@ -163,18 +201,31 @@ impl Gathered {
     /// Takes in an entry of the journal; false if it does not follow from what came before.
     pub(super) fn take(&mut self, study: &Study, entry: Entry) -> bool {
         let goals = study.densities.len() * study.plan.models();
+        let own = if study.plan.per_tensor() { goals } else { 0 };
+        let next = study.tensors.get(self.done).copied();
+        let length = next.map_or(0, |tensor| study.plan.length(tensor));
+        // What is counted are elements.
+        let is_next = |place: u32, found: &[_], elements: u64, measures: &Measures| {
+            let counts = measures.counts.iter().all(|&count| count <= elements);
+            next.is_some() && place as usize == self.done && found.len() == own && counts
+        };
         match entry {
             Entry::Thresholds(found) => {
                 let fits = found.len() == goals && self.done == 0;
                 self.thresholds = Some(found);
                 fits
             }
+            Entry::Part { place, found, part } => {
+                let whole_blocks = part.elements.is_multiple_of(BLOCK_ELEMENTS) && part.elements < length;
+                let fits = whole_blocks && is_next(place, &found, part.elements, &part.measures);
+                self.part = Some((part, found));
+                fits
+            }
             Entry::Tensor { place, found, measures } => {
-                let fits = place as usize == self.done
-                    && self.done < study.tensors.len()
-                    && found.len() == if study.plan.per_tensor() { goals } else { 0 };
-                if fits {
-                    self.under_way.forget(study.tensors[place as usize]);
+                let fits = is_next(place, &found, length, &measures);
+                if let Some(tensor) = next.filter(|_| fits) {
+                    self.part = None;
+                    self.under_way.forget(tensor);
                     self.add(study, &measures);
                 }
                 fits
@@ -201,15 +252,23 @@ pub(super) struct Gatherer<'a> {
     storage: &'a dyn Storage,
     pub gathered: Gathered,
     /// The tensor that is being measured.
-    open: Measures,
+    open: Part,
+    /// What is measured is recorded when it is so old.
+    keep_after: Duration,
     pending: Vec<u8>,
     flushed: Instant,
 }
 
 impl<'a> Gatherer<'a> {
     pub(super) fn new(study: &'a Study, work: &'a WorkDir, storage: &'a dyn Storage, gathered: Gathered) -> Self {
-        let open = Measures::new(&study.aim.shape);
-        Self { study, work, storage, gathered, open, pending: Vec::new(), flushed: Instant::now() }
+        let open = Part { elements: 0, measures: Measures::new(&study.aim.shape) };
+        let keep_after = study.schedule.keep_after.min(Duration::from_secs(WRITE_BEHIND_SECONDS));
+        Self { study, work, storage, gathered, open, keep_after, pending: Vec::new(), flushed: Instant::now() }
+    }
+
+    /// Goes on with a tensor of which `part` is measured.
+    pub(super) fn go_on(&mut self, part: Part) {
+        self.open = part;
     }
 
     /// What to say of a journal that makes no sense.
@@ -217,23 +276,39 @@ impl<'a> Gatherer<'a> {
         self.work.senseless()
     }
 
-    /// Takes in a part of the tensor whose turn it is: counts, and the sums of its blocks in order.
-    pub(super) fn part<'s>(&mut self, counts: &[u64], blocks: impl Iterator<Item = &'s [f64]>) {
-        self.open.add_counts(counts);
-        blocks.for_each(|sums| self.open.add_sums(sums));
+    /// Takes in the next `elements` of the tensor whose turn it is: counts, and the sums of its blocks in order.
+    pub(super) fn part<'s>(&mut self, elements: u64, counts: &[u64], blocks: impl Iterator<Item = &'s [f64]>) {
+        self.open.elements += elements;
+        self.open.measures.add_counts(counts);
+        blocks.for_each(|sums| self.open.measures.add_sums(sums));
+    }
+
+    /// Keeps what was taken in of the tensor whose turn it is, if it is time.
+    pub(super) fn keep_in_time(&mut self, found: &[Option<Threshold>]) -> Result<()> {
+        if self.flushed.elapsed() >= self.keep_after { self.keep(found) } else { Ok(()) }
+    }
+
+    /// Keeps what was taken in of the tensor whose turn it is, and all that waits for the journal.
+    pub(super) fn keep(&mut self, found: &[Option<Threshold>]) -> Result<()> {
+        self.storage.check_mapped()?;
+        if self.open.elements > 0 {
+            encode_part(self.gathered.done as u32, found, &self.open, &mut self.pending);
+        }
+        self.flush()
     }
 
     /// The tensor whose turn it is, is done.
     pub(super) fn finish(&mut self, found: &[Option<Threshold>]) -> Result<()> {
         // What was read of a file that was cut off meanwhile is worth nothing.
         self.storage.check_mapped()?;
-        let measures = std::mem::replace(&mut self.open, Measures { counts: Vec::new(), sums: Vec::new() });
+        let nothing = Measures { counts: Vec::new(), sums: Vec::new() };
+        let Part { measures, .. } = std::mem::replace(&mut self.open, Part { elements: 0, measures: nothing });
         let entry = Entry::Tensor { place: self.gathered.done as u32, found: found.to_vec(), measures };
         entry.encode(&mut self.pending);
         if let Entry::Tensor { measures, .. } = entry {
             self.gathered.add(self.study, &measures);
-            self.open = measures;
-            self.open.clear();
+            self.open.measures = measures;
+            self.open.measures.clear();
         }
         let late = self.flushed.elapsed() >= Duration::from_secs(WRITE_BEHIND_SECONDS);
         if late || self.pending.len() >= PENDING_BYTES { self.flush() } else { Ok(()) }
@@ -247,7 +322,7 @@ impl<'a> Gatherer<'a> {
         self.flush()
     }
 
-    /// Writes what waits to the journal. A tensor that is half done is forgotten.
+    /// Writes what waits to the journal.
     pub(super) fn flush(&mut self) -> Result<()> {
         if !self.pending.is_empty() {
             self.work.record(&self.pending)?;
@@ -267,7 +342,12 @@ mod tests {
         let found = vec![None, Some(Threshold { ties: Ties { low: 3, high: 4 }, above: 5, tied: 6 })];
         let measures = Measures { counts: vec![1, 2, 3], sums: vec![0.5, -0.0] };
         let steps = crate::engine::under_way::tests::steps().into_iter().map(Entry::Step);
-        let entries = [Entry::Thresholds(found.clone()), Entry::Tensor { place: 7, found, measures }];
+        let part = Part { elements: 1 << 40, measures: measures.clone() };
+        let entries = [
+            Entry::Thresholds(found.clone()),
+            Entry::Part { place: 7, found: found.clone(), part },
+            Entry::Tensor { place: 7, found, measures },
+        ];
         let entries: Vec<Entry> = entries.into_iter().chain(steps).collect();
         let mut bytes = Vec::new();
         entries.iter().for_each(|entry| entry.encode(&mut bytes));

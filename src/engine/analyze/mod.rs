@@ -5,7 +5,8 @@
 //!   scope one reading serves both.
 //! - Counts are integers. Sums run over fixed blocks of elements in the order of the tensors, so that neither threads nor
 //!   chunks nor memory change a digit.
-//! - Finished tensors are recorded: a look that was interrupted goes on where it was.
+//! - Finished tensors are recorded, and every so often what is measured of one that is not held in memory: a look that was
+//!   interrupted goes on where it was.
 
 mod describe;
 mod gather;
@@ -231,6 +232,8 @@ struct Hand {
 /// Tensors that are measured chunk by chunk.
 struct Streamed<'s> {
     tensors: &'s [u32],
+    /// Elements of the first one that are measured.
+    from: u64,
     /// Their own thresholds, if they have any.
     found: &'s [Option<Threshold>],
     /// Longest chunk.
@@ -276,9 +279,9 @@ impl<'a> Looker<'a> {
             };
             self.observer.stage("measure", study.bytes_from(done));
             let cuts = study.cuts(&goals, &found);
-            let streamed =
-                Streamed { tensors: &study.tensors[done..], found: &[], chunk_elements: unit.chunk_elements, spool };
-            return self.stream(&streamed, &cuts, gatherer);
+            let from = self.go_on(&mut gatherer);
+            let (tensors, chunk_elements) = (&study.tensors[done..], unit.chunk_elements);
+            return self.stream(&Streamed { tensors, from, found: &[], chunk_elements, spool }, &cuts, gatherer);
         }
         self.observer.stage("measure", study.bytes_from(done));
         let tensors: Vec<u32> = study.tensors[done..].to_vec();
@@ -289,6 +292,10 @@ impl<'a> Looker<'a> {
         let mut rest: Vec<&Unit> = tensors.iter().map(|&tensor| unit_of(tensor)).collect();
         while !rest.is_empty() {
             let alone = rest.iter().take_while(|unit| unit.kind == UnitKind::Solo).count();
+            if alone > 0 {
+                // It is held in memory now, and soon measured again.
+                gatherer.gathered.part = None;
+            }
             let outcome;
             (gatherer, outcome) = match alone {
                 0 => self.streamed_tensor(rest[0], gatherer),
@@ -334,28 +341,43 @@ impl<'a> Looker<'a> {
         found
     }
 
-    fn streamed_tensor(&mut self, unit: &Unit, gatherer: Gatherer<'a>) -> (Gatherer<'a>, Result<()>) {
+    fn streamed_tensor(&mut self, unit: &Unit, mut gatherer: Gatherer<'a>) -> (Gatherer<'a>, Result<()>) {
         let Study { plan, schedule, .. } = self.study;
-        let spool = match Spool::of_tensor(plan, schedule, unit, self.site, true, self.observer) {
+        let known = gatherer.gathered.part.as_ref().map(|(_, found)| found.clone());
+        let spool = match Spool::of_tensor(plan, schedule, unit, self.site, known.is_none(), self.observer) {
             Ok(spool) => spool,
             Err(error) => return (gatherer, Err(error)),
         };
         let goals = self.study.goals(unit);
-        let (gatherer, done) = match self.thresholds(unit, &goals, spool.as_ref()) {
+        let found = match known {
+            Some(found) if fit(&goals, &found) => Ok(found),
+            Some(_) => Err(gatherer.senseless()),
+            None => self.thresholds(unit, &goals, spool.as_ref()),
+        };
+        let (gatherer, done) = match found {
             Ok(found) => {
-                let (cuts, spool) = (self.study.cuts(&goals, &found), spool.as_ref());
-                let (tensors, chunk_elements) = (&unit.tensors[..], unit.chunk_elements);
-                self.stream(&Streamed { tensors, found: &found, chunk_elements, spool }, &cuts, gatherer)
+                let (cuts, from) = (self.study.cuts(&goals, &found), self.go_on(&mut gatherer));
+                let (tensors, chunk_elements, spool) = (&unit.tensors[..], unit.chunk_elements, spool.as_ref());
+                self.stream(&Streamed { tensors, from, found: &found, chunk_elements, spool }, &cuts, gatherer)
             }
             Err(error) => (gatherer, Err(error)),
         };
         (gatherer, Spool::forget(spool, done))
     }
 
+    /// Goes on with the tensor that an earlier attempt was at; returns how many of its elements are measured.
+    fn go_on(&self, gatherer: &mut Gatherer<'a>) -> u64 {
+        let Some((part, _)) = gatherer.gathered.part.take() else { return 0 };
+        let (study, from) = (self.study, part.elements);
+        self.observer.advance(study.bytes_of(study.tensors[gatherer.gathered.done], from));
+        gatherer.go_on(part);
+        from
+    }
+
     /// Measures tensors chunk by chunk.
     fn stream(&mut self, streamed: &Streamed<'_>, cuts: &Cuts, gatherer: Gatherer<'a>) -> (Gatherer<'a>, Result<()>) {
         let (study, observer) = (self.study, self.observer);
-        let &Streamed { tensors, found, chunk_elements, spool } = streamed;
+        let &Streamed { tensors, from, found, chunk_elements, spool } = streamed;
         let plan = &study.plan;
         let turns = Turns::new(gatherer);
         let ordered: &dyn Ordered = &turns;
@@ -364,7 +386,7 @@ impl<'a> Looker<'a> {
             let kept = |piece: &Piece| spool.is_some_and(|spool| spool.holds(chunk, *piece));
             prefetch_pieces(plan, chunk, plan.pieces(chunk.tensor, Wanted::All).filter(|piece| !kept(piece)));
         };
-        let chunks = chunks(plan, tensors, chunk_elements);
+        let chunks = chunks(plan, tensors, from, chunk_elements);
         let outcome = pool::run(&mut self.hands, chunks, lookahead, ahead, |hand, ordinal, chunk| {
             let mut pending = Pending::new(ordered, ordinal);
             let Hand { worker: Some(worker), meter, blocks } = hand else { unreachable!("the worker is back") };
@@ -378,14 +400,19 @@ impl<'a> Looker<'a> {
                 None => worker.load(plan, chunk, pieces, observer, measure)?,
             }
             turns.take(ordinal, |gatherer| {
-                gatherer.part(&meter.counts, blocks.chunks_exact(study.aim.shape.sums()));
+                gatherer.part(chunk.count, &meter.counts, blocks.chunks_exact(study.aim.shape.sums()));
                 let last = chunk.start + chunk.count == plan.length(chunk.tensor);
-                if last { gatherer.finish(found) } else { Ok(()) }
+                if last { gatherer.finish(found) } else { gatherer.keep_in_time(found) }
             })??;
             pending.complete();
             Ok(())
         });
-        (turns.into_inner(), outcome)
+        let mut gatherer = turns.into_inner();
+        if outcome.is_err() {
+            // Best effort: the error that led here is the one worth reporting.
+            let _ = gatherer.keep(found);
+        }
+        (gatherer, outcome)
     }
 
     /// Measures tensors that one worker each holds in memory.
@@ -412,7 +439,7 @@ impl<'a> Looker<'a> {
                 })
             })?;
             turns.take(ordinal, |gatherer| {
-                gatherer.part(&meter.counts, std::iter::once(&blocks[..]));
+                gatherer.part(chunk.count, &meter.counts, std::iter::once(&blocks[..]));
                 gatherer.finish(&found)
             })??;
             pending.complete();
@@ -422,12 +449,14 @@ impl<'a> Looker<'a> {
     }
 }
 
-/// The chunks of `tensors`, in order: whole blocks, at most `chunk_elements` long where that is a block at least.
-fn chunks<'p>(plan: &'p Plan, tensors: &'p [u32], chunk_elements: u64) -> impl Iterator<Item = Chunk> + 'p {
+/// The chunks of `tensors`, in order: whole blocks, at most `chunk_elements` long where that is a block at least. Of the first
+/// tensor they begin with element `from`.
+fn chunks<'p>(plan: &'p Plan, tensors: &'p [u32], from: u64, chunk_elements: u64) -> impl Iterator<Item = Chunk> + 'p {
     let step = (chunk_elements / BLOCK_ELEMENTS).max(1) * BLOCK_ELEMENTS;
-    tensors.iter().flat_map(move |&tensor| {
+    let begins = std::iter::once(from).chain(std::iter::repeat(0));
+    tensors.iter().zip(begins).flat_map(move |(&tensor, from)| {
         let length = plan.length(tensor);
-        let starts = (0..length.div_ceil(step)).map(move |at| at * step);
+        let starts = (0..(length - from).div_ceil(step)).map(move |at| from + at * step);
         starts.map(move |start| Chunk { tensor, start, count: step.min(length - start) })
     })
 }

@@ -104,7 +104,7 @@ impl Study {
             block_elements: BLOCK_ELEMENTS,
             sums: aim.shape.sums() as u64,
             thread_bytes: Meter::bytes(&aim.shape),
-            held_bytes: numbers * (layers.names.len() + kinds.names.len() + 4) as u64
+            held_bytes: numbers * (layers.names.len() + kinds.names.len() + 5) as u64
                 + names as u64
                 + tensors.len() as u64 * 16
                 + REPORT_BYTES,
@@ -137,11 +137,14 @@ impl Study {
 
     /// Stored bytes of the tensors from place `from` on.
     pub(super) fn bytes_from(&self, from: usize) -> u64 {
-        let bytes = |&t: &u32| {
-            let pieces = self.plan.pieces(t, crate::plan::Wanted::All);
-            pieces.map(|piece| self.plan.bytes_used(t, piece)).sum::<u64>()
-        };
-        self.tensors[from..].iter().map(bytes).sum()
+        self.tensors[from..].iter().map(|&t| self.bytes_of(t, self.plan.length(t))).sum()
+    }
+
+    /// Stored bytes of so many elements of a tensor.
+    pub(super) fn bytes_of(&self, tensor: u32, elements: u64) -> u64 {
+        let pieces = self.plan.pieces(tensor, crate::plan::Wanted::All);
+        let bytes = pieces.map(|piece| self.plan.bytes_used(tensor, piece)).sum::<u64>();
+        (u128::from(bytes) * u128::from(elements) / u128::from(self.plan.length(tensor).max(1))) as u64
     }
 }
 
