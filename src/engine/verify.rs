@@ -94,25 +94,12 @@ pub fn verify(dir: &Path, threads: usize, storage: &Arc<dyn Storage>, observer: 
     let listed = listed(dir, &**storage)?;
     let bytes = listed.iter().map(|file| file.bytes).sum();
     observer.stage("verify", bytes);
-    let damaged = Mutex::new(Vec::new());
-    let mut buffers = vec![vec![0u8; PIECE_BYTES]; threads.clamp(1, listed.len().max(1))];
-    pool::run(
-        &mut buffers,
-        listed.iter(),
-        0,
-        |_| (),
-        |buffer, ordinal, file| {
-            let wanted = (file.bytes, &*file.blake3);
-            if let Some(damage) = check(&dir.join(&file.name), wanted, buffer, &**storage, observer)? {
-                let tensors = damaged_tensors(dir, file, buffer, &**storage, observer)?;
-                let found = DamagedFile { name: file.name.clone(), damage, tensors };
-                damaged.lock().unwrap_or_else(PoisonError::into_inner).push((ordinal, found));
-            }
-            Ok(())
-        },
-    )?;
-    let mut damaged = damaged.into_inner().unwrap_or_else(PoisonError::into_inner);
-    damaged.sort_by_key(|(ordinal, ..)| *ordinal);
+    let mut damaged = found_in_each(&listed, threads, |buffer, file| {
+        let wanted = (file.bytes, &*file.blake3);
+        let Some(damage) = check(&dir.join(&file.name), wanted, buffer, &**storage, observer)? else { return Ok(None) };
+        let tensors = damaged_tensors(dir, file, buffer, &**storage, observer)?;
+        Ok(Some(DamagedFile { name: file.name.clone(), damage, tensors }))
+    })?;
     let taken =
         |(ordinal, file): &mut (usize, DamagedFile)| listed[*ordinal].handed_over && file.damage == Damage::Missing;
     let handed_over = damaged.extract_if(.., taken).map(|(_, file)| file.name).collect();
@@ -134,23 +121,35 @@ pub(super) fn differing(
     storage: &dyn Storage,
     observer: &dyn Observer,
 ) -> Result<Vec<usize>> {
-    let damaged = Mutex::new(Vec::new());
+    let damaged = found_in_each(files, threads, |buffer, (path, written)| {
+        check(path, (written.bytes, &written.hash), buffer, storage, observer)
+    })?;
+    Ok(damaged.into_iter().map(|(place, _)| place).collect())
+}
+
+/// What `look` finds in `files`, with their places, in order. Several threads read, each through a buffer of its own.
+fn found_in_each<F: Sync, T: Send>(
+    files: &[F],
+    threads: usize,
+    look: impl Fn(&mut [u8], &F) -> Result<Option<T>> + Sync,
+) -> Result<Vec<(usize, T)>> {
+    let all = Mutex::new(Vec::new());
     let mut buffers = vec![vec![0u8; PIECE_BYTES]; threads.clamp(1, files.len().max(1))];
     pool::run(
         &mut buffers,
         files.iter(),
         0,
         |_| (),
-        |buffer, place, (path, written)| {
-            if check(path, (written.bytes, &written.hash), buffer, storage, observer)?.is_some() {
-                damaged.lock().unwrap_or_else(PoisonError::into_inner).push(place);
+        |buffer, place, file| {
+            if let Some(found) = look(buffer, file)? {
+                all.lock().unwrap_or_else(PoisonError::into_inner).push((place, found));
             }
             Ok(())
         },
     )?;
-    let mut damaged = damaged.into_inner().unwrap_or_else(PoisonError::into_inner);
-    damaged.sort_unstable();
-    Ok(damaged)
+    let mut all = all.into_inner().unwrap_or_else(PoisonError::into_inner);
+    all.sort_by_key(|(place, _)| *place);
+    Ok(all)
 }
 
 /// Fails unless every file that the manifest in `dir` lists is there with its length. Nothing else is read.

@@ -122,10 +122,10 @@ impl Tokens {
     /// put these above the vocabulary, and else to the first by name.
     pub(super) fn names(&self, count: usize) -> Vec<Option<&str>> {
         let mut names: Vec<Option<&str>> = vec![None; count];
-        let order = |name: &str| (!self.added.contains_key(name), name.to_owned());
+        let is_plain = |name: &str| !self.added.contains_key(name);
         for (name, &id) in &self.ids {
             let slot = &mut names[id as usize];
-            if slot.is_none_or(|other| order(name) < order(other)) {
+            if slot.is_none_or(|other| (is_plain(name), name.as_str()) < (is_plain(other), other)) {
                 *slot = Some(name);
             }
         }

@@ -52,9 +52,7 @@ impl Entry {
                 encode_found(found, out);
             }
             Self::Tensor { place, found, measures } => {
-                out.push(TENSOR);
-                out.extend(place.to_le_bytes());
-                encode_measured(found, measures, out);
+                encode_tensor(*place, found, measures, out);
             }
             Self::Part { place, found, part } => encode_part(*place, found, part, out),
             Self::Step(step) => {
@@ -109,6 +107,12 @@ pub(super) fn decode(
         }
     }
     Ok(Some(()))
+}
+
+fn encode_tensor(place: u32, found: &[Option<Threshold>], measures: &Measures, out: &mut Vec<u8>) {
+    out.push(TENSOR);
+    out.extend(place.to_le_bytes());
+    encode_measured(found, measures, out);
 }
 
 fn encode_part(place: u32, found: &[Option<Threshold>], part: &Part, out: &mut Vec<u8>) {
@@ -301,15 +305,10 @@ impl<'a> Gatherer<'a> {
     pub(super) fn finish(&mut self, found: &[Option<Threshold>]) -> Result<()> {
         // What was read of a file that was cut off meanwhile is worth nothing.
         self.storage.check_mapped()?;
-        let nothing = Measures { counts: Vec::new(), sums: Vec::new() };
-        let Part { measures, .. } = std::mem::replace(&mut self.open, Part { elements: 0, measures: nothing });
-        let entry = Entry::Tensor { place: self.gathered.done as u32, found: found.to_vec(), measures };
-        entry.encode(&mut self.pending);
-        if let Entry::Tensor { measures, .. } = entry {
-            self.gathered.add(self.study, &measures);
-            self.open.measures = measures;
-            self.open.measures.clear();
-        }
+        encode_tensor(self.gathered.done as u32, found, &self.open.measures, &mut self.pending);
+        self.gathered.add(self.study, &self.open.measures);
+        self.open.elements = 0;
+        self.open.measures.clear();
         let late = self.flushed.elapsed() >= Duration::from_secs(WRITE_BEHIND_SECONDS);
         if late || self.pending.len() >= PENDING_BYTES { self.flush() } else { Ok(()) }
     }
