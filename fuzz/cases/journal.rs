@@ -1,13 +1,14 @@
 //! Bytes behind, or in the place of, the end of an interrupted merge's journal, raw or as records with right checksums:
-//! the merge goes on to the right output, or is refused and leaves everything as it was.
+//! the merge goes on to the right output, or is refused and leaves everything as it was. Most are stopped soon after they have
+//! gone on, and must not look finished.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use tiesmith::{ModelInput, Observer, OutputOptions, Plan, Recipe, Report, Run, Schedule, Scope};
+use tiesmith::{ErrorKind, ModelInput, Observer, OutputOptions, Plan, Recipe, Report, Run, Schedule, Scope};
 
 use super::Files;
 
@@ -27,6 +28,10 @@ type Tree = BTreeMap<PathBuf, Vec<u8>>;
 
 /// An interrupted merge: what is in its output directory, and the shard that it must become.
 struct Interrupted {
+    files: Files,
+    kind: Kind,
+    plan: Plan,
+    schedule: Schedule,
     tree: Tree,
     expected: Vec<u8>,
 }
@@ -46,7 +51,8 @@ fn smallest(plan: &Plan) -> u64 {
     number.split(' ').next().and_then(|number| number.parse().ok()).expect("a number")
 }
 
-fn merge(files: &Files, kind: Kind, patience: i64) -> tiesmith::Result<Report> {
+/// The merge of this kind, of the inputs in `files`.
+fn planned(files: &Files, kind: Kind) -> (Plan, Schedule) {
     let model = |name: &str| ModelInput { source: files.path(name), ..ModelInput::default() };
     let mut recipe = Recipe {
         base: Some(model("base.safetensors").source),
@@ -57,12 +63,11 @@ fn merge(files: &Files, kind: Kind, patience: i64) -> tiesmith::Result<Report> {
     if kind.streams {
         recipe.params.insert("zero_sum".into(), tiesmith::Value::Word("majority".into()).into());
     }
-    let storage = &files.storage;
-    let plan = Plan::new(&recipe, storage)?;
+    let plan = Plan::new(&recipe, &files.storage).expect("the inputs fit together");
     let memory_bytes = if kind.streams { smallest(&plan) } else { 40 << 20 };
-    let schedule = Schedule::new(&plan, Run { keep_after: Duration::ZERO, ..Run::new(memory_bytes, 1) })?;
-    let output = OutputOptions { dir: files.path(OUT).into(), hash_inputs: kind.hashes, ..OutputOptions::default() };
-    tiesmith::merge(&plan, &schedule, &output, storage, &StopAfter(AtomicI64::new(patience)))
+    let run = Run { keep_after: Duration::ZERO, ..Run::new(memory_bytes, 1) };
+    let schedule = Schedule::new(&plan, run).expect("there is memory enough");
+    (plan, schedule)
 }
 
 pub(super) fn make_inputs(files: &Files) {
@@ -74,35 +79,77 @@ pub(super) fn make_inputs(files: &Files) {
     }
 }
 
-/// Two records at least; of a merge that streams, as many as there are before it writes anything.
-fn interrupted(files: &Files, kind: Kind) -> Interrupted {
-    make_inputs(files);
-    files.clear(OUT);
-    merge(files, kind, i64::MAX).expect("an undisturbed merge succeeds");
-    let expected = made(files);
-    let mut last = None;
-    for patience in 1.. {
-        files.clear(OUT);
-        let outcome = merge(files, kind, patience);
-        let tree = files.tree(OUT);
-        let writes = tree.keys().any(|name| name.extension().is_some_and(|extension| extension == "partial"));
-        if outcome.is_ok() || kind.streams && writes {
-            break;
-        }
-        let journal = tree.get(Path::new(".tiesmith/journal"));
-        if journal.is_some_and(|journal| journal.windows(4).filter(|bytes| *bytes == b"TSR\n").count() > 1) {
-            last = Some(tree);
-            if !kind.streams {
+impl Interrupted {
+    /// Its journal has two records at least; that of a merge that streams, as many as there are before it writes anything.
+    fn new(name: &str, kind: Kind) -> Self {
+        let files = Files::new(name);
+        make_inputs(&files);
+        let (plan, schedule) = planned(&files, kind);
+        let mut start = Self { files, kind, plan, schedule, tree: Tree::new(), expected: Vec::new() };
+        start.files.clear(OUT);
+        start.merge(i64::MAX).expect("an undisturbed merge succeeds");
+        start.expected = start.made();
+        for patience in 1.. {
+            start.files.clear(OUT);
+            let outcome = start.merge(patience);
+            let tree = start.files.tree(OUT);
+            let writes = tree.keys().any(|name| name.extension().is_some_and(|extension| extension == "partial"));
+            if outcome.is_ok() || kind.streams && writes {
                 break;
+            }
+            let journal = tree.get(Path::new(".tiesmith/journal"));
+            if journal.is_some_and(|journal| journal.windows(4).filter(|bytes| *bytes == b"TSR\n").count() > 1) {
+                start.tree = tree;
+                if !kind.streams {
+                    break;
+                }
+            }
+        }
+        assert!(!start.tree.is_empty(), "it is interrupted in the middle");
+        start
+    }
+
+    fn merge(&self, patience: i64) -> tiesmith::Result<Report> {
+        let dir = self.files.path(OUT).into();
+        let output = OutputOptions { dir, hash_inputs: self.kind.hashes, ..OutputOptions::default() };
+        let observer = StopAfter(AtomicI64::new(patience));
+        tiesmith::merge(&self.plan, &self.schedule, &output, &self.files.storage, &observer)
+    }
+
+    /// The shard that a merge made.
+    fn made(&self) -> Vec<u8> {
+        self.files.tree(OUT).remove(Path::new("model.safetensors")).expect("a shard")
+    }
+
+    /// Changes the journal, and goes on with the merge, which is stopped when it has asked `patience` times.
+    fn check(&self, way: u8, patience: i64, data: &[u8]) {
+        let mut tree = self.tree.clone();
+        change(tree.get_mut(Path::new(".tiesmith/journal")).expect("a journal"), way, data);
+        self.files.clear(OUT);
+        for (name, content) in &tree {
+            self.files.put(&format!("{OUT}/{}", name.display()), content);
+        }
+        match self.merge(patience) {
+            Ok(_) => {
+                let made = self.made();
+                // Counts of magnitudes that have a right checksum and could be true are believed.
+                let believed = self.kind.streams && matches!(way % 4, 1 | 2);
+                assert!(made == self.expected || believed && made.len() == self.expected.len(), "a wrong output");
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {
+                let after = self.files.tree(OUT);
+                assert!(after.keys().all(|name| name.starts_with(".tiesmith")), "it looks finished");
+            }
+            Err(error) => {
+                super::refused(&error);
+                let mut after = self.files.tree(OUT);
+                // Who holds the lock is written down anew.
+                after.remove(Path::new(".tiesmith/lock"));
+                tree.remove(Path::new(".tiesmith/lock"));
+                assert!(after == tree, "a refused run changed something: {error}");
             }
         }
     }
-    Interrupted { tree: last.expect("it is interrupted in the middle"), expected }
-}
-
-/// The shard that a merge made.
-fn made(files: &Files) -> Vec<u8> {
-    files.tree(OUT).remove(Path::new("model.safetensors")).expect("a shard")
 }
 
 /// A record with a right checksum.
@@ -142,45 +189,21 @@ pub fn change(journal: &mut Vec<u8>, way: u8, data: &[u8]) {
     }
 }
 
+/// One in so many inputs is merged to the end: that takes several times as long as reading what is left.
+const MERGED: u32 = 16;
+
 /// See the file's documentation. Of the first byte, the two highest bits say which merge it is.
 pub fn run(data: &[u8]) {
     thread_local! {
-        static STARTS: [OnceLock<(Files, Interrupted)>; 8] = const { [const { OnceLock::new() }; 8] };
+        static STARTS: [OnceCell<Interrupted>; 8] = const { [const { OnceCell::new() }; 8] };
     }
     let Some((&way, data)) = data.split_first() else { return };
+    let sum = data.iter().fold(0u32, |sum, &byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
+    let patience = if sum.is_multiple_of(MERGED) { i64::MAX } else { i64::from(sum / MERGED % 4) };
     let kind = Kind { hashes: way & 0x40 != 0, streams: way & 0x80 != 0 };
     STARTS.with(|starts| {
         let number = usize::from(way >> 6) + if super::ON_DISK.get() { 4 } else { 0 };
-        let (files, start) = starts[number].get_or_init(|| {
-            let files = Files::new(&format!("journal-{number}"));
-            let start = interrupted(&files, kind);
-            (files, start)
-        });
-        check(files, start, kind, way & 0x3f, data);
+        let start = starts[number].get_or_init(|| Interrupted::new(&format!("journal-{number}"), kind));
+        start.check(way & 0x3f, patience, data);
     });
-}
-
-fn check(files: &Files, start: &Interrupted, kind: Kind, way: u8, data: &[u8]) {
-    let mut tree = start.tree.clone();
-    change(tree.get_mut(Path::new(".tiesmith/journal")).expect("a journal"), way, data);
-    files.clear(OUT);
-    for (name, content) in &tree {
-        files.put(&format!("{OUT}/{}", name.display()), content);
-    }
-    match merge(files, kind, i64::MAX) {
-        Ok(_) => {
-            let made = made(files);
-            // Counts of magnitudes that have a right checksum and could be true are believed.
-            let believed = kind.streams && matches!(way % 4, 1 | 2);
-            assert!(made == start.expected || believed && made.len() == start.expected.len(), "a wrong output");
-        }
-        Err(error) => {
-            super::refused(&error);
-            let mut after = files.tree(OUT);
-            // Who holds the lock is written down anew.
-            after.remove(Path::new(".tiesmith/lock"));
-            tree.remove(Path::new(".tiesmith/lock"));
-            assert!(after == tree, "a refused run changed something: {error}");
-        }
-    }
 }

@@ -64,6 +64,7 @@ fn repair(
     progress: &Progress,
 ) -> Result<()> {
     let manifest = Manifest::read(&args.dir.join("tiesmith.json"), &**storage)?;
+    manifest.must_be_as_written()?;
     let mut plan = Plan::new(&manifest.recipe(&**storage), storage)?;
     manifest.admit(&mut plan)?;
     let schedule = Schedule::new(&plan, run)?;
@@ -95,7 +96,9 @@ fn render(report: &VerifyReport) -> String {
         table.row([printable(&file.name), what + &tensors(&file.tensors)]);
     }
     text.push_str(&table.render());
-    if !report.intact {
+    if report.damaged.iter().any(|file| file.name == "tiesmith.json") {
+        text.push_str("without its manifest an output cannot be checked or repaired: merge again with --force\n");
+    } else if !report.intact {
         let dir = printable(&report.dir.to_string());
         text.push_str(&format!("'tiesmith verify {dir} --repair' makes damaged files again from the inputs\n"));
     }

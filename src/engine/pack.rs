@@ -273,7 +273,7 @@ impl<'a> Packing<'a> {
     ) -> Result<Done> {
         if left.finished {
             let bytes_written = storage.identity(place.path())?.map_or(0, |found| found.bytes);
-            let bytes_read = self.found_before(schedule, &left) + self.reads(&left.ties);
+            let bytes_read = self.found_before(schedule, &left).saturating_add(self.reads(&left.ties));
             return Ok(Done { stored: self.stored(&left.chunks), bytes_read, bytes_written });
         }
         let target = place.begin(self.plan, &mut left, keep_after(schedule))?;
@@ -309,7 +309,7 @@ impl<'a> Packing<'a> {
             ties = self.count_ties(&cuts, &mut packers, observer)?;
             target.keep_ties(&ties)?;
         }
-        let bytes_read = searched + self.reads(&ties);
+        let bytes_read = searched.saturating_add(self.reads(&ties));
         self.write(&cuts, &self.ties_before(&ties), &mut packers, target, observer)?;
         let mut stored = 0;
         let bytes_written = target.finish(|chunks, end| {
@@ -323,7 +323,9 @@ impl<'a> Packing<'a> {
 
     /// Tensor bytes that an earlier attempt read to find all thresholds.
     fn found_before(&self, schedule: &Schedule, left: &Left) -> u64 {
-        schedule.units.iter().filter_map(|unit| left.kept.unit(self.plan, unit)).map(|known| known.bytes_read).sum()
+        let units = schedule.units.iter().filter_map(|unit| left.kept.unit(self.plan, unit));
+        // A journal can say anything.
+        units.fold(0, |sum: u64, known| sum.saturating_add(known.bytes_read))
     }
 
     /// Tensor bytes that packing all chunks reads, and counting ties before, if they are counted.

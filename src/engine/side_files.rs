@@ -18,7 +18,7 @@ use super::{PROGRAM, Report};
 use crate::error::{Error, Result, printable};
 use crate::limits::{MAX_CONFIG_BYTES, MAX_SIDE_FILE_BYTES};
 use crate::plan::{
-    Action, LAYER_COUNT_KEYS, LayerMap, MANIFEST_VERSION, Plan, PlanSummary, Schedule, may_describe, python_json,
+    Action, LAYER_COUNT_KEYS, LayerMap, MANIFEST_VERSION, Plan, PlanSummary, Schedule, may_describe, python_json, seal,
 };
 use crate::sketch::Threshold;
 use crate::storage::Storage;
@@ -315,8 +315,8 @@ struct WrittenManifest<'a> {
     thresholds: Vec<Value>,
     shards: Vec<WrittenShard<'a>>,
     side_files: Vec<Value>,
-    run: Value,
     report: &'a Report,
+    run: Value,
 }
 
 #[derive(Serialize)]
@@ -394,11 +394,11 @@ pub(super) fn manifest(
         thresholds: thresholds.listed.iter().map(|unit| unit_thresholds(plan.merging(), unit)).collect(),
         shards: shard_list(plan, written),
         side_files: side_files.collect(),
-        run: json!({ "threads": schedule.threads, "memory_limit_bytes": schedule.memory_limit }),
         report,
+        run: json!({ "threads": schedule.threads, "memory_limit_bytes": schedule.memory_limit }),
     };
     let text = serde_json::to_string_pretty(&manifest).map_err(|e| Error::failed(format!("{MANIFEST}: {e}")))?;
-    Ok((text + "\n").into_bytes())
+    Ok(seal(&text))
 }
 
 /// The parameters after defaults: one object, or where tensors differ each set of them, and which tensors have it.

@@ -19,6 +19,7 @@ use super::{Observer, pool};
 use crate::checkpoint;
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::limits::MAX_MANIFEST_BYTES;
+use crate::plan::{is_sealed, must_be_current};
 use crate::storage::{InputFile, Storage};
 
 /// Bytes read at once by each thread.
@@ -63,7 +64,7 @@ pub struct DamagedFile {
 pub struct VerifyReport {
     /// The output directory.
     pub dir: String,
-    /// Files listed in the manifest.
+    /// Files listed in the manifest, and the manifest.
     pub files: u64,
     /// Their bytes.
     pub bytes: u64,
@@ -89,10 +90,20 @@ struct Listed {
     handed_over: bool,
 }
 
-/// Reads every file that the manifest in `dir` lists, with `threads` threads, and compares lengths and hashes.
+/// What a manifest lists.
+struct Listing {
+    files: Vec<Listed>,
+    /// Bytes of the manifest itself.
+    bytes: u64,
+    /// It is as it was written.
+    sealed: bool,
+}
+
+/// Reads every file that the manifest in `dir` lists, with `threads` threads, and compares lengths and hashes. The manifest has
+/// a hash of itself.
 pub fn verify(dir: &Path, threads: usize, storage: &Arc<dyn Storage>, observer: &dyn Observer) -> Result<VerifyReport> {
-    let listed = listed(dir, &**storage)?;
-    let bytes = listed.iter().map(|file| file.bytes).sum();
+    let Listing { files: listed, bytes, sealed } = listed(dir, &**storage)?;
+    let bytes = listed.iter().map(|file| file.bytes).sum::<u64>().saturating_add(bytes);
     observer.stage("verify", bytes);
     let mut damaged = found_in_each(&listed, threads, |buffer, file| {
         let wanted = (file.bytes, &*file.blake3);
@@ -103,12 +114,16 @@ pub fn verify(dir: &Path, threads: usize, storage: &Arc<dyn Storage>, observer: 
     let taken =
         |(ordinal, file): &mut (usize, DamagedFile)| listed[*ordinal].handed_over && file.damage == Damage::Missing;
     let handed_over = damaged.extract_if(.., taken).map(|(_, file)| file.name).collect();
+    let mut damaged: Vec<DamagedFile> = damaged.into_iter().map(|(_, file)| file).collect();
+    if !sealed {
+        damaged.push(DamagedFile { name: MANIFEST.into(), damage: Damage::Content, tensors: Vec::new() });
+    }
     Ok(VerifyReport {
         dir: dir.display().to_string(),
-        files: listed.len() as u64,
+        files: listed.len() as u64 + 1,
         bytes,
         intact: damaged.is_empty(),
-        damaged: damaged.into_iter().map(|(_, file)| file).collect(),
+        damaged,
         handed_over,
         repaired: Vec::new(),
     })
@@ -154,7 +169,11 @@ fn found_in_each<F: Sync, T: Send>(
 
 /// Fails unless every file that the manifest in `dir` lists is there with its length. Nothing else is read.
 pub(super) fn must_be_complete(dir: &Path, storage: &dyn Storage) -> Result<()> {
-    for file in listed(dir, storage)? {
+    let listing = listed(dir, storage)?;
+    let damaged = |path: &Path, what: &str, help: String| {
+        Err(Error::input(format!("a file of a finished output is damaged: {what}")).at(path).help(help))
+    };
+    for file in listing.files {
         let path = dir.join(&file.name);
         let what = match storage.identity(&path)? {
             Some(found) if found.bytes == file.bytes => continue,
@@ -162,10 +181,16 @@ pub(super) fn must_be_complete(dir: &Path, storage: &dyn Storage) -> Result<()> 
             Some(found) => format!("it has {} bytes, {} were written", found.bytes, file.bytes),
             None => "it is missing".to_owned(),
         };
-        return Err(Error::input(format!("a file of a finished output is damaged: {what}")).at(&path).help(format!(
-            "'tiesmith verify {} --repair' makes it again, or --force all outputs",
-            printable(&dir.display().to_string())
-        )));
+        let dir = printable(&dir.display().to_string());
+        return damaged(
+            &path,
+            &what,
+            format!("'tiesmith verify {dir} --repair' makes it again, or --force all outputs"),
+        );
+    }
+    if !listing.sealed {
+        let what = "it has other bytes than were written";
+        return damaged(&dir.join(MANIFEST), what, "--force makes all outputs again".into());
     }
     Ok(())
 }
@@ -254,7 +279,7 @@ fn damaged_tensors(
 }
 
 /// The files that the manifest lists, shards first.
-fn listed(dir: &Path, storage: &dyn Storage) -> Result<Vec<Listed>> {
+fn listed(dir: &Path, storage: &dyn Storage) -> Result<Listing> {
     let path = dir.join(MANIFEST);
     if storage.identity(&path).map_err(Error::as_input)?.is_none() {
         return Err(Error::input(format!("there is no {MANIFEST}: not a finished output")).at(dir).help(
@@ -266,6 +291,8 @@ fn listed(dir: &Path, storage: &dyn Storage) -> Result<Vec<Listed>> {
         Error::input(format!("the manifest is damaged: {what}")).at(&path).help("merge again to get a new one")
     };
     let manifest: Value = serde_json::from_slice(&content).map_err(|e| broken(&format!("not valid JSON: {e}")))?;
+    let version = manifest["format_version"].as_u64().ok_or_else(|| broken("it has no \"format_version\""))?;
+    must_be_current(version, &path)?;
     let one = |entry: &Value| {
         Some(Listed {
             name: entry["name"].as_str().filter(|name| is_file_name(name))?.to_owned(),
@@ -293,5 +320,5 @@ fn listed(dir: &Path, storage: &dyn Storage) -> Result<Vec<Listed>> {
     if files.iter().try_fold(0u64, |sum, file| sum.checked_add(file.bytes)).is_none() {
         return Err(broken("its files have more than 2^64 bytes"));
     }
-    Ok(files)
+    Ok(Listing { files, bytes: content.len() as u64, sealed: is_sealed(&content) })
 }

@@ -20,7 +20,10 @@ use crate::recipe::{Module, Recipe, Slice};
 use crate::storage::Storage;
 
 /// The version of the format that is read and written.
-pub const MANIFEST_VERSION: u32 = 2;
+pub const MANIFEST_VERSION: u32 = 3;
+/// What a manifest ends with, before and after the seal. It is a part of `run`: all that differs between two runs of a merge is
+/// there and in `report`.
+const SEAL: [&str; 2] = ["    \"manifest_blake3\": \"", "\"\n  }\n}\n"];
 const AGAIN: &str = "give the original inputs, or merge them as they are with --base and --model";
 
 /// A file of the output.
@@ -79,6 +82,36 @@ pub struct Manifest {
     pub report: Value,
     #[serde(skip)]
     path: PathBuf,
+    #[serde(skip)]
+    sealed: bool,
+}
+
+/// A manifest in indented JSON, with one more field at the end of `run`, which comes last: the hash of all bytes before that
+/// field's line.
+pub fn seal(json: &str) -> Vec<u8> {
+    let mut text = format!("{},\n", json.trim_end_matches("\n  }\n}"));
+    let [before, after] = SEAL;
+    let hash = blake3::hash(text.as_bytes()).to_hex();
+    text.extend([before, &hash, after]);
+    text.into_bytes()
+}
+
+/// Whether this is what [`seal`] made, unchanged.
+pub fn is_sealed(content: &[u8]) -> bool {
+    let length: usize = SEAL.iter().map(|part| part.len()).sum::<usize>() + 2 * blake3::OUT_LEN;
+    let Some((sealed, found)) = content.len().checked_sub(length).map(|at| content.split_at(at)) else { return false };
+    let [before, after] = SEAL;
+    [before, &blake3::hash(sealed).to_hex(), after].concat().as_bytes() == found
+}
+
+/// Refuses a manifest at `path` of another version of the format than this program's.
+pub fn must_be_current(version: u64, path: &Path) -> Result<()> {
+    if version == u64::from(MANIFEST_VERSION) {
+        return Ok(());
+    }
+    Err(Error::input(format!("the manifest has format version {version}, not {MANIFEST_VERSION}"))
+        .at(path)
+        .help("use the version of tiesmith that wrote it"))
 }
 
 impl Manifest {
@@ -101,12 +134,7 @@ impl Manifest {
             Error::input(format!("the manifest is damaged: {what}")).at(path).help("merge again to get a new one")
         };
         let mut manifest: Self = serde_json::from_slice(&content).map_err(|e| broken(e.to_string()))?;
-        if manifest.format_version != MANIFEST_VERSION {
-            let found = manifest.format_version;
-            return Err(Error::input(format!("the manifest has format version {found}, not {MANIFEST_VERSION}"))
-                .at(path)
-                .help("use the version of tiesmith that wrote it"));
-        }
+        must_be_current(manifest.format_version.into(), path)?;
         let recipe = &manifest.recipe;
         let expected =
             usize::from(recipe.base.is_some()) + recipe.models.len() + usize::from(recipe.sign_from.is_some());
@@ -121,7 +149,18 @@ impl Manifest {
             return Err(broken("a slice or a module is of a model that is not listed".into()));
         }
         manifest.path = path.to_path_buf();
+        manifest.sealed = is_sealed(&content);
         Ok(manifest)
+    }
+
+    /// Fails if it is not what a merge wrote, to the byte.
+    pub fn must_be_as_written(&self) -> Result<()> {
+        if self.sealed {
+            return Ok(());
+        }
+        Err(Error::failed("the manifest was changed after the merge, so that it cannot be trusted with a repair")
+            .at(&self.path)
+            .help("put a copy of it back, or merge again with --force"))
     }
 
     /// The recipe, with inputs named by where they are now.

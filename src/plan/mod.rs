@@ -33,7 +33,7 @@ use std::sync::Arc;
 pub use factored::{Factored, search_columns};
 pub use layers::LAYER_COUNT_KEYS;
 pub(crate) use layers::split as split_layer;
-pub use manifest::{ListedFile, MANIFEST_VERSION, Manifest};
+pub use manifest::{ListedFile, MANIFEST_VERSION, Manifest, is_sealed, must_be_current, seal};
 pub use modules::may_describe;
 pub(crate) use passes::bytes_of;
 pub use schedule::{Chunk, Run, Schedule, Study, Together, Unit, UnitKind};
