@@ -10,6 +10,7 @@
 
 mod target;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,14 +18,14 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::cut::Cut;
-use super::passes::{Passes, prefetch, whole};
+use super::passes::{Passes, lock, prefetch, whole};
 use super::pool;
 use super::records::{self, UnitDone};
 use super::select::{UnitThresholds, cuts, solo_thresholds, tensor_cuts};
 use super::shard_hash::Digest;
 use super::slot::{Loaded, Slot};
 use super::turns::{Pending, Turns};
-use super::under_way::{Keeps, Notes};
+use super::under_way::{Keeps, Notes, for_a_while};
 use super::worker::Worker;
 use super::{Observer, PROGRAM, check_inputs_unchanged, peak_memory_bytes, share};
 use crate::checkpoint::packed::{self, CHUNK, Contents, Encoder, Entry, Settings, Tensor, checksum, identify, tail};
@@ -305,9 +306,8 @@ impl<'a> Packing<'a> {
             })
             .collect::<Result<Vec<_>>>()?;
         let mut ties = left.ties;
-        if ties.is_empty() && cuts.iter().flatten().any(|cut| matches!(cut, Cut::Lowest { .. })) {
-            ties = self.count_ties(&cuts, &mut packers, observer)?;
-            target.keep_ties(&ties)?;
+        if cuts.iter().flatten().any(|cut| matches!(cut, Cut::Lowest { .. })) {
+            ties = self.count_ties(&cuts, ties, (&mut packers, target, keep_after(schedule)), observer)?;
         }
         let bytes_read = searched.saturating_add(self.reads(&ties));
         self.write(&cuts, &self.ties_before(&ties), &mut packers, target, observer)?;
@@ -420,30 +420,38 @@ impl<'a> Packing<'a> {
         }
     }
 
-    /// The ties in each chunk.
-    fn count_ties(&self, cuts: &[Vec<Cut>], packers: &mut [Packer], observer: &dyn Observer) -> Result<Vec<u64>> {
-        let items: Vec<Item> = self.items().collect();
-        let counts = Mutex::new(vec![0; items.len()]);
-        observer.stage("count ties", self.jobs.iter().map(|job| job.units * (job.width * sides(job)) as u64).sum());
-        pool::run(
-            packers,
-            items.iter(),
-            1,
-            |&&item| self.announce(item),
-            |packer, ordinal, &item| {
-                observer.go_on()?;
-                let Some(tensor) = self.jobs[item.job].trimmed else { return Ok(()) };
-                let bytes = packer.load(self, item)?;
-                let slot = std::mem::take(&mut packer.worker.slot);
-                let data = Loaded { plan: self.plan, chunk: self.chunk(item, tensor), slot: &slot };
-                let counted = packer.worker.count_ties(data, &cuts[tensor as usize]);
-                packer.worker.slot = slot;
-                counts.lock().unwrap_or_else(PoisonError::into_inner)[ordinal] = counted?[0];
-                observer.advance(bytes);
-                Ok(())
-            },
-        )?;
-        Ok(counts.into_inner().unwrap_or_else(PoisonError::into_inner))
+    /// The ties in each chunk, of the model's task vector, beginning with those that are known; what is counted is kept.
+    fn count_ties(
+        &self,
+        cuts: &[Vec<Cut>],
+        mut counted: Vec<u64>,
+        (packers, target, keep_after): (&mut [Packer], &Target<'_>, Duration),
+        observer: &dyn Observer,
+    ) -> Result<Vec<u64>> {
+        observer.stage("count ties", self.items().map(|item| self.bytes(item)).sum());
+        observer.advance(self.items().take(counted.len()).map(|item| self.bytes(item)).sum());
+        let mut items = self.items().skip(counted.len()).peekable();
+        while items.peek().is_some() {
+            let counts = Mutex::new(BTreeMap::new());
+            let stretch = for_a_while(&mut items, Some(keep_after));
+            pool::run(
+                packers,
+                stretch,
+                1,
+                |&item| self.announce(item),
+                |packer, ordinal, item| {
+                    observer.go_on()?;
+                    let ties = packer.count_ties(self, item, cuts)?;
+                    lock(&counts).insert(ordinal, ties);
+                    observer.advance(self.bytes(item));
+                    Ok(())
+                },
+            )?;
+            let counts: Vec<u64> = counts.into_inner().unwrap_or_else(PoisonError::into_inner).into_values().collect();
+            target.keep_ties(counted.len(), &counts)?;
+            counted.extend(counts);
+        }
+        Ok(counted)
     }
 
     /// Per chunk, the ties in its unit that lie before it, if ties are kept by position.
@@ -478,19 +486,28 @@ fn sides(job: &Job<'_>) -> usize {
 }
 
 impl Packer {
-    /// Loads a chunk of the tensor and of base's; returns the bytes read.
-    fn load(&mut self, packing: &Packing<'_>, item: Item) -> Result<u64> {
+    /// Loads a chunk of the tensor and of base's.
+    fn load(&mut self, packing: &Packing<'_>, item: Item) -> Result<()> {
         let job = &packing.jobs[item.job];
         let start = item.number * (CHUNK * job.width) as u64;
         let length = packing.count(item) as usize * job.width;
-        let mut read = 0;
         for (checkpoint, entry) in [(MODEL, Some(job.entry)), (BASE, job.base)] {
             let Some(entry) = entry else { continue };
             let file = &*packing.plan.checkpoints[checkpoint].files[entry.file as usize].file;
             self.worker.slot.show(checkpoint, file, entry.offset + start, length).map_err(|e| e.tensor(&entry.name))?;
-            read += length as u64;
         }
-        Ok(read)
+        Ok(())
+    }
+
+    /// The ties in a chunk of the model's task vector.
+    fn count_ties(&mut self, packing: &Packing<'_>, item: Item, cuts: &[Vec<Cut>]) -> Result<u64> {
+        let Some(tensor) = packing.jobs[item.job].trimmed else { return Ok(0) };
+        self.load(packing, item)?;
+        let slot = std::mem::take(&mut self.worker.slot);
+        let data = Loaded { plan: packing.plan, chunk: packing.chunk(item, tensor), slot: &slot };
+        let counted = self.worker.count_ties(data, &cuts[tensor as usize]);
+        self.worker.slot = slot;
+        Ok(counted?[0])
     }
 
     /// A chunk, compressed, and its entry. `before` are the ties before it.

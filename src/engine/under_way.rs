@@ -6,7 +6,7 @@
 //! - Counts add up, so a run that goes on may cut what is left differently.
 //! - A step says what it is a step of, where the journal it is in does not.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::iter::Peekable;
 use std::time::{Duration, Instant};
 
@@ -333,11 +333,35 @@ impl<'a> Notes<'a> {
         done.votes.iter().find(sound)
     }
 
+    /// The ties in each tensor of the unit, of each of `cuts` cuts, as far as they are counted, and in how many elements and for how
+    /// many tensor bytes read that is.
+    pub(super) fn ties(&self, unit: &Unit, cuts: usize) -> Option<(u64, u64, BTreeMap<u32, Vec<u64>>)> {
+        let done = self.votes(unit)?;
+        let of_tensor = |counted: &Votes| {
+            let tensor = *unit.tensors.iter().find(|&&tensor| tensor_digest(tensor) == counted.of)?;
+            let sound = counted.ties.len() == cuts && counted.ties.iter().all(|&ties| ties <= done.elements);
+            sound.then(|| (tensor, counted.ties.clone()))
+        };
+        Some((done.elements, done.bytes_read, done.votes.iter().map(of_tensor).collect::<Option<_>>()?))
+    }
+
+    /// Keeps such counts, of the first `elements` elements of the unit: as votes for each tensor that are only ties.
+    pub(super) fn keep_ties(&self, unit: &Unit, done: (u64, u64), counted: &BTreeMap<u32, Vec<u64>>) -> Result<()> {
+        let votes =
+            counted.iter().map(|(&tensor, ties)| Votes { of: tensor_digest(tensor), sum: 0, ties: ties.clone() });
+        self.keep_votes(unit, done, votes.collect())
+    }
+
     /// Keeps the votes of the first `elements` elements of the unit, for which `bytes_read` tensor bytes were read.
     pub(super) fn keep_votes(&self, unit: &Unit, (elements, bytes_read): (u64, u64), votes: Vec<Votes>) -> Result<()> {
         let done = VotesDone { tensor: unit.tensors[0], of: self.of, elements, bytes_read, votes };
         self.keeper.keep_entries(vec![Entry::Step(Step::Votes(done))])
     }
+}
+
+/// Stands for a tensor of the plan where a digest is asked for.
+fn tensor_digest(tensor: u32) -> Digest {
+    u128::from(tensor).to_le_bytes()
 }
 
 impl Votes {
@@ -387,15 +411,19 @@ impl<'p> Stretches<'p> {
 
     /// The chunks of the next stretch: at least one, if there are any.
     pub(super) fn stretch(&mut self) -> impl Iterator<Item = Chunk> + use<'_, 'p> {
-        let (begin, mut first) = (Instant::now(), true);
-        std::iter::from_fn(move || {
-            let full = !first && self.keep_after.is_some_and(|most| begin.elapsed() >= most);
-            first = false;
-            let chunk = if full { None } else { self.chunks.next() };
-            self.elements += chunk.map_or(0, |chunk| chunk.count);
-            chunk
-        })
+        let Self { chunks, keep_after, elements } = self;
+        for_a_while(chunks, *keep_after).inspect(|chunk| *elements += chunk.count)
     }
+}
+
+/// The next items, for as long as `most` says: at least one, if there are any.
+pub(super) fn for_a_while<T>(mut items: impl Iterator<Item = T>, most: Option<Duration>) -> impl Iterator<Item = T> {
+    let (begin, mut first) = (Instant::now(), true);
+    std::iter::from_fn(move || {
+        let full = !first && most.is_some_and(|most| begin.elapsed() >= most);
+        first = false;
+        if full { None } else { items.next() }
+    })
 }
 
 #[cfg(test)]

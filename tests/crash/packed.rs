@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::sync::Arc;
-use std::sync::atomic::AtomicI64;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use tiesmith::{Error, Observer, PackOutput, PackReport, Plan, Recipe, Run, Scope, Storage, TrimTies};
@@ -197,6 +197,36 @@ fn packing_that_never_gets_far_gets_through() {
         assert_eq!(report.bytes_read, once.bytes_read, "{way:?}");
         assert!(packed(&memory).unwrap() == expected, "{way:?}: not what was packed");
     }
+}
+
+/// Stops the run when it asks for the second time while it counts ties.
+struct StopInCount(AtomicI64);
+
+impl Observer for StopInCount {
+    fn stage(&self, name: &str, _: u64) {
+        self.0.store(if name == "count ties" { 1 } else { i64::MAX }, Ordering::Relaxed);
+    }
+
+    fn stopped(&self) -> bool {
+        let asked = self.0.load(Ordering::Relaxed);
+        asked != i64::MAX && self.0.fetch_sub(1, Ordering::Relaxed) <= 0
+    }
+}
+
+#[test]
+fn ties_are_counted_a_chunk_at_a_time() {
+    let (way, run) = (WAYS[3], Run { memory_bytes: 30 << 20, ..RUN });
+    let memory = large_inputs().fork(None);
+    way.run(&memory, run, &Silent).unwrap();
+    let expected = packed(&memory).unwrap();
+    let memory = large_inputs().fork(None);
+    let mut stops = 0;
+    while let Err(error) = way.run(&memory, run, &StopInCount(AtomicI64::new(i64::MAX))) {
+        assert_eq!(error.exit_code(), 130, "{error}");
+        stops += 1;
+        assert!(stops < 20, "it gets nowhere");
+    }
+    assert!(stops > 2 && packed(&memory).unwrap() == expected, "{stops} stops");
 }
 
 #[test]

@@ -124,7 +124,9 @@ fn works() -> Vec<Work> {
         work("a packed sweep", |m, p, o| sweep(&p(whole(false, TrimTies::Keep)), true, m, o)),
         work("an analysis", |m, p, o| look(&p(recipe()), m, o)),
         work("an analysis by tensor", |m, p, o| look(&p(Recipe { scope: Scope::Tensor, ..recipe() }), m, o)),
-        work("parts", |m, p, o| in_parts(&p(Recipe { max_shard_bytes: 1 << 21, ..whole(true, TrimTies::Keep) }), m, o)),
+        work("parts", |m, p, o| {
+            in_parts(&p(Recipe { max_shard_bytes: 1 << 21, ..whole(true, TrimTies::Lowest) }), m, o)
+        }),
     ]
 }
 

@@ -118,9 +118,6 @@ impl<'a> Place<'a> {
                 other => other?,
             }
         }
-        if left.ties.len() != chunks {
-            left.ties.clear();
-        }
         let (is_there, is_begun) = (self.is_there(self.path)?, self.is_there(&self.partial)?);
         if left.journal.is_some() && is_there && left.chunks.len() == chunks {
             let found = packed::index(self.path, self.storage);
@@ -411,13 +408,13 @@ impl Target<'_> {
         Ok(())
     }
 
-    /// Keeps the ties in each chunk.
-    pub(super) fn keep_ties(&self, counts: &[u64]) -> Result<()> {
+    /// Keeps the ties in each of some chunks, from number `first` on.
+    pub(super) fn keep_ties(&self, first: usize, counts: &[u64]) -> Result<()> {
         self.place.storage.check_mapped()?;
         let mut recorded = lock(&self.recorded);
         for (number, counts) in counts.chunks(LISTED).enumerate() {
             let mut payload = vec![part::TIES];
-            payload.extend(((number * LISTED) as u64).to_le_bytes());
+            payload.extend(((first + number * LISTED) as u64).to_le_bytes());
             counts.iter().for_each(|count| payload.extend(count.to_le_bytes()));
             recorded.journal.append(kind::DONE, &payload)?;
         }

@@ -5,7 +5,7 @@
 //!   then, where they matter, ties per tensor and votes per part.
 //! - Where a search starts and goes on follows from these files alone, so all parts search alike.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Mutex;
 
 use super::super::cut::{Cut, TieCounts};
@@ -16,7 +16,7 @@ use super::super::records::{self, Entry, UnitDone};
 use super::super::select::{UnitThresholds, coarse_selectors, cuts, observe, tensor_cuts};
 use super::super::shard_hash::Digest;
 use super::super::spool::least_of;
-use super::super::under_way::{Notes, UnderWay};
+use super::super::under_way::{Notes, Stretches, UnderWay, add};
 use super::super::worker::Known;
 use super::page::Page;
 use super::{Desk, file_of, files_of};
@@ -328,7 +328,9 @@ impl<'a> Looks<'a> {
             return Ok(HashMap::new());
         }
         let names = files_of("ties", desk.part.count);
-        desk.board.share(&names, desk.part.index, desk.observer, |part| self.count_ties(passes, cuts, part))?;
+        desk.board.share(&names, desk.part.index, desk.observer, |part| {
+            self.count_ties(passes, cuts, (part, &names[part]))
+        })?;
         let mut ties: HashMap<u32, TieCounts> = HashMap::new();
         for name in &names {
             let listed = listed_ties(&desk.board.expect(name)?, cuts.len());
@@ -347,29 +349,39 @@ impl<'a> Looks<'a> {
         Ok(before)
     }
 
-    /// The ties in each tensor of one part.
-    fn count_ties(&self, passes: &mut Passes<'_>, cuts: &[Cut], part: usize) -> Result<Vec<u8>> {
-        let plan = self.desk.plan;
-        self.desk.observer.stage("count ties", self.bytes_of(part, "sketch"));
-        let before = passes.tally().bytes_read;
-        let counted: Mutex<BTreeMap<u32, TieCounts>> = Mutex::default();
+    /// The ties in each tensor of one part, which go into file `name`.
+    fn count_ties(&self, passes: &mut Passes<'_>, cuts: &[Cut], (part, name): (usize, &str)) -> Result<Vec<u8>> {
+        let (plan, observer) = (self.desk.plan, self.desk.observer);
+        observer.stage("count ties", self.bytes_of(part, "sketch"));
         let (_, goals) = self.shared.as_ref().expect("there is something to look for");
         let models = plan.searched(goals);
-        self.at_part(passes, (part, false), None, |passes, unit| {
-            passes.each_chunk(unit, &mut None, Wanted::TaskVectors(&models), None, |worker, _, data| {
-                let counts = worker.count_ties(data, &tensor_cuts(plan, data.chunk, cuts, &[]))?;
-                let mut counted = lock(&counted);
-                let sum = counted.entry(data.chunk.tensor).or_insert_with(|| vec![0; counts.len()]);
-                sum.iter_mut().zip(&counts).for_each(|(sum, count)| *sum += count);
-                Ok(())
-            })
-        })?;
-        let mut bytes = (passes.tally().bytes_read - before).to_le_bytes().to_vec();
-        for (tensor, counts) in counted.into_inner().unwrap_or_default() {
-            bytes.extend(tensor.to_le_bytes());
-            counts.iter().for_each(|count| bytes.extend(count.to_le_bytes()));
-        }
-        Ok(bytes)
+        self.at_part(passes, (part, false), Some(name), |passes, unit| {
+            let notes = passes.notes_of(unit);
+            let left = notes.and_then(|notes| notes.ties(unit, cuts.len()));
+            let (elements, read_before, counted) = left.unwrap_or_default();
+            passes.take_over_reads(read_before);
+            observer.advance(read_before);
+            let counted = Mutex::new(counted);
+            let mut chunks = Stretches::new(plan, unit, elements, notes.map(|_| passes.schedule.keep_after));
+            while chunks.more() {
+                let wanted = Wanted::TaskVectors(&models);
+                passes.each_of(chunks.stretch(), unit, &mut None, wanted, None, |worker, _, data| {
+                    let counts = worker.count_ties(data, &tensor_cuts(plan, data.chunk, cuts, &[]))?;
+                    let mut counted = lock(&counted);
+                    add(counted.entry(data.chunk.tensor).or_insert_with(|| vec![0; counts.len()]), &counts);
+                    Ok(())
+                })?;
+                if let Some(notes) = notes.filter(|_| chunks.more()) {
+                    notes.keep_ties(unit, (chunks.elements, passes.tally().bytes_read), &lock(&counted))?;
+                }
+            }
+            let mut bytes = passes.tally().bytes_read.to_le_bytes().to_vec();
+            for (tensor, counts) in &*lock(&counted) {
+                bytes.extend(tensor.to_le_bytes());
+                counts.iter().for_each(|count| bytes.extend(count.to_le_bytes()));
+            }
+            Ok(bytes)
+        })
     }
 
     /// Sign of the sum of all parts' elected signs, where the method asks for it.
