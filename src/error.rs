@@ -23,7 +23,7 @@ pub enum ErrorKind {
     Usage,
     /// A checkpoint or the output place cannot be used as asked; nothing was written.
     Input,
-    /// The work itself failed (I/O, disk full); the same command can be run again.
+    /// The work could not be done (I/O, disk full, in use by another run); the same command can be run again.
     Failed,
     /// The work was stopped on request; the same command goes on with it.
     Interrupted,
@@ -33,6 +33,8 @@ pub enum ErrorKind {
 #[derive(Debug, Clone)]
 pub struct Error {
     kind: ErrorKind,
+    /// It is about what a path is, and not about the moment: the next attempt would find the same.
+    lasting: bool,
     message: String,
     path: Option<PathBuf>,
     tensor: Option<String>,
@@ -62,11 +64,12 @@ impl Error {
 
     /// An operating-system error while doing `what` ("read", "create", ...) on `path`.
     pub fn io(what: &str, path: &Path, error: &std::io::Error) -> Self {
-        Self::failed(format!("cannot {what}: {error}")).at(path)
+        Self { lasting: is_lasting(error.kind()), ..Self::failed(format!("cannot {what}: {error}")) }.at(path)
     }
 
     fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), path: None, tensor: None, help: None }
+        let lasting = matches!(kind, ErrorKind::Usage | ErrorKind::Input);
+        Self { kind, lasting, message: message.into(), path: None, tensor: None, help: None }
     }
 
     /// Names the file or directory concerned (the innermost one given first wins).
@@ -109,10 +112,13 @@ impl Error {
         Self { help: Some(help.into()), ..self }
     }
 
-    /// The same facts, seen as a problem of the input rather than of the work.
+    /// The same facts, seen as a problem of the input or the output place rather than of the work. What may be otherwise the next
+    /// time (a disk that is full or fails, a server that does not answer, a lock) stays a failure.
     #[must_use]
     pub fn as_input(mut self) -> Self {
-        self.kind = ErrorKind::Input;
+        if self.lasting {
+            self.kind = ErrorKind::Input;
+        }
         self
     }
 
@@ -137,6 +143,24 @@ impl Error {
             ErrorKind::Interrupted => 130,
         }
     }
+}
+
+/// Whether the system will say the same until somebody changes the path, its permissions or a limit.
+fn is_lasting(kind: std::io::ErrorKind) -> bool {
+    use std::io::ErrorKind as Io;
+    matches!(
+        kind,
+        Io::NotFound
+            | Io::PermissionDenied
+            | Io::AlreadyExists
+            | Io::NotADirectory
+            | Io::IsADirectory
+            | Io::ReadOnlyFilesystem
+            | Io::InvalidFilename
+            | Io::InvalidInput
+            | Io::Unsupported
+            | Io::FileTooLarge
+    )
 }
 
 impl fmt::Display for Error {
@@ -216,6 +240,20 @@ mod tests {
             "dir/model.safetensors: tensor \"lm_head.weight\": shape [2, 3], but base has [3, 2]; use --missing base"
         );
         assert_eq!(error.exit_code(), 2);
+    }
+
+    #[test]
+    fn what_may_pass_is_a_failure_wherever_it_happens() {
+        use std::io::ErrorKind as Io;
+        let code = |kind: Io| Error::io("write", Path::new("out"), &kind.into()).as_input().exit_code();
+        for kind in [Io::StorageFull, Io::QuotaExceeded, Io::OutOfMemory, Io::ResourceBusy, Io::TimedOut, Io::Other] {
+            assert_eq!(code(kind), 1, "{kind}");
+        }
+        for kind in [Io::PermissionDenied, Io::ReadOnlyFilesystem, Io::NotADirectory, Io::InvalidFilename] {
+            assert_eq!(code(kind), 2, "{kind}");
+        }
+        assert_eq!(Error::failed("gave up").as_input().exit_code(), 1);
+        assert_eq!(Error::input("no checkpoint").as_failed().exit_code(), 1);
     }
 
     #[test]

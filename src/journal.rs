@@ -82,7 +82,10 @@ pub fn replay(
     storage: &dyn Storage,
     mut each: impl FnMut(Record) -> Result<()>,
 ) -> Result<Option<(u64, u64)>> {
-    let file = storage.open(path)?;
+    let file = storage.open(path).map_err(|e| match storage.is_file(path) {
+        true => e,
+        false => e.replace_help("the journal of an unfinished run belongs there: remove what is there to start over"),
+    })?;
     let bytes = file.identity().bytes;
     let mut magic = [0; MAGIC.len()];
     let mut end = MAGIC.len() as u64;

@@ -54,8 +54,8 @@ pub use dtype::{Dtype, Float, dtype_name};
 pub use engine::{
     AnalysisReport, Change, Damage, DamagedFile, DiffOptions, DiffReport, DtypeTotal, FactorReport, InspectReport, Job,
     Observer, Octave, OnShard, OutputOptions, PackOutput, PackReport, Part, PartReport, Report, Stage, Study,
-    SweepEntry, SweepOptions, SweepReport, TensorDiff, TensorStats, ValueStats, Variant, VerifyReport, analyze, diff,
-    finish, inspect, is_finished, merge, pack, repair, run_part, sweep, verify,
+    SweepEntry, SweepOptions, SweepReport, TensorDiff, TensorStats, ValueStats, Variant, VerifyReport, analyze,
+    check_side_files, diff, finish, inspect, is_finished, merge, pack, repair, run_part, sweep, verify,
 };
 pub use error::{Error, ErrorKind, Result, printable};
 pub use method::{METHODS, Method, ParamKind, ParamSpec, Statistics, Value};

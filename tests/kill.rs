@@ -271,7 +271,7 @@ fn run_or_kill(mut command: Command, random: &mut Random, most: Duration) -> End
     match (status.code(), status.signal()) {
         (Some(0), _) => End::Through,
         (_, Some(9)) => End::Killed,
-        (Some(2), _) if said.contains("in use by ") => End::Refused,
+        (Some(1), _) if said.contains("in use by ") => End::Refused,
         _ => panic!("{status}: {said}"),
     }
 }

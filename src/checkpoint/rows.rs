@@ -259,6 +259,10 @@ impl InputFile for Rows {
         self.parts[0].file.path()
     }
 
+    fn described_by(&self) -> Option<String> {
+        Some("the tokenizer.json of an input".into())
+    }
+
     fn identity(&self) -> &Identity {
         self.parts[0].file.identity()
     }

@@ -18,6 +18,9 @@ const VERSION: u32 = 1;
 /// Longest plan file that is read: it lists the inputs' files.
 const MAX_FILE_BYTES: u64 = 64 << 20;
 
+/// The field that tells such a file from others.
+pub const MARK: &str = "tiesmith_plan";
+
 /// What the file holds, as JSON.
 #[derive(Debug, Serialize, Deserialize)]
 struct PlanFile {

@@ -8,7 +8,7 @@ use tiesmith::mergekit::{self, Document};
 use tiesmith::{Checkpoint, Error, Manifest, Plan, Recipe, Result, Storage, printable};
 
 use super::args::MergeArgs;
-use super::lower;
+use super::{job, lower};
 
 /// Longest recipe file that is read at all; the language has a closer bound.
 const MAX_FILE_BYTES: u64 = 64 << 20;
@@ -70,7 +70,7 @@ pub fn read(args: &MergeArgs, verb: &str, storage: &dyn Storage) -> Result<Vec<J
     if Manifest::is_one(&text) {
         return Ok(vec![again(args, file, storage)?]);
     }
-    let documents = mergekit::parse(&text, file)?;
+    let documents = documents(&text, file)?;
     let parts = parts_dir(args);
     let names: Vec<String> = documents.iter().filter_map(|document| document.name.clone()).collect();
     let count = documents.len();
@@ -97,7 +97,7 @@ pub fn family(file: &str, document: Option<&str>, storage: &dyn Storage) -> Resu
     let text = text(file, storage)?;
     let recipe = match Manifest::is_one(&text) {
         true => Manifest::read(Path::new(file), storage)?.recipe(storage),
-        false => one_document(mergekit::parse(&text, file)?, file, document)?,
+        false => one_document(documents(&text, file)?, file, document)?,
     };
     if !(recipe.slices.is_empty() && recipe.modules.is_empty() || recipe.method()?.needs_base()) {
         return Err(Error::usage(format!(
@@ -161,6 +161,28 @@ pub fn check(jobs: &[Job], storage: &Arc<dyn Storage>) -> Result<()> {
         sources.try_for_each(open).map_err(|error| job.placed(error, storage))?;
     }
     Ok(())
+}
+
+/// The documents of a recipe file; what else this program writes is no recipe.
+fn documents(text: &str, file: &str) -> Result<Vec<Document>> {
+    // A recipe may be written as JSON too.
+    if text.trim_start().starts_with('{') {
+        let refuse = |what: String| Error::usage(what).at(Path::new(file));
+        let kinds = [("format_version", "manifest"), (job::MARK, "plan made by 'tiesmith plan --save'")];
+        let kind = kinds.iter().find(|(mark, _)| text.contains(&format!("\"{mark}\"")));
+        match (serde_json::from_str::<serde::de::IgnoredAny>(text), kind) {
+            (Err(error), Some((_, what))) => {
+                return Err(refuse(format!("a {what} that is cut off or damaged: {error}"))
+                    .help("put the whole file back, or name base and models with --base and --model"));
+            }
+            (Ok(_), Some((job::MARK, what))) => {
+                return Err(refuse(format!("a {what}, not a recipe"))
+                    .help("its parts are run by 'tiesmith run', and put together by 'tiesmith finish'"));
+            }
+            _ => {}
+        }
+    }
+    mergekit::parse(text, file)
 }
 
 /// The merge that the manifest `file` is the record of.

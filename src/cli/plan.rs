@@ -46,6 +46,7 @@ pub fn run(args: &PlanArgs) -> Result<u8> {
             continue;
         }
         let plan = job.plan(&storage)?;
+        tiesmith::check_side_files(&plan, &*storage)?;
         let mut schedule = lower::schedule(&plan, args)?;
         if let Some(file) = save {
             schedule = job::save(file, args, &plan, &schedule, &*storage)?;

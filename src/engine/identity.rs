@@ -134,9 +134,10 @@ impl Begin {
             return Err(refuse(format!("its inputs have {} files, now {}", self.inputs.len(), now.inputs.len())));
         }
         for ((then, now), (file, _)) in self.inputs.iter().zip(&now.inputs).zip(files(plan)) {
-            if let Some(change) = change(then, now) {
-                return Err(other(file, &change));
-            }
+            let Some(change) = change(then, now) else { continue };
+            // Of what is computed, the tensors' own files come first: they are as they were.
+            let config = file.described_by().filter(|_| then.header_blake3 != now.header_blake3);
+            return Err(other(file, &config.map_or(change, |config| format!("{config} was changed"))));
         }
         // Modification times are looked at with the inputs.
         if self.untimed_fingerprint != now.untimed_fingerprint || self.shards != now.shards {

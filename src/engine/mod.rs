@@ -53,6 +53,7 @@ pub use inspect::{DtypeTotal, InspectReport, Octave, TensorStats, ValueStats, in
 pub use pack::{PackOutput, PackReport, pack, packing_left};
 pub use parts::{Job, Part, PartReport, Stage, finish, run_part};
 pub use repair::repair;
+pub use side_files::check as check_side_files;
 pub use sweep::{SweepEntry, SweepOptions, SweepReport, Variant, sweep};
 pub use verify::{Damage, DamagedFile, VerifyReport, verify};
 

@@ -8,6 +8,7 @@
 //!
 //! Knows names and order; what is written into shards is the business of `shards`.
 
+mod found;
 mod handing;
 mod inputs;
 mod parts;
@@ -29,6 +30,8 @@ use crate::journal::{Journal, Record, replay};
 use crate::limits::MAX_MANIFEST_BYTES;
 use crate::plan::Plan;
 use crate::storage::{Lock, Storage};
+use found::{Found, finished_already, is_shard_name};
+pub(super) use found::{admit_swept, no_directory, not_empty, work_dir};
 use handing::held_at_once;
 pub(super) use inputs::refuse_inputs;
 pub(super) use upload::address;
@@ -50,6 +53,7 @@ const ADAPTER: &str = "adapter_model.safetensors";
 pub(super) const LOADABLE: [&str; 3] = [INDEX, SINGLE, ADAPTER];
 /// Room for side files, headers and the file system's own needs, on top of the planned tensor bytes.
 const SPARE_DISK_BYTES: u64 = 32_000_000;
+const MEGABYTE: u64 = 1_000_000;
 const COPY_BYTES: usize = 1 << 20;
 
 /// Kinds of journal records.
@@ -101,93 +105,6 @@ pub(super) struct OutputDir {
     /// None while the directory is being opened, and in a repair.
     journal: Mutex<Option<Journal>>,
     _lock: Lock,
-}
-
-/// What a directory holds, by names.
-struct Found {
-    exists: bool,
-    /// All but the work directory.
-    entries: Vec<String>,
-    /// What the work directory holds.
-    work: Vec<String>,
-}
-
-impl Found {
-    fn look(dir: &Path, work: &Path, storage: &dyn Storage) -> Result<Self> {
-        let names = |path: &Path| -> Result<Vec<String>> {
-            if storage.identity(path)?.is_none() {
-                return Ok(Vec::new());
-            }
-            let names = storage.list(path).map_err(Error::as_input)?;
-            Ok(names.into_iter().map(|name| name.to_string_lossy().into_owned()).collect())
-        };
-        let exists = storage.identity(dir)?.is_some();
-        if exists && !storage.is_dir(dir) {
-            return Err(Error::input("the output is a file, not a directory").at(dir).help("choose another --out"));
-        }
-        let mut entries = names(dir)?;
-        entries.retain(|name| name != WORK_DIR);
-        Ok(Self { exists, entries, work: names(work)? })
-    }
-
-    fn has(&self, name: &str) -> bool {
-        self.entries.iter().any(|entry| entry == name)
-    }
-
-    fn loadable(&self) -> bool {
-        LOADABLE.iter().any(|name| self.has(name))
-    }
-
-    /// The manifest is written before what makes the directory loadable, so both together are a finished output, even if
-    /// a killed run left its work directory beside it. What makes it loadable may be elsewhere by now.
-    fn finished(&self) -> bool {
-        self.has(MANIFEST) && (self.loadable() || self.work.iter().all(|name| name == LOCK))
-    }
-
-    fn begun(&self) -> bool {
-        self.work.iter().any(|name| name == JOURNAL)
-    }
-
-    fn in_parts(&self) -> bool {
-        self.work.iter().any(|name| name == parts::DIR)
-    }
-
-    /// Refuses what needs no look into a journal.
-    fn admit(&self, dir: &Path, options: &OutputOptions) -> Result<()> {
-        match (self.begun(), self.finished()) {
-            _ if self.in_parts() => Err(Error::input("a merge in parts is under way here").at(dir).help(
-                "end it with 'tiesmith finish' and its plan, or remove the directory's .tiesmith folder to give it up",
-            )),
-            (true, _) => Ok(()),
-            (false, true) if options.force => Ok(()),
-            (false, true) => Err(finished_already(dir)),
-            (false, false) if self.entries.is_empty() => Ok(()),
-            (false, false) => Err(self.not_empty(dir)),
-        }
-    }
-
-    fn not_empty(&self, dir: &Path) -> Error {
-        Error::input(format!("the output directory is not empty ({} entries)", self.entries.len()))
-            .at(dir)
-            .help("use a new or empty directory for --out")
-    }
-}
-
-/// Where `dir` has its work: in itself, whatever links there are.
-pub(super) fn work_dir(dir: &Path, storage: &dyn Storage) -> Result<PathBuf> {
-    let work = dir.join(WORK_DIR);
-    let parts = work.join(parts::DIR);
-    for folder in [&work, &parts] {
-        let here = storage.canonical(dir).join(folder.strip_prefix(dir).unwrap_or(folder));
-        if storage.identity(folder)?.is_some() && storage.canonical(folder) != here {
-            return Err(Error::input("the work directory is a link to somewhere else").at(folder).help("remove it"));
-        }
-    }
-    Ok(work)
-}
-
-fn finished_already(dir: &Path) -> Error {
-    Error::input("a finished merge is already there").at(dir).help("use another --out, or --force to replace it")
 }
 
 /// What a journal says, apart from the work that is done.
@@ -296,16 +213,15 @@ impl OutputDir {
             }
         }
         if let (true, true, Some(begin)) = (finished, log.committed, &log.begin) {
-            let manifest = self.manifest()?.unwrap_or_default();
-            let made = manifest["fingerprint"].as_str().unwrap_or_default();
-            if begin.is_of(made) && begin.admit(plan).is_ok() {
+            let ours = self.manifest_is_of(begin)?;
+            if ours && begin.admit(plan).is_ok() {
                 self.published = true;
                 self.refuse_other_address(&log.handed_over)?;
                 self.handed_over = Mutex::new(log.handed_over);
                 self.journal = Mutex::new(journal);
                 return Ok(());
             }
-            let nothing_left = !options.force && !self.hands_over() && begin.is_of(made);
+            let nothing_left = !options.force && !self.hands_over() && ours;
             if nothing_left && begin.has_hashes() && begin.admit_touched(plan).is_ok() {
                 // Whether touched inputs are the same does not matter any more.
                 self.clear_work()?;
@@ -326,7 +242,11 @@ impl OutputDir {
         if let (Some(begin), Some(journal), false) = (&log.begin, journal, options.restart) {
             begin.admit_touched(plan).map_err(|e| e.at(&self.dir))?;
             self.inputs = Some(begin.clone());
-            self.stale = log.stale;
+            self.stale = match log.stale {
+                // A replacement whose last record was lost: what is left of the old output has its manifest beside it.
+                None if !finished && found.has(MANIFEST) && !self.manifest_is_of(begin)? => Some(self.stale_names()?),
+                stale => stale,
+            };
             self.committed = log.committed;
             self.refuse_other_address(&log.handed_over)?;
             self.handed_over = Mutex::new(log.handed_over);
@@ -604,6 +524,12 @@ impl OutputDir {
         Ok(serde_json::from_slice(&content).ok())
     }
 
+    /// Whether the manifest in the directory is that of the run.
+    fn manifest_is_of(&self, begin: &Begin) -> Result<bool> {
+        let manifest = self.manifest()?.unwrap_or_default();
+        Ok(begin.is_of(manifest["fingerprint"].as_str().unwrap_or_default()))
+    }
+
     /// The report that a finished output's manifest has.
     pub(super) fn report_in(dir: &Path, storage: &dyn Storage) -> Result<Report> {
         let content = storage.read_small(&dir.join(MANIFEST), MAX_MANIFEST_BYTES)?;
@@ -615,7 +541,7 @@ impl OutputDir {
     /// Files of the output in the directory, as its manifest lists them: shards by name, side files only if they still
     /// are what was written.
     fn stale_names(&self) -> Result<Vec<String>> {
-        let mut stale = vec![MANIFEST.to_owned()];
+        let mut stale = Vec::new();
         let manifest = self.manifest()?.unwrap_or_default();
         let listed = |list: &str| manifest[list].as_array().cloned().unwrap_or_default();
         let name = |entry: &Value| entry["name"].as_str().filter(|name| is_file_name(name)).map(str::to_owned);
@@ -627,6 +553,8 @@ impl OutputDir {
                 stale.push(name);
             }
         }
+        // Last, because it says whose the others are.
+        stale.push(MANIFEST.to_owned());
         Ok(stale)
     }
 
@@ -634,11 +562,14 @@ impl OutputDir {
     fn remove_stale(&self, plan: &Plan) -> Result<()> {
         // Once shards have their names, what is called so is new.
         let Some(stale) = self.stale.as_ref().filter(|_| !self.committed) else { return Ok(()) };
+        let planned = |name: &str| plan.layout.shards.iter().any(|shard| shard.name == name);
         for name in LOADABLE {
-            self.storage.remove_file(&self.dir.join(name))?;
+            // Unless it is the new one, and the record of that was lost.
+            if !planned(name) || self.storage.identity(&self.partial(name))?.is_some() {
+                self.storage.remove_file(&self.dir.join(name))?;
+            }
         }
         self.storage.sync_dir(&self.dir)?;
-        let planned = |name: &String| plan.layout.shards.iter().any(|shard| shard.name == *name);
         for name in stale.iter().filter(|name| is_file_name(name) && !planned(name)) {
             self.storage.remove_file(&self.dir.join(name))?;
         }
@@ -662,26 +593,20 @@ pub(super) fn hash_of(path: &Path, storage: &dyn Storage) -> Result<String> {
 
 /// Refuses an output that does not fit on its disk.
 fn check_space(bytes: u64, dir: &Path, storage: &dyn Storage) -> Result<()> {
-    let needed = bytes + SPARE_DISK_BYTES;
+    must_fit("the output needs", bytes, dir, storage).map_err(|e| e.help("make room, or use another --out"))
+}
+
+/// Fails if `bytes` bytes and room for small files are more than is free where `dir` is; `needs` begins the sentence.
+pub(super) fn must_fit(needs: &str, bytes: u64, dir: &Path, storage: &dyn Storage) -> Result<()> {
+    let needed = bytes.saturating_add(SPARE_DISK_BYTES);
     let free = storage.free_bytes(dir)?;
     if free >= needed {
         return Ok(());
     }
-    let megabytes = |bytes: u64| bytes.div_ceil(1_000_000);
-    Err(Error::input(format!(
-        "the output needs {} MB of disk space, but only {} MB are free",
-        megabytes(needed),
-        megabytes(free)
-    ))
-    .at(dir)
-    .help("make room, or use another --out"))
-}
-
-/// Whether `name` is one that this program gives to a shard of several.
-fn is_shard_name(name: &str) -> bool {
-    let Some(middle) = name.strip_prefix("model-").and_then(|n| n.strip_suffix(".safetensors")) else { return false };
-    let digits = |s: &str| s.len() >= 5 && s.bytes().all(|b| b.is_ascii_digit());
-    middle.split_once("-of-").is_some_and(|(i, n)| digits(i) && digits(n))
+    // Rounded so that what is needed is always the larger number.
+    let (needed, free) = (needed.div_ceil(MEGABYTE), free / MEGABYTE);
+    // Room may be made at any time.
+    Err(Error::failed(format!("{needs} {needed} MB of disk space, but only {free} MB are free")).at(dir))
 }
 
 /// Whether `name` is a plain file name: a list in a file must not reach out of its directory.

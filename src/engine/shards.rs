@@ -260,7 +260,7 @@ impl<'a> Shards<'a> {
         let file = self.file(shard)?;
         file.sync()?;
         let partial = self.output.partial(&planned.name);
-        let written = self.output.storage.open(&partial)?;
+        let written = self.output.storage.open_own(&partial)?;
         let hash = self.hashes[shard].finish(|buffer, offset| written.read_at(buffer, offset))?;
         file.release(0, planned.bytes);
         self.set(shard, ShardFile::Sealed);

@@ -102,7 +102,7 @@ pub(super) fn all(plan: &Plan, report: &Report, storage: &dyn Storage) -> Result
 }
 
 /// Refuses side files that could not be copied in the end, before the work rather than after it.
-pub(super) fn check(plan: &Plan, storage: &dyn Storage) -> Result<()> {
+pub fn check(plan: &Plan, storage: &dyn Storage) -> Result<()> {
     copied(plan, storage).map(drop).map_err(Error::as_input)
 }
 
@@ -129,10 +129,15 @@ fn copied(plan: &Plan, storage: &dyn Storage) -> Result<Vec<(String, Content)>> 
             continue;
         }
         let path = tokenizer.map_or(dir, |t| &t.dir).join(name);
-        if !storage.is_file(&path) {
+        if !storage.is_there(&path)? {
             continue;
         }
-        let bytes = storage.open(&path)?.identity().bytes;
+        // An output that lacks what its template has would be no good, and say nothing.
+        let bytes = match storage.open(&path) {
+            Ok(file) => file.identity().bytes,
+            Err(e) if storage.identity(&path)?.is_none() => return Err(e),
+            Err(e) => return Err(e.replace_help("it belongs in the output too: put a file there, or move it away")),
+        };
         if bytes > MAX_SIDE_FILE_BYTES {
             return Err(
                 Error::input(format!("{bytes} bytes, but at most {MAX_SIDE_FILE_BYTES} are accepted")).at(&path)

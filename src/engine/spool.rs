@@ -191,7 +191,7 @@ impl<'a> Spool<'a> {
         let storage = site.storage;
         let (path, dir) = site.place(plan, spooling)?;
         let left = match site.takes_over(searches) && storage.is_file(&path) {
-            true => Some(storage.open(&path)?),
+            true => Some(storage.open_own(&path)?),
             false => None,
         };
         // Chunks of another length would not be found again.
@@ -355,7 +355,7 @@ impl<'a> Spool<'a> {
 
     /// Shows what was written since.
     fn refresh(&self) -> Result<()> {
-        *self.reader.write().unwrap_or_else(PoisonError::into_inner) = Some(self.storage.open(&self.path)?);
+        *self.reader.write().unwrap_or_else(PoisonError::into_inner) = Some(self.storage.open_own(&self.path)?);
         Ok(())
     }
 

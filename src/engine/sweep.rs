@@ -23,7 +23,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::output::{JOURNAL_PATH, MANIFEST};
+use super::output::{JOURNAL_PATH, MANIFEST, admit_swept, must_fit, refuse_inputs};
 use super::scaled::HELD_BYTES;
 use super::{Observer, OutputOptions, Report, check_memory, is_finished, merge, peak_memory_bytes, verify};
 use crate::checkpoint::packed;
@@ -131,6 +131,7 @@ fn run_all(
     let begin = Instant::now();
     let mut sweep = Sweep { union, run, options, output, packed: options.packed, storage, observer, bytes_read: 0 };
     let mut outputs: Vec<Option<SweepEntry>> = Vec::new();
+    sweep.admit(variants)?;
     for variant in variants {
         outputs.push(sweep.found(variant)?);
     }
@@ -220,6 +221,21 @@ impl Sweep<'_> {
         OutputOptions { dir: self.dir(variant), ..self.output.clone() }
     }
 
+    /// Refuses an output directory that is an input's, or not empty and not a sweep's.
+    fn admit(&self, variants: &[Variant]) -> Result<()> {
+        let dir = &self.output.dir;
+        refuse_inputs(self.union, dir, &**self.storage)?;
+        let mut own: BTreeSet<String> = [TABLE_JSON, downloads::SPOOL].map(str::to_owned).into();
+        for variant in variants {
+            let file = spool::file(dir, &variant.name);
+            let beside = spool::leftovers(&file);
+            let files = beside.iter().chain([&file]).filter(|_| self.packed).filter_map(|path| path.file_name());
+            own.extend(files.map(|name| name.to_string_lossy().into_owned()));
+            own.extend(Some(variant.name.clone()).filter(|_| !self.packed));
+        }
+        admit_swept(dir, &own, &**self.storage)
+    }
+
     /// The entry of an output that is finished already.
     fn found(&self, variant: &Variant) -> Result<Option<SweepEntry>> {
         if self.packed {
@@ -242,7 +258,9 @@ impl Sweep<'_> {
         if self.output.force || self.storage.identity(&path)?.is_none() {
             return Ok(None);
         }
-        if packed::fingerprint(&path, &**self.storage)?.as_ref() != Some(&variant.plan.fingerprint) {
+        let made = packed::fingerprint(&path, &**self.storage)
+            .map_err(|e| e.replace_help("remove it and run the sweep again, or make all outputs anew with --force"))?;
+        if made.as_ref() != Some(&variant.plan.fingerprint) {
             return Err(Error::input("another file is already there")
                 .at(&path)
                 .help("use another --out, or --force to replace it"));
@@ -295,19 +313,9 @@ impl Sweep<'_> {
         }
         // A packed one is put in order beside what is to be put in order.
         needed = needed.saturating_add(longest);
-        let free = self.storage.free_bytes(&self.output.dir)?;
-        if needed <= free {
-            return Ok(());
-        }
-        let megabytes = |bytes: u64| bytes.div_ceil(1_000_000);
-        Err(Error::input(format!(
-            "{count} outputs need {}{} MB of disk space, but only {} MB are free",
-            if self.packed { "up to " } else { "" },
-            megabytes(needed),
-            megabytes(free)
-        ))
-        .at(&self.output.dir)
-        .help("make room, ask for fewer outputs, or use another --out"))
+        let needs = format!("{count} outputs need{}", if self.packed { " up to" } else { "" });
+        must_fit(&needs, needed, &self.output.dir, &**self.storage)
+            .map_err(|e| e.help("make room, ask for fewer outputs, or use another --out"))
     }
 
     /// As many of `open` as can be made together, and how.

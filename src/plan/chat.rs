@@ -41,12 +41,12 @@ pub(super) fn template(
 /// The template in `dir`: in a file of its own, or in the tokenizer's configuration.
 fn stored(dir: &Path, storage: &dyn Storage) -> Result<Option<String>> {
     let own = dir.join("chat_template.jinja");
-    if storage.is_file(&own) {
+    if storage.is_there(&own)? {
         let text = storage.read_small(&own, MAX_SIDE_FILE_BYTES).map_err(Error::as_input)?;
         return Ok(Some(String::from_utf8_lossy(&text).into_owned()));
     }
     let path = dir.join("tokenizer_config.json");
-    if !storage.is_file(&path) {
+    if !storage.is_there(&path)? {
         return Ok(None);
     }
     let text = storage.read_small(&path, MAX_CONFIG_BYTES).map_err(Error::as_input)?;

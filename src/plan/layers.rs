@@ -129,7 +129,7 @@ impl Stacks {
 /// Every number of layers that `config.json` mentions, in nested objects too (`text_config`).
 fn configured_counts(checkpoint: &Checkpoint, storage: &dyn Storage) -> Result<Vec<u64>> {
     let path = checkpoint.dir.join("config.json");
-    if !storage.is_file(&path) {
+    if !storage.is_there(&path)? {
         return Ok(Vec::new());
     }
     let content = storage.read_small(&path, MAX_CONFIG_BYTES).map_err(Error::as_input)?;

@@ -83,7 +83,7 @@ impl Tokens {
     /// The tokens of the model in `dir`, if it has a `tokenizer.json`.
     pub(super) fn read(dir: &Path, storage: &dyn Storage) -> Result<Option<Self>> {
         let path = dir.join(NAME);
-        if !storage.is_file(&path) {
+        if !storage.is_there(&path)? {
             return Ok(None);
         }
         let text = storage.read_small(&path, MAX_SIDE_FILE_BYTES).map_err(Error::as_input)?;

@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use super::mmap::Faults;
 use super::system::{self, Hint};
 use super::transfer::{read_fully, write_fully};
-use super::{Identity, InputFile, IoMode, Lock, OutputFile, Storage, Window};
+use super::{Identity, InputFile, IoMode, Lock, OutputFile, Storage, Window, places};
 use crate::error::{Error, Result, printable};
 
 /// How often a lock that vanishes while it is taken is taken anew.
@@ -54,7 +54,7 @@ impl Disk {
             system::no_follow(&mut options);
             let mut file = match options.open(path) {
                 Err(e) if e.kind() == IoKind::NotFound => continue,
-                Err(_) if is_in_the_way(path) => return Err(in_the_way(path)),
+                Err(_) if is_in_the_way(path) || path.is_dir() => return Err(in_the_way(path)),
                 other => other.map_err(|e| write_error("create", path, &e))?,
             };
             let metadata = file.metadata().map_err(|e| Error::io("examine", path, &e))?;
@@ -79,7 +79,7 @@ impl Disk {
             // Kept open: the operating system releases the lock when the process ends, however it ends.
             return Ok(Ok(Lock::new(file)));
         }
-        Err(Error::input("others keep taking and removing this lock").at(path).help("wait until they end"))
+        Err(Error::failed("others keep taking and removing this lock").at(path).help("wait until they end"))
     }
 }
 
@@ -280,7 +280,10 @@ impl Storage for Disk {
     }
 
     fn remove_file(&self, path: &Path) -> Result<()> {
-        ignore_missing(std::fs::remove_file(path)).map_err(|e| Error::io("remove", path, &e))
+        ignore_missing(std::fs::remove_file(path)).map_err(|e| match path.is_dir() && !path.is_symlink() {
+            true => in_the_way(path).as_failed(),
+            false => Error::io("remove", path, &e),
+        })
     }
 
     fn remove_dir(&self, path: &Path) -> Result<()> {
@@ -316,6 +319,10 @@ impl Storage for Disk {
         identity_at(path)
     }
 
+    fn is_there(&self, path: &Path) -> Result<bool> {
+        Ok(path.is_symlink() || self.identity(path)?.is_some())
+    }
+
     fn is_dir(&self, path: &Path) -> bool {
         path.is_dir()
     }
@@ -341,6 +348,7 @@ fn identity_at(path: &Path) -> Result<Option<Identity>> {
 
 fn open_error(path: &Path, error: &std::io::Error) -> Error {
     match error.kind() {
+        IoKind::NotFound if path.is_symlink() => dangling(path),
         IoKind::NotFound | IoKind::NotADirectory => Error::input("no such file").at(path).help("check the path"),
         _ if system::is_nowhere(error) => {
             Error::input(format!("no such file: {error}")).at(path).help("check the path")
@@ -349,6 +357,17 @@ fn open_error(path: &Path, error: &std::io::Error) -> Error {
         // A socket cannot even be opened.
         _ if std::fs::metadata(path).is_ok_and(|m| !m.is_file()) => not_regular(path),
         _ => Error::io("open", path, error),
+    }
+}
+
+/// A link whose file is gone; in the Hub's cache, because somebody cleaned up or a download was not finished.
+fn dangling(path: &Path) -> Error {
+    let error = Error::input("a link to a file that is not there").at(path);
+    match places::cached(path) {
+        Some((id, commit)) => {
+            error.help(format!("the Hub cache is incomplete: complete it with `hf download {id} --revision {commit}`"))
+        }
+        None => error.help("put the file back, or remove the link"),
     }
 }
 
@@ -364,6 +383,7 @@ fn in_the_way(path: &Path) -> Error {
         Ok(metadata) if metadata.is_file() => {
             ("a file that has another name too (a hard link)", "put a copy in its place")
         }
+        Ok(metadata) if metadata.is_dir() => ("a directory", "remove it"),
         _ => ("no regular file", "remove it"),
     };
     Error::input(format!("{what}, where this program keeps a file of its own")).at(path).help(help)
@@ -392,7 +412,9 @@ fn locked(path: &Path, file: File) -> Error {
     let _ = file.take(LONGEST_HOLDER).read_to_end(&mut holder);
     let holder = printable(String::from_utf8_lossy(&holder).trim());
     let holder = if holder.is_empty() { "another process" } else { &holder };
-    Error::input(format!("in use by {holder}")).at(path).help("wait until it ends, or stop it")
+    Error::failed(format!("in use by {holder}"))
+        .at(path)
+        .help("wait until it ends, or stop it, and run the same command again")
 }
 
 fn ignore_missing(result: std::io::Result<()>) -> std::io::Result<()> {
@@ -521,7 +543,7 @@ mod tests {
         let held = disk.lock(&path).unwrap();
         let refused = disk.lock(&path).err().unwrap();
         assert!(refused.to_string().contains(&format!("in use by process {} on ", std::process::id())), "{refused}");
-        assert_eq!(refused.exit_code(), 2);
+        assert_eq!(refused.as_input().exit_code(), 1);
         drop(held);
         disk.lock(&path).unwrap();
     }

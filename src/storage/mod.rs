@@ -74,6 +74,10 @@ pub trait InputFile: Send + Sync {
         let _ = offset;
         self.path().to_path_buf()
     }
+    /// Of what is computed, the file beside the tensors that says how, if one does: as a user would name it.
+    fn described_by(&self) -> Option<String> {
+        None
+    }
     /// Identity when it was opened.
     fn identity(&self) -> &Identity;
     /// Identity of the open file now, to notice a change during the run.
@@ -146,6 +150,11 @@ pub trait Storage: Send + Sync {
     }
     /// Opens a regular file for reading; anything else (directory, FIFO, device) is refused.
     fn open(&self, path: &Path) -> Result<Box<dyn InputFile>>;
+    /// The same for a file that this program made: that it is gone or cannot be read is no fault of an input, and the next
+    /// attempt makes it anew.
+    fn open_own(&self, path: &Path) -> Result<Box<dyn InputFile>> {
+        self.open(path).map_err(|e| e.as_failed().replace_help("run the same command again"))
+    }
     /// Fails if an input could not be read while a window showed it, so that what was made of it is worthless.
     fn check_mapped(&self) -> Result<()> {
         Ok(())
@@ -209,6 +218,10 @@ pub trait Storage: Send + Sync {
     fn free_bytes(&self, path: &Path) -> Result<u64>;
     /// Identity of the file or directory at `path` (links followed), or `None` if there is nothing.
     fn identity(&self, path: &Path) -> Result<Option<Identity>>;
+    /// Whether there is an entry called `path`, even if it is a link that leads nowhere.
+    fn is_there(&self, path: &Path) -> Result<bool> {
+        Ok(self.identity(path)?.is_some())
+    }
     /// Whether `path` is a directory.
     fn is_dir(&self, path: &Path) -> bool;
     /// Whether `path` is a regular file.

@@ -20,7 +20,7 @@ use super::hub::{Hub, Snapshot};
 use super::remote::{DEVICE, Far, Remote, RemoteInput, hash};
 use super::waits::Waits;
 use super::{Disk, Identity, InputFile, Lock, OutputFile, Pinned, Storage};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// Files that are looked at at a time before they are opened.
 const LOOKS_AT_ONCE: usize = 16;
@@ -75,7 +75,7 @@ impl Online {
             return Err(Error::input("there is no such directory for --cache").at(dir).help("create it"));
         }
         if free < bytes {
-            return Err(Error::input(format!("the cache is to hold {bytes} bytes, but only {free} are free"))
+            return Err(Error::failed(format!("the cache is to hold {bytes} bytes, but only {free} are free"))
                 .at(dir)
                 .help("make room, or use a smaller --cache-size"));
         }
@@ -281,6 +281,18 @@ impl Storage for Online {
         Ok(self.look(path)?.map(|found| found.identity().clone()))
     }
 
+    fn is_there(&self, path: &Path) -> Result<bool> {
+        match self.in_snapshot(path) {
+            _ if !is_remote(path) => self.disk.is_there(path),
+            Some((snapshot, file)) => Ok(snapshot.files.contains(&file)),
+            None => match self.look(path) {
+                // Some servers refuse what they do not have; one that does not answer may have it.
+                Err(error) if error.kind() != ErrorKind::Failed => Ok(false),
+                found => Ok(found?.is_some()),
+            },
+        }
+    }
+
     fn is_dir(&self, path: &Path) -> bool {
         match is_remote(path) {
             true if cloud::is_object(path) => self.clouds.list(path).is_ok_and(|names| !names.is_empty()),
@@ -290,13 +302,7 @@ impl Storage for Online {
     }
 
     fn is_file(&self, path: &Path) -> bool {
-        if !is_remote(path) {
-            return self.disk.is_file(path);
-        }
-        match self.in_snapshot(path) {
-            Some((snapshot, file)) => snapshot.files.contains(&file),
-            None => self.look(path).is_ok_and(|found| found.is_some()),
-        }
+        if is_remote(path) { self.is_there(path).unwrap_or(false) } else { self.disk.is_file(path) }
     }
 
     fn canonical(&self, path: &Path) -> PathBuf {

@@ -3,7 +3,7 @@
 //! Variables that are empty count as not set, and `~` at a path's beginning is the user's home.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A value of the environment; replaced by tests.
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<OsString>;
@@ -33,6 +33,14 @@ pub fn hub_cache(env: Env<'_>) -> Option<PathBuf> {
         .or_else(|| hub_home(env).map(|home| home.join("hub")))
 }
 
+/// The repository and the commit that a path in the Hub's cache is of (`.../models--org--name/snapshots/COMMIT/file`).
+pub(super) fn cached(path: &Path) -> Option<(String, String)> {
+    let names: Vec<&str> = path.iter().map(|name| name.to_str().unwrap_or_default()).collect();
+    let at = names.windows(2).rposition(|pair| pair[0].starts_with("models--") && pair[1] == "snapshots")?;
+    let id = names[at].strip_prefix("models--")?.replacen("--", "/", 1);
+    Some((id, (*names.get(at + 2)?).to_owned()))
+}
+
 /// The file that logging in writes the token to.
 pub(super) fn token_file(env: Env<'_>) -> Option<PathBuf> {
     path(env, "HF_TOKEN_PATH").or_else(|| hub_home(env).map(|home| home.join("token")))
@@ -41,6 +49,16 @@ pub(super) fn token_file(env: Env<'_>) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_in_the_cache_tells_its_repository() {
+        let of = |path: &str| cached(Path::new(path));
+        let found = of("/c/hub/models--org--my--name/snapshots/0123/sub/config.json").unwrap();
+        assert_eq!(found, ("org/my--name".to_owned(), "0123".to_owned()));
+        for other in ["/c/models--org--name/blobs/0123", "/c/snapshots/0123/config.json", "models--a--b/snapshots"] {
+            assert_eq!(of(other), None, "{other}");
+        }
+    }
 
     #[test]
     fn cache_and_token_are_looked_for_in_the_same_home() {

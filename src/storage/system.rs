@@ -132,6 +132,10 @@ pub(super) fn sync_directory(_path: &Path) -> Result<()> {
 #[cfg(unix)]
 pub(super) fn free_bytes(path: &Path) -> Result<u64> {
     let stat = rustix::fs::statvfs(path)?;
+    // Some network file systems do not say how large they are.
+    if stat.f_blocks == 0 {
+        return Ok(u64::MAX);
+    }
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 

@@ -578,7 +578,7 @@ fn a_run_that_was_begun_waits_for_room() {
         let memory = before.fork(None);
         memory.set_free(Some(1000));
         let error = job.run(&memory).unwrap_err();
-        assert!(error.exit_code() == 2 && error.to_string().contains("disk space"), "{}: {error}", job.name);
+        assert!(error.exit_code() == 1 && error.to_string().contains("disk space"), "{}: {error}", job.name);
         assert!(memory.tree(OUT).is_empty(), "{}", job.name);
         memory.set_free(None);
         let begun = (1..).map(|patience| {

@@ -638,7 +638,8 @@ fn an_output_larger_than_the_disk() {
     tiesmith(["plan".to_owned()].iter().chain(&args[1..])).succeeded();
     args.extend(["--out".into(), text(&out)]);
     let outcome = tiesmith(&args);
-    let line = outcome.refusal();
+    // Room may be there the next time.
+    let line = outcome.error_line(1);
     assert!(line.contains("space") || line.contains("free"), "{line}");
     assert!(!out.exists());
 }

@@ -20,6 +20,7 @@
 //! | `hostile` | what stands beside the weights, and where outputs go: as in `corpus` |
 //! | `bad_input` | one line, exit code 2, nothing written |
 //! | `cli` | verbs, help, reports, exit codes |
+//! | `messages` | what is said where something odd is in the place of a file, and which exit code says that repeating helps |
 //! | `page` | the page of a report in a browser, where one is asked for |
 //! | `perturb` | signs flipped where they should be, and nowhere else |
 //! | `properties` | what must hold for every method of the registry |
@@ -63,6 +64,7 @@ mod limits;
 mod long_tensors;
 mod mergekit;
 mod merges;
+mod messages;
 mod methods;
 mod modules;
 mod output;

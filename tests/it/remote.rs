@@ -337,11 +337,12 @@ fn what_is_kept_is_not_downloaded_again() {
     says(&[], &["Network", "again; with --cache DIR --cache-size 1GB nothing is"]);
     says(&["--cache", &cache_dir, "--cache-size", "1GB"], &["nothing of them twice"]);
     says(&["--scope=tensor", "--memory=512MB"], &["nothing of them twice"]);
-    let refused =
-        |args: &[&str]| remote.merge("merge", &hf, &[args, &["--out", "nowhere"]].concat()).refusal().to_owned();
-    assert!(refused(&["--cache", "missing", "--cache-size", "1GB"]).contains("no such directory for --cache"));
-    assert!(refused(&["--cache", &cache_dir, "--cache-size", "1000TB"]).contains("smaller --cache-size"));
-    assert!(refused(&["--cache", &cache_dir]).contains("--cache-size"));
+    let refused = |code, args: &[&str]| {
+        remote.merge("merge", &hf, &[args, &["--out", "nowhere"]].concat()).error_line(code).to_owned()
+    };
+    assert!(refused(2, &["--cache", "missing", "--cache-size", "1GB"]).contains("no such directory for --cache"));
+    assert!(refused(1, &["--cache", &cache_dir, "--cache-size", "1000TB"]).contains("smaller --cache-size"));
+    assert!(refused(2, &["--cache", &cache_dir]).contains("--cache-size"));
 }
 
 #[test]

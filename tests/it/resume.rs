@@ -456,6 +456,22 @@ fn an_interrupted_replacement_keeps_the_old_output_and_goes_on_with_force() {
     finished(&family, &saved);
 }
 
+#[test]
+fn a_replacement_whose_last_record_was_lost_leaves_nothing_of_the_old_output() {
+    let family = family();
+    let saved = family.save();
+    fs::write(saved.base.join("vocab.txt"), "of the old output").unwrap();
+    again(&saved, &["--max-shard-size=100KB"]).succeeded();
+    fs::remove_file(saved.base.join("vocab.txt")).unwrap();
+    interrupted(&saved, &["--force"]);
+    // It got as far as removing the old index: the record that says so was the last.
+    fs::remove_file(saved.path("out/model.safetensors.index.json")).unwrap();
+    assert!(again(&saved, &["--force"]).succeeded().json()["resumed"] == true);
+    finished(&family, &saved);
+    let left: Vec<_> = tree(&saved).into_keys().filter(|path| text(path).contains("of-00003")).collect();
+    assert!(left.is_empty() && !saved.path("out/vocab.txt").exists(), "{left:?}");
+}
+
 /// A journal record with a right checksum, whatever it says.
 fn record(number: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
     let mut record = b"TSR\n".to_vec();

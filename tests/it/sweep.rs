@@ -236,6 +236,31 @@ fn what_cannot_be_swept_is_refused() {
 }
 
 #[test]
+fn a_directory_of_other_things_is_no_place_for_a_sweep() {
+    let saved = Spec::default().family().save();
+    let taken = saved.path("taken");
+    fs::create_dir(&taken).unwrap();
+    fs::write(taken.join("notes.txt"), "mine").unwrap();
+    for extra in [&["--lambda=0.5,1"][..], &["--lambda=0.5,1", "--packed", "--force"]] {
+        for (place, words) in [(&taken, "not empty"), (&saved.models[0], "is the input"), (&saved.base, "is the input")]
+        {
+            let before = read_tree(saved.dir.path());
+            let line = sweep(&saved, place, extra).refusal().to_owned();
+            assert!(line.contains(words) && line.contains(&text(place)), "{line}");
+            assert!(before == read_tree(saved.dir.path()), "{line}");
+        }
+        // A sweep's own directory may have a note in it, and other values are added to it.
+        let out = saved.path(if extra.len() > 1 { "packed" } else { "sweep" });
+        sweep(&saved, &out, extra).succeeded();
+        fs::write(out.join("notes.txt"), "mine").unwrap();
+        sweep(&saved, &out, &[&["--lambda=2"], &extra[1..]].concat()).succeeded();
+        // As if it had been killed before there was a table.
+        fs::remove_file(out.join("sweep.json")).unwrap();
+        sweep(&saved, &out, extra).succeeded();
+    }
+}
+
+#[test]
 fn outputs_that_do_not_fit_on_the_disk_are_refused_before_the_work() {
     let dir = tempfile::tempdir().unwrap();
     let place = |name: &str| dir.path().join(name);
@@ -250,9 +275,11 @@ fn outputs_that_do_not_fit_on_the_disk_are_refused_before_the_work() {
     let [base, model, out] = ["base.safetensors", "model.safetensors", "out"].map(|name| text(&place(name)));
     let inputs = ["sweep", "--base", &base, "--model", &model, "--out", &out, "--lambda", "1:100:1"];
     let outcome = tiesmith(inputs);
-    assert!(outcome.refusal().contains("100 outputs need 100000"), "{}", outcome.stderr);
+    // The figures are what is needed, with room for small files, and what is there, which is less.
+    let line = outcome.error_line(1);
+    assert!(line.contains("100 outputs need 100000033 MB of disk space, but only "), "{line}");
     let outcome = tiesmith([&inputs[..], &["--packed"]].concat());
-    assert!(outcome.refusal().contains("100 outputs need up to"), "{}", outcome.stderr);
+    assert!(outcome.error_line(1).contains("100 outputs need up to"), "{}", outcome.stderr);
     assert!(!place("out").exists());
 }
 
@@ -386,4 +413,14 @@ fn a_second_run_keeps_what_is_known_of_packed_outputs() {
     assert!(!help.contains("--parts") && help.contains("Directory of the outputs"), "{help}");
     let outcome = sweep(&saved, &out, &["--parts=x"]);
     assert!(outcome.code == Some(2), "{}", outcome.stderr);
+    // One that was cut off since is not there already.
+    let cut = out.join("lambda-1.tvz");
+    for bytes in [fs::metadata(&cut).unwrap().len() - 1, 200, 0] {
+        fs::File::options().write(true).open(&cut).unwrap().set_len(bytes).unwrap();
+        let line = sweep(&saved, &out, &grid).refusal().to_owned();
+        assert!(line.contains("lambda-1.tvz") && line.contains("remove it and run the sweep again"), "{line}");
+    }
+    fs::remove_file(&cut).unwrap();
+    let fifth = sweep(&saved, &out, &grid).succeeded().json();
+    assert_eq!(fifth["outputs"][1]["found"], false);
 }

@@ -15,9 +15,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::config::CONFIG;
 use crate::checkpoint::rows::{Part, read_elements};
 use crate::dtype::Float;
-use crate::error::Result;
+use crate::error::{Result, printable};
 use crate::kernels::{self, Isa};
 use crate::limits::{ADAPTER_SCRATCH_BYTES, FACTORS_BYTES, KEPT_FACTORS_BYTES};
 use crate::storage::{Identity, InputFile};
@@ -403,6 +404,11 @@ impl InputFile for Adapted {
         };
         let own = self.own().filter(|_| self.weight.as_ref().is_none_or(is_finite));
         own.map_or(self.path(), |own| own.file.path()).to_path_buf()
+    }
+
+    fn described_by(&self) -> Option<String> {
+        let weights = self.own().map_or(self.path(), |own| own.file.path());
+        Some(printable(&weights.with_file_name(CONFIG).to_string_lossy()))
     }
 
     fn identity(&self) -> &Identity {

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::super::OutputOptions;
 use super::super::identity::Begin;
-use super::super::output::{JOURNAL, LOCK, WORK_DIR, refuse_inputs, work_dir};
+use super::super::output::{JOURNAL, LOCK, WORK_DIR, no_directory, not_empty, refuse_inputs, work_dir};
 use super::super::records;
 use super::super::under_way::Keeps;
 use super::gather::Entry;
@@ -67,7 +67,7 @@ impl WorkDir {
             let work = work_dir(dir, &**storage)?;
             let created = storage.identity(dir)?.is_none();
             if !created && !storage.is_dir(dir) {
-                return Err(Error::input("the output is a file, not a directory").at(dir).help("choose another --out"));
+                return Err(no_directory(dir));
             }
             admit(dir, &work, options, &**storage)?;
             Ok((work, created))
@@ -265,9 +265,7 @@ fn admit(dir: &Path, work: &Path, options: &OutputOptions, storage: &dyn Storage
     if entries.is_empty() {
         return Ok(());
     }
-    Err(Error::input(format!("the output directory is not empty ({} entries)", entries.len()))
-        .at(dir)
-        .help("use a new or empty directory for --out"))
+    Err(not_empty(dir, entries.len()))
 }
 
 /// Whether `dir` holds a finished report: its first line says what it is.

@@ -167,7 +167,7 @@ impl<'a> Place<'a> {
     /// How many of `chunks` are in the file as they were written, from the first one on.
     fn intact(&self, chunks: &[Entry], observer: &dyn Observer) -> Result<usize> {
         observer.stage("check", chunks.iter().map(|chunk| u64::from(chunk.length)).sum());
-        let file = self.storage.open(&self.partial)?;
+        let file = self.storage.open_own(&self.partial)?;
         let (bytes, mut offset) = (file.identity().bytes, HEAD_BYTES);
         let mut begin = head();
         if bytes < HEAD_BYTES {

@@ -171,11 +171,11 @@ impl Follower<'_> {
         let name = &self.shards.plan.layout.shards[shard].name;
         let partial = output.partial(name);
         if output.storage.identity(&partial)?.is_some() {
-            return Ok(Leftover { file: Some(output.storage.open(&partial)?), ..Leftover::NOTHING });
+            return Ok(Leftover { file: Some(output.storage.open_own(&partial)?), ..Leftover::NOTHING });
         }
         let path = output.dir.join(name);
         if output.owns_final_names() && output.storage.identity(&path)?.is_some() {
-            return Ok(Leftover { file: Some(output.storage.open(&path)?), published: true, elsewhere: None });
+            return Ok(Leftover { file: Some(output.storage.open_own(&path)?), published: true, elsewhere: None });
         }
         let known = output.handed_over().get(name).map(|shard_made| shard_made.of(self.shards.plan, shard));
         let Some(known) = known else { return Ok(Leftover::NOTHING) };

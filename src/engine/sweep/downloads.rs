@@ -11,7 +11,7 @@ use crate::plan::{Goal, Plan, Unit};
 use crate::storage::Storage;
 
 /// Name of the spool, in the directory of the outputs.
-const SPOOL: &str = "sweep.spool";
+pub(super) const SPOOL: &str = "sweep.spool";
 
 impl Sweep<'_> {
     /// Where what is downloaded is kept for all outputs together; `at_once` bytes of them are on the disk. What an earlier run

@@ -186,7 +186,8 @@ impl<'a> Spool<'a> {
         let mut left = Left { chunks: vec![Spooled::default(); first_chunk], kept: Kept::new(plan), end: 0 };
         let mut journal = None;
         if !restart && storage.identity(&journal_path)?.is_some() && storage.identity(&spool_path)?.is_some() {
-            journal = left.take_over(plan, &places, &journal_path, &*storage.open(&spool_path)?, storage, observer)?;
+            journal =
+                left.take_over(plan, &places, &journal_path, &*storage.open_own(&spool_path)?, storage, observer)?;
         }
         let resumed = journal.is_some();
         let spool = match resumed {
@@ -268,7 +269,7 @@ impl<'a> Spool<'a> {
     pub(super) fn finish(&self) -> Result<u64> {
         self.flush()?;
         let partial = self.path.with_added_extension("partial");
-        let spooled = self.storage.open(&self.path.with_added_extension("spool"))?;
+        let spooled = self.storage.open_own(&self.path.with_added_extension("spool"))?;
         let target = self.storage.create(&partial, 0)?;
         target.write_at(&head(), 0)?;
         let state = self.lock();
