@@ -35,6 +35,7 @@ import sys
 from moto.moto_server import werkzeug_app
 from moto.server import main
 call = werkzeug_app.DomainDispatcherApplication.__call__
+told = []
 # Google's client sends an empty token where there is no sign-in, which is no signature of Amazon's.
 def with_a_key(self, environ, start_response):
     if environ.get("HTTP_AUTHORIZATION", "").strip() in ("", "Bearer"):
@@ -42,6 +43,10 @@ def with_a_key(self, environ, start_response):
     if environ.get("PATH_INFO", "").startswith("/skewed"):
         start_response("403 Forbidden", [("Content-Type", "application/xml")])
         return [b"<Error><Code>RequestTimeTooSkewed</Code><Message>The difference is too large.</Message></Error>"]
+    if environ.get("PATH_INFO", "").startswith("/busy") and not told:
+        told.append(True)
+        start_response("503 Slow Down", [("Retry-After", "1")])
+        return [b""]
     if environ.get("PATH_INFO", "").startswith("/noranges/"):
         environ.pop("HTTP_RANGE", None)
     return call(self, environ, start_response)
@@ -156,6 +161,9 @@ refused 2 "RequestTimeTooSkewed.*set this machine's clock" "$TIESMITH" inspect s
 "$python" "$work/s3.py" up noranges "$work/in"
 refused 2 "ignores byte ranges" merge "$work/whole" s3://noranges
 [ ! -e "$work/whole" ] || fail "something was made of what is refused"
+"$TIESMITH" plan --method passthrough --model s3://busy/x > /dev/null 2> "$work/error" && fail "there is no such bucket"
+grep -q "asks to wait 1.*s" "$work/error" || fail "no word of a wait: $(cat "$work/error")"
+passed "a wait that the store asks for is told"
 merge "$work/changed" s3://models --scope=model > /dev/null
 "$TIESMITH" plan --base s3://models/base --model s3://models/x --model s3://models/y --out "$work/parts" --save "$work/job" > /dev/null
 "$python" "$work/s3.py" put models x/model-00001-of-00002.safetensors "$work/in/y/model-00001-of-00002.safetensors"

@@ -19,7 +19,7 @@ use super::rows::{Part, read_elements};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Isa, PANEL};
-use crate::storage::{Identity, InputFile};
+use crate::storage::{Identity, InputFile, stored_ranges};
 
 /// Rows that are solved at once.
 const ROWS: u64 = 64;
@@ -338,6 +338,21 @@ impl InputFile for Regression {
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         read_elements(buffer, offset, 4, |first, out| self.elements(first, out))
+    }
+
+    /// The matrices with the first row. A row that is only begun comes with the range before.
+    fn made_of(&self, offset: u64, length: u64, see: &mut dyn FnMut(&dyn InputFile, u64, u64)) -> bool {
+        let area = self.inputs * self.inputs;
+        for gram in self.grams.iter().filter(|_| offset == 0) {
+            stored_ranges(&*gram.file, gram.offset, area * gram.float.width() as u64, see);
+        }
+        let row_bytes = 4 * self.inputs.max(1);
+        let (first, end) = (offset.div_ceil(row_bytes), (offset + length).div_ceil(row_bytes));
+        for weight in self.weights.iter().filter(|_| first < end) {
+            let row_bytes = self.inputs * weight.float.width() as u64;
+            stored_ranges(&*weight.file, weight.offset + first * row_bytes, (end - first) * row_bytes, see);
+        }
+        true
     }
 
     fn is_exclusive(&self) -> bool {

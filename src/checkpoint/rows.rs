@@ -15,7 +15,7 @@ use super::TensorEntry;
 use crate::dtype::Float;
 use crate::error::Result;
 use crate::kernels::{self, Isa};
-use crate::storage::{Identity, InputFile};
+use crate::storage::{Identity, InputFile, stored_ranges};
 
 /// Elements that are converted at a time.
 const BLOCK: usize = 1024;
@@ -273,5 +273,26 @@ impl InputFile for Rows {
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         read_elements(buffer, offset, self.parts[0].float.width(), |element, buffer| self.elements(element, buffer))
+    }
+
+    /// What an average is taken of comes on top, once.
+    fn made_of(&self, offset: u64, length: u64, see: &mut dyn FnMut(&dyn InputFile, u64, u64)) -> bool {
+        let (columns, width) = (self.columns.max(1), self.parts[0].float.width() as u64);
+        let rows = offset / width / columns..(offset + length).div_ceil(width * columns);
+        let mut part = |part: u32, first: u64, count: u64| {
+            let Part { file, offset, float } = &self.parts[part as usize];
+            let row_bytes = self.columns * float.width() as u64;
+            stored_ranges(&**file, offset + first * row_bytes, count * row_bytes, see);
+        };
+        for run in &self.runs[self.runs.partition_point(|run| run.first + run.count <= rows.start)..] {
+            let (first, end) = (run.first.max(rows.start), (run.first + run.count).min(rows.end));
+            match &run.source {
+                _ if first >= end => break,
+                RowSource::Rows(number, from) => part(*number, from + (first - run.first), end - first),
+                RowSource::Mean(rows) => rows.iter().for_each(|&(number, row)| part(number, row, 1)),
+                RowSource::Zero | RowSource::Average => {}
+            }
+        }
+        true
     }
 }

@@ -122,7 +122,9 @@ impl Rates {
                 kept = self.cache_bytes.min(remote_bytes.max(kept));
             }
             let spooled = if pass.bytes_spared > 0 || first == Some(index) { spool_bytes } else { 0 };
-            let disk_bytes = pass.bytes_read + missing - network_bytes + pass.bytes_written + spooled;
+            // What is downloaded to compute an input may be more than that.
+            let read_bytes = (pass.bytes_read + missing).saturating_sub(network_bytes);
+            let disk_bytes = read_bytes + pass.bytes_written + spooled;
             let time = |bytes: u64, rate: Option<f64>| match (bytes, rate) {
                 (0, _) => Some(0.0),
                 (bytes, rate) => rate.map(|rate| bytes as f64 / rate),

@@ -221,8 +221,8 @@ impl<'a> Passes<'a> {
         };
         let found = self.shared_thresholds(unit, &goals, &mut resident, start)?;
         let cuts = cuts(self.plan, &goals, &found);
-        let facts = self.facts(unit, &mut resident, &cuts)?;
         self.keep_for(&found)?;
+        let facts = self.facts(unit, &mut resident, &cuts)?;
         let majority = self.majority(unit, &mut resident, &cuts, &facts)?;
         let thresholds = UnitThresholds::new(unit, &goals, &found);
         self.writer().keep(UnitDone {

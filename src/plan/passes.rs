@@ -1,7 +1,7 @@
 //! What a run reads and writes, pass by pass.
 
 use super::requests::OfPasses;
-use super::spooling::{Spooling, remote_bytes_of};
+use super::spooling::Spooling;
 use super::{Chunk, PassSummary, Plan, Schedule, ThresholdKind, UnitKind, Wanted};
 use crate::method::Look;
 
@@ -16,18 +16,13 @@ impl Schedule {
     pub(super) fn passes(&self, plan: &Plan) -> Vec<PassSummary> {
         let exact = plan.trim.as_ref().is_some_and(|t| t.threshold == ThresholdKind::Exact);
         let (mut probe, mut sketch, mut vote, mut merge) = (0, 0, 0, bytes_of(plan, &self.direct, Wanted::All));
-        // Of those, what comes over a network.
-        let (mut far_probe, mut far_sketch, mut far) = (0, 0, remote_bytes_of(plan, &self.direct, Wanted::All));
-        let (mut far_vote, mut far_gather) = (0, 0);
         // What is there from earlier passes.
         let (mut spared_vote, mut spared_gather, mut spared_merge) = (0, 0, 0);
         let looks = Self::looks(plan);
         let mut gather = 0;
         for unit in &self.units {
             let all = bytes_of(plan, &unit.tensors, Wanted::All);
-            let far_all = remote_bytes_of(plan, &unit.tensors, Wanted::All);
             merge += all;
-            far += far_all;
             if unit.kind != UnitKind::Streamed {
                 continue;
             }
@@ -35,18 +30,16 @@ impl Schedule {
             if models.contains(&true) {
                 let wanted = Wanted::TaskVectors(&models);
                 sketch += bytes_of(plan, &unit.tensors, wanted);
-                far_sketch += remote_bytes_of(plan, &unit.tensors, wanted);
                 if exact || self.spool.as_ref().is_some_and(Spooling::needs_bounds) {
                     for block in Self::probe_blocks(plan, unit) {
-                        let [near, far] = chunk_bytes(plan, block, wanted).map(|bytes| bytes * self.probe_looks(plan));
-                        (probe, far_probe) = (probe + near + far, far_probe + far);
+                        probe += chunk_bytes(plan, block, wanted) * self.probe_looks(plan);
                     }
                 }
             }
             if plan.votes() {
-                (vote, far_vote) = (vote + all, far_vote + far_all);
+                vote += all;
             }
-            (gather, far_gather) = (gather + looks * all, far_gather + looks * far_all);
+            gather += looks * all;
             if let Some(spool) = &self.spool {
                 spared_merge += spool.spared(plan, &unit.tensors, false);
                 spared_vote += if plan.votes() { spool.spared(plan, &unit.tensors, looks == 0) } else { 0 };
@@ -57,13 +50,13 @@ impl Schedule {
             }
         }
         let written = plan.layout.shards.iter().map(|s| s.bytes).sum();
-        let requests = OfPasses::of(plan, self);
-        let pass = |name, purpose, all: u64, far: u64, bytes_spared: u64, bytes_written| PassSummary {
+        let downloads = OfPasses::of(plan, self);
+        let pass = |name, purpose, all: u64, bytes_spared: u64, bytes_written| PassSummary {
             name,
             purpose,
             bytes_read: all - bytes_spared,
-            bytes_downloaded: far - bytes_spared,
-            requests: requests.get(name),
+            bytes_downloaded: downloads.get(name).bytes,
+            requests: downloads.get(name).requests,
             bytes_spared,
             bytes_written,
         };
@@ -72,11 +65,11 @@ impl Schedule {
             _ => "count magnitudes to find the thresholds, unless the sample tells them",
         };
         let mut passes = vec![
-            pass("probe", "sample magnitudes to bracket the thresholds", probe, far_probe, 0, 0),
-            pass("sketch", find, sketch, far_sketch, 0, 0),
-            pass("vote", "count elected signs for the majority", vote, far_vote, spared_vote, 0),
-            pass("gather", "sum up or rank what the method needs of each tensor", gather, far_gather, spared_gather, 0),
-            pass("merge", "merge and write", merge, far, spared_merge, written),
+            pass("probe", "sample magnitudes to bracket the thresholds", probe, 0, 0),
+            pass("sketch", find, sketch, 0, 0),
+            pass("vote", "count elected signs for the majority", vote, spared_vote, 0),
+            pass("gather", "sum up or rank what the method needs of each tensor", gather, spared_gather, 0),
+            pass("merge", "merge and write", merge, spared_merge, written),
         ];
         passes.retain(|p| p.bytes_read + p.bytes_spared > 0 || p.name == "merge");
         passes
@@ -88,12 +81,7 @@ pub fn bytes_of(plan: &Plan, tensors: &[u32], wanted: Wanted<'_>) -> u64 {
     tensors.iter().map(|&t| plan.pieces(t, wanted).map(|p| plan.bytes_used(t, p)).sum::<u64>()).sum()
 }
 
-/// Input bytes of `chunk` that a pass loads: of files on this machine, and over a network.
-fn chunk_bytes(plan: &Plan, chunk: Chunk, wanted: Wanted<'_>) -> [u64; 2] {
-    let mut bytes = [0; 2];
-    for piece in plan.pieces(chunk.tensor, wanted) {
-        let far = plan.checkpoints[piece.checkpoint as usize].is_remote();
-        bytes[usize::from(far)] += plan.float_width(piece) * chunk.count;
-    }
-    bytes
+/// Input bytes of `chunk` that a pass loads.
+fn chunk_bytes(plan: &Plan, chunk: Chunk, wanted: Wanted<'_>) -> u64 {
+    plan.pieces(chunk.tensor, wanted).map(|piece| plan.float_width(piece) * chunk.count).sum()
 }

@@ -1,33 +1,34 @@
-//! How many requests the passes of a merge take for inputs that come over a network.
+//! What the passes of a merge ask for of inputs that come over a network: how many requests, and how many bytes. Of what is
+//! computed where it is read (RegMean's layers, packed vectors, models with adapters) that is what it is computed from.
 //!
+//! - What several inputs are made of is asked for once where they are read together.
 //! - What touches in a file is one range, and comes in requests of the length that there is memory for.
 //! - A file's first bytes came when it was opened, and are not asked for again.
 //! - The number is what there is to ask for. A reader that is faster than the network asks for less at a time; faults and
 //!   renewed addresses come on top.
 
+use std::collections::BTreeMap;
+use std::ops::{AddAssign, Range};
+
 use super::{Chunk, Piece, Plan, Schedule, ThresholdKind, Unit, UnitKind, Wanted};
-use crate::storage::{HEAD_BYTES, request_bytes};
+use crate::storage::{HEAD_BYTES, is_remote, request_bytes, stored_ranges};
 
 /// Ranges of inputs on a network, in the order in which a pass asks for them.
 pub(super) struct Requests<'a> {
     plan: &'a Plan,
     /// Longest request.
     length: u64,
-    /// Per checkpoint, the range that may go on: file, first byte, end.
-    open: Vec<(u32, u64, u64)>,
+    /// Per file, the range that may go on, and where what was asked for last begins in it.
+    open: BTreeMap<u64, (Range<u64>, u64)>,
     count: u64,
+    bytes: u64,
 }
 
 impl<'a> Requests<'a> {
     /// None yet, where `ahead_bytes` are held of what is fetched ahead.
     pub(super) fn new(plan: &'a Plan, ahead_bytes: u64) -> Self {
         let sources = plan.checkpoints.iter().filter(|checkpoint| checkpoint.is_remote()).count();
-        Self {
-            plan,
-            length: request_bytes(ahead_bytes, sources),
-            open: vec![(0, 0, 0); plan.checkpoints.len()],
-            count: 0,
-        }
+        Self { plan, length: request_bytes(ahead_bytes, sources), open: BTreeMap::new(), count: 0, bytes: 0 }
     }
 
     /// Asks for `piece` of tensor `index`.
@@ -42,45 +43,66 @@ impl<'a> Requests<'a> {
     }
 
     fn range(&mut self, piece: Piece, from: u64, bytes: u64) {
-        let checkpoint = piece.checkpoint as usize;
-        if !self.plan.checkpoints[checkpoint].is_remote() {
-            return;
-        }
-        let entry = self.plan.source(piece).0;
-        let end = entry.offset + from + bytes;
-        let first = (entry.offset + from).max(HEAD_BYTES);
-        if first >= end {
-            return;
-        }
-        let (file, _, reached) = self.open[checkpoint];
-        if (file, reached) == (entry.file, first) {
-            self.open[checkpoint].2 = end;
-            return;
-        }
-        self.close(checkpoint);
-        self.open[checkpoint] = (entry.file, first, end);
+        let (entry, file) = self.plan.source(piece);
+        stored_ranges(file, entry.offset + from, bytes, &mut |file, first, bytes| {
+            if is_remote(file.path()) {
+                self.stored(file.identity().inode, first, bytes);
+            }
+        });
     }
 
-    fn close(&mut self, checkpoint: usize) {
-        let (_, first, end) = self.open[checkpoint];
-        self.count += (end - first).div_ceil(self.length);
+    fn stored(&mut self, file: u64, first: u64, bytes: u64) {
+        let end = first + bytes;
+        let (open, last) = self.open.entry(file).or_insert((first..first, first));
+        // What two inputs are made of comes once for both.
+        if *last <= first && end <= open.end {
+            return;
+        }
+        *last = first;
+        self.bytes += bytes;
+        if open.end == first {
+            open.end = end;
+            return;
+        }
+        self.count += requests(open, self.length);
+        *open = first..end;
     }
 
-    /// How many they are.
-    pub(super) fn count(mut self) -> u64 {
-        (0..self.open.len()).for_each(|checkpoint| self.close(checkpoint));
-        self.count
+    /// What they come to.
+    pub(super) fn sum(self) -> Downloads {
+        let open = self.open.values().map(|(open, _)| requests(open, self.length));
+        Downloads { requests: self.count + open.sum::<u64>(), bytes: self.bytes }
     }
 }
 
-/// Requests of each pass; see [`super::PassSummary`].
+/// How many requests of `length` bytes a range takes, beside that which opens the file.
+fn requests(range: &Range<u64>, length: u64) -> u64 {
+    range.end.saturating_sub(range.start.max(HEAD_BYTES)).div_ceil(length)
+}
+
+/// What a pass asks for.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Downloads {
+    pub requests: u64,
+    /// Bytes, those included that came when files were opened.
+    pub bytes: u64,
+}
+
+impl AddAssign for Downloads {
+    fn add_assign(&mut self, other: Self) {
+        self.requests += other.requests;
+        self.bytes += other.bytes;
+    }
+}
+
+/// The same of each pass; see [`super::PassSummary`].
 #[derive(Debug, Default)]
 pub(super) struct OfPasses {
-    probe: u64,
-    sketch: u64,
-    vote: u64,
-    gather: u64,
-    merge: u64,
+    probe: Downloads,
+    sketch: Downloads,
+    vote: Downloads,
+    gather: Downloads,
+    merge: Downloads,
 }
 
 impl OfPasses {
@@ -105,7 +127,7 @@ impl OfPasses {
         for &tensor in &schedule.direct {
             plan.pieces(tensor, Wanted::All).for_each(|piece| merge.tensor(tensor, piece));
         }
-        all.merge = merge.count();
+        all.merge = merge.sum();
         all
     }
 
@@ -120,7 +142,7 @@ impl OfPasses {
                 let left = plan.pieces(tensor, wanted).filter(|&piece| !there(piece));
                 left.for_each(|piece| pass.tensor(tensor, piece));
             }
-            pass.count()
+            pass.sum()
         };
         let models = plan.searched(&plan.goals(unit));
         if models.contains(&true) {
@@ -132,18 +154,20 @@ impl OfPasses {
                     let pieces = plan.pieces(block.tensor, Wanted::TaskVectors(&models));
                     pieces.for_each(|piece| probe.chunk(block, piece));
                 }
-                self.probe += probe.count();
+                self.probe += probe.sum();
             }
         }
         let looks = Schedule::looks(plan);
-        self.vote += if plan.votes() { over(Wanted::All, Some(looks == 0)) } else { 0 };
-        if looks > 0 {
-            self.gather += over(Wanted::All, Some(true)) + (looks - 1) * over(Wanted::All, Some(false));
+        if plan.votes() {
+            self.vote += over(Wanted::All, Some(looks == 0));
+        }
+        for look in 0..looks {
+            self.gather += over(Wanted::All, Some(look == 0));
         }
     }
 
     /// Of the pass called `name`.
-    pub(super) fn get(&self, name: &str) -> u64 {
+    pub(super) fn get(&self, name: &str) -> Downloads {
         match name {
             "probe" => self.probe,
             "sketch" => self.sketch,

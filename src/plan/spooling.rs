@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Action, Goal, PassSummary, Plan, Run, Schedule, Together, Unit, Wanted};
+use super::{Action, Goal, PassSummary, Plan, Run, Schedule, Together, Unit};
 use crate::checkpoint::packed::{CHUNK, Encoder};
 use crate::error::Result;
 use crate::limits::{CONNECTIONS_BYTES, UPLOAD_PARTS_AT_ONCE, upload_part_bytes};
@@ -344,13 +344,3 @@ pub fn spool_room(dir: &Path, (out, bytes): (&Path, u64), storage: &dyn Storage)
 
 /// The memory term of what keeping takes.
 pub(super) const SPOOL: &str = "spool of what is downloaded";
-
-/// Input bytes of `tensors` that a pass loads, of inputs on a network.
-pub(super) fn remote_bytes_of(plan: &Plan, tensors: &[u32], wanted: Wanted<'_>) -> u64 {
-    let of = |&tensor: &u32| -> u64 {
-        let pieces = plan.pieces(tensor, wanted);
-        let remote = pieces.filter(|piece| plan.checkpoints[piece.checkpoint as usize].is_remote());
-        remote.map(|piece| plan.bytes_used(tensor, piece)).sum()
-    };
-    tensors.iter().map(of).sum()
-}

@@ -1,6 +1,6 @@
 //! Ranges that are fetched before they are read, several at a time.
 //!
-//! - What is announced is fetched once and held until it has been read, within a number of bytes. Ranges that touch become
+//! - What is announced is fetched once and held until it has been read, as often as it was announced, within a number of bytes. Ranges that touch become
 //!   one, up to the length of a request: readers ask for little at a time, networks like it large.
 //! - A reader takes what is there, waits for what is on its way, and fetches by itself what nobody began: it never waits
 //!   for room. So whatever is announced, too much or never read, costs time and no deadlock.
@@ -77,7 +77,8 @@ struct Range {
     source: Arc<dyn Source>,
     bytes: u64,
     progress: Progress,
-    /// Bytes of it that were read.
+    /// Bytes of it that are to be read, counted as often as they were announced, and those that were.
+    announced: u64,
     read: u64,
 }
 
@@ -114,7 +115,7 @@ impl Ahead {
         self.shared.wanted.notify_all();
     }
 
-    /// Says that `bytes` bytes of source `number` from `offset` will be read once.
+    /// Says that `bytes` bytes of source `number` from `offset` will be read, once more than was said before.
     pub(super) fn announce(&self, (number, offset): Place, bytes: u64, source: &Arc<dyn Source>) {
         let mut state = self.shared.lock();
         if state.room == 0 {
@@ -184,8 +185,12 @@ impl State {
     fn announce(&mut self, (number, mut offset): Place, bytes: u64, source: &Arc<dyn Source>) {
         let end = offset + bytes;
         while offset < end {
-            if let Some(place) = self.covering((number, offset)) {
-                offset = place.1 + self.ranges[&place].bytes;
+            if let Some(place) = self.covering((number, offset))
+                && let Some(range) = self.ranges.get_mut(&place)
+            {
+                let covered = end.min(place.1 + range.bytes) - offset;
+                range.announced += covered;
+                offset += covered;
                 continue;
             }
             let gap = end.min(self.next_after((number, offset))) - offset;
@@ -205,12 +210,13 @@ impl State {
         let bytes = bytes.min(length.saturating_sub(range.bytes));
         *since = Instant::now();
         range.bytes += bytes;
+        range.announced += bytes;
         (bytes > 0).then_some(bytes)
     }
 
     fn put_off(&mut self, place: Place, bytes: u64, source: &Arc<dyn Source>, first: bool) {
         let progress = Progress::Waiting { since: Instant::now(), urgent: false };
-        self.ranges.insert(place, Range { source: Arc::clone(source), bytes, progress, read: 0 });
+        self.ranges.insert(place, Range { source: Arc::clone(source), bytes, progress, announced: bytes, read: 0 });
         if first { self.waiting.push_front(place) } else { self.waiting.push_back(place) }
     }
 
@@ -314,12 +320,12 @@ impl Shared {
         Found::Later
     }
 
-    /// Bytes of the range at `place` were read; when all were, it goes.
+    /// Bytes of the range at `place` were read; when all were that are to be, it goes.
     fn was_read(&self, place: Place, bytes: u64) {
         let mut state = self.lock();
         let Some(range) = state.ranges.get_mut(&place) else { return };
         range.read += bytes;
-        if range.read >= range.bytes {
+        if range.read >= range.announced {
             state.forget(place);
             self.wanted.notify_all();
         }
@@ -419,6 +425,21 @@ mod tests {
         assert!(log.asked.lock().unwrap().len() <= 2, "{:?}", log.asked.lock().unwrap());
         let state = ahead.shared.lock();
         assert!(state.ranges.is_empty() && state.waiting.is_empty() && state.held == 0);
+    }
+
+    #[test]
+    fn what_is_announced_by_several_is_fetched_once_for_all() {
+        let (log, source) = numbers(1, u64::MAX);
+        let ahead = Ahead::default();
+        ahead.allow(8 << 20, 1);
+        for at in [0, 1, 2, 0, 1, 2].map(|at| at * 100_000) {
+            ahead.announce((1, at), 100_000, &source);
+        }
+        for (at, bytes) in [(0, 100_000), (0, 30_000), (30_000, 70_000), (100_000, 200_000), (100_000, 200_000)] {
+            read(&ahead, &source, at, bytes).unwrap();
+        }
+        assert_eq!(sum(&log.asked), 300_000);
+        assert_eq!(ahead.shared.lock().held, 0);
     }
 
     #[test]

@@ -21,6 +21,11 @@ pub fn is_object(path: &Path) -> bool {
 }
 
 #[cfg(feature = "cloud")]
+mod errors;
+#[cfg(feature = "cloud")]
+mod waiting;
+
+#[cfg(feature = "cloud")]
 pub(super) use stores::Clouds;
 
 #[cfg(not(feature = "cloud"))]
@@ -35,12 +40,17 @@ mod absent {
     use crate::error::{Error, Result};
     use crate::storage::InputFile;
     use crate::storage::remote::Far;
+    use crate::storage::waits::Waits;
 
     /// No object store.
     #[derive(Default)]
     pub(in crate::storage) struct Clouds {}
 
     impl Clouds {
+        pub(in crate::storage) fn telling(_: Arc<Waits>) -> Self {
+            Self {}
+        }
+
         pub(in crate::storage) fn list(&self, path: &Path) -> Result<Vec<OsString>> {
             Err(Error::input("this program was built without object stores")
                 .at(path)
@@ -82,17 +92,19 @@ mod stores {
     use tokio::runtime::Runtime;
     use url::Url;
 
+    use super::errors::{changed, explained};
+    use super::waiting::Patient;
     use crate::error::{Error, Result, printable};
     use crate::limits::{UPLOAD_PART_BYTES, UPLOAD_PARTS_AT_ONCE, upload_part_bytes};
     use crate::storage::ahead::Source;
     use crate::storage::online::lock;
-    use crate::storage::refusal;
-    use crate::storage::remote::{DEVICE, Far, HEAD_BYTES, hash, ignores_ranges};
+    use crate::storage::remote::{DEVICE, Far, HEAD_BYTES, hash};
+    use crate::storage::waits::Waits;
     use crate::storage::{Identity, InputFile};
 
-    /// Attempts at one request, and how long they may take together.
+    /// Attempts at one request after the first, and how long they may take together: a signature holds for 15 minutes.
     const RETRIES: usize = 5;
-    const RETRY_TIME: Duration = Duration::from_secs(90);
+    const RETRY_TIME: Duration = Duration::from_secs(500);
     /// A request of the longest range has so long.
     const REQUEST_TIME: Duration = Duration::from_secs(600);
 
@@ -104,6 +116,7 @@ mod stores {
         stores: Mutex<HashMap<String, Arc<dyn ObjectStore>>>,
         /// Names right under a prefix.
         lists: Mutex<HashMap<PathBuf, Result<Vec<OsString>>>>,
+        waits: Arc<Waits>,
     }
 
     /// One object.
@@ -118,6 +131,11 @@ mod stores {
     }
 
     impl Clouds {
+        /// Stores whose requests to wait are told.
+        pub(in crate::storage) fn telling(waits: Arc<Waits>) -> Self {
+            Self { waits, ..Self::default() }
+        }
+
         fn runtime(&self) -> Arc<Runtime> {
             Arc::clone(self.runtime.get_or_init(|| {
                 // Fails if there is one already, which is as good.
@@ -142,7 +160,11 @@ mod stores {
             let store = match stores.get(&place) {
                 Some(store) => Arc::clone(store),
                 None => {
-                    let store = build(&scheme, &url).map_err(|e| not_one(e.to_string()))?;
+                    let store = build(&scheme, &url, Patient(Arc::clone(&self.waits))).map_err(|e| {
+                        Error::input(format!("its store is not known: {}", printable(&e.to_string()))).at(path).help(
+                            "set the store's variables in the environment (AWS_..., GOOGLE_..., AZURE_STORAGE_...)",
+                        )
+                    })?;
                     stores.insert(place, Arc::clone(&store));
                     store
                 }
@@ -277,7 +299,7 @@ mod stores {
         }
     }
 
-    fn build(scheme: &ObjectStoreScheme, url: &Url) -> object_store::Result<Arc<dyn ObjectStore>> {
+    fn build(scheme: &ObjectStoreScheme, url: &Url, client: Patient) -> object_store::Result<Arc<dyn ObjectStore>> {
         let retry = RetryConfig { max_retries: RETRIES, retry_timeout: RETRY_TIME, ..RetryConfig::default() };
         let options = ClientOptions::new().with_timeout(REQUEST_TIME).with_connect_timeout(Duration::from_secs(10));
         // Unencrypted only where the user's own endpoint is.
@@ -291,6 +313,7 @@ mod stores {
                     .with_client_options(options.with_allow_http(plain(&["GOOGLE_BASE_URL"])))
                     .with_url(url.as_str())
                     .with_retry(retry)
+                    .with_http_connector(client)
                     .build()?,
             ),
             ObjectStoreScheme::MicrosoftAzure => Arc::new(
@@ -298,6 +321,7 @@ mod stores {
                     .with_client_options(options.with_allow_http(plain(&["AZURE_STORAGE_ENDPOINT"])))
                     .with_url(url.as_str())
                     .with_retry(retry)
+                    .with_http_connector(client)
                     .build()?,
             ),
             _ => Arc::new(
@@ -305,51 +329,10 @@ mod stores {
                     .with_client_options(options.with_allow_http(plain(&["AWS_ENDPOINT_URL", "AWS_ENDPOINT"])))
                     .with_url(url.as_str())
                     .with_retry(retry)
+                    .with_http_connector(client)
                     .build()?,
             ),
         })
-    }
-
-    /// What went wrong with `path`, for people.
-    fn explained(error: &object_store::Error, path: &Path) -> Error {
-        use object_store::Error as E;
-        match error {
-            E::NotFound { .. } => Error::input("there is no such object").at(path).help("check the address"),
-            E::PermissionDenied { source, .. } | E::Unauthenticated { source, .. } => {
-                let said = refusal::said(&source.to_string());
-                let text =
-                    said.as_ref().map_or("access is denied".to_owned(), |said| format!("access is denied ({said})"));
-                Error::input(text).at(path).help(said.as_deref().and_then(refusal::advice).unwrap_or(
-                    "check the keys in the environment (AWS_ACCESS_KEY_ID, GOOGLE_SERVICE_ACCOUNT, \
-                     AZURE_STORAGE_ACCOUNT_KEY), and this machine's clock",
-                ))
-            }
-            E::Precondition { .. } => changed(path),
-            E::NotSupported { .. } => ignores_ranges(path),
-            other => {
-                // What stands behind a ? in an address may be a signature.
-                let text = other.to_string();
-                if text.contains("non-partial response") {
-                    return ignores_ranges(path);
-                }
-                if text.contains("NoSuchBucket") {
-                    return Error::input("there is no such bucket").at(path).help("check the address, or make it");
-                }
-                let words = text.split_whitespace().map(|word| match word.contains("://") {
-                    true => word.split('?').next().unwrap_or_default(),
-                    false => word,
-                });
-                Error::failed(words.collect::<Vec<_>>().join(" ")).at(path).help(
-                    "check the network, the keys and the region in the environment, and run the same command again",
-                )
-            }
-        }
-    }
-
-    fn changed(path: &Path) -> Error {
-        Error::failed("the object changed while it was read")
-            .at(path)
-            .help("do not change inputs during a run; run it again with --restart")
     }
 
     impl Object {

@@ -30,7 +30,7 @@ const FIRST_ATTEMPTS: u32 = 3;
 /// Before the second attempt; doubled for each after it.
 const FIRST_WAIT: Duration = Duration::from_millis(250);
 /// Longest pause between attempts, whatever a server asks for: the Hub counts requests in windows of five minutes.
-const LONGEST_WAIT: Duration = Duration::from_secs(300);
+pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(300);
 /// Pause where a server says that there were too many requests, and not for how long.
 const TOO_MANY_WAIT: Duration = Duration::from_secs(10);
 /// Slowest answer that is waited for, in bytes per second: slower ones are stalls.
@@ -283,15 +283,19 @@ pub(super) fn settled(answer: Answer) -> Result<Answer, Failure> {
     if !again {
         return Ok(answer);
     }
-    let seconds = |text: &str| text.trim().parse().ok().map(Duration::from_secs);
-    let wait = answer.header("retry-after").and_then(seconds);
+    let wait = answer.header("retry-after").and_then(retry_after);
     // The Hub says in how many seconds its window ends: `"resolvers";r=0;t=123`.
     let window =
-        || answer.header("ratelimit")?.split(';').find_map(|part| part.trim().strip_prefix("t=")).and_then(seconds);
+        || answer.header("ratelimit")?.split(';').find_map(|part| part.trim().strip_prefix("t=")).and_then(retry_after);
     let wait = wait.or_else(|| (status == StatusCode::TOO_MANY_REQUESTS).then(|| window().unwrap_or(TOO_MANY_WAIT)));
     let wait = wait.map(|time| Wait::at(&answer.url, time));
     drain(answer.response);
     Err(Failure::Passing(format!("the server says {status}"), wait))
+}
+
+/// The time that a number of seconds, such as that of `Retry-After`, asks for.
+pub(super) fn retry_after(text: &str) -> Option<Duration> {
+    text.trim().parse().ok().map(Duration::from_secs)
 }
 
 /// The bounds and total of `bytes FIRST-LAST/TOTAL`.

@@ -92,9 +92,15 @@ pub trait InputFile: Send + Sync {
     fn load(&self, window: &mut Window, offset: u64, length: usize) -> Result<()> {
         window.fill(length, |buffer| self.read_at(buffer, offset))
     }
+    /// Calls `see` with each range (file, offset, length) of stored files that reading `length` bytes from `offset` reads, and
+    /// returns true: of what is computed. What is stored itself returns false.
+    fn made_of(&self, offset: u64, length: u64, see: &mut dyn FnMut(&dyn InputFile, u64, u64)) -> bool {
+        let _ = (offset, length, see);
+        false
+    }
     /// Hints that the range will be read soon. Never fails.
     fn prefetch(&self, offset: u64, length: u64) {
-        let _ = (offset, length);
+        self.made_of(offset, length, &mut |file, offset, length| file.prefetch(offset, length));
     }
     /// Whether reading it holds so much in memory that no other such file is to be read meanwhile.
     fn is_exclusive(&self) -> bool {
@@ -107,6 +113,18 @@ pub trait InputFile: Send + Sync {
     /// Bytes of it that are held in memory for as long as it is open.
     fn held_bytes(&self) -> u64 {
         0
+    }
+}
+
+/// Calls `see` with each range of stored files that reading `length` bytes of `file` from `offset` reads.
+pub(crate) fn stored_ranges(
+    file: &dyn InputFile,
+    offset: u64,
+    length: u64,
+    see: &mut dyn FnMut(&dyn InputFile, u64, u64),
+) {
+    if !file.made_of(offset, length, see) {
+        see(file, offset, length);
     }
 }
 

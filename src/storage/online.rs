@@ -64,6 +64,7 @@ impl Online {
     /// The same, telling `listener` of every wait that a server asks for: the host, and how long it takes.
     pub fn telling_waits(mut self, listener: impl Fn(&str, Duration) + Send + Sync + 'static) -> Self {
         self.waits = Arc::new(Waits::new(Box::new(listener)));
+        self.clouds = Clouds::telling(Arc::clone(&self.waits));
         self
     }
 

@@ -35,6 +35,12 @@ pub(super) struct Waits {
     told: Mutex<HashMap<String, Instant>>,
 }
 
+impl std::fmt::Debug for Waits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Waits").field("told", &self.told).finish_non_exhaustive()
+    }
+}
+
 impl Waits {
     pub(super) fn new(listener: Listener) -> Self {
         Self { listener: Some(listener), told: Mutex::default() }

@@ -17,6 +17,7 @@ mod guess;
 mod memory;
 mod packed;
 mod parts;
+mod places;
 mod repair;
 mod room;
 mod sweep;

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `adapters` | PEFT adapters as inputs, against PEFT and against models merged by hand |
 //! | `methods` | every option against the oracle, bit for bit |
+//! | `downloads` | what is downloaded of statistics, signs and adapters, as the plan says |
 //! | `draws` | methods that draw at random: distribution and repetition |
 //! | `merges` | every method against a reference in f64 and against mergekit |
 //! | `mergekit` | its outputs on a family with massive ties |
@@ -50,6 +51,7 @@ mod cli;
 mod corpus;
 mod determinism;
 mod digits;
+mod downloads;
 mod draws;
 mod factors;
 mod far;

@@ -21,7 +21,7 @@ use crate::dtype::Float;
 use crate::error::{Result, printable};
 use crate::kernels::{self, Isa};
 use crate::limits::{ADAPTER_SCRATCH_BYTES, FACTORS_BYTES, KEPT_FACTORS_BYTES};
-use crate::storage::{Identity, InputFile};
+use crate::storage::{Identity, InputFile, stored_ranges};
 
 /// Rows of a block, bytes of W that are read at once for it, and columns and ranks that are computed at once.
 const BLOCK_ROWS: u64 = 128;
@@ -423,11 +423,13 @@ impl InputFile for Adapted {
         read_elements(buffer, offset, self.float.width(), |first, out| self.elements(first, out))
     }
 
-    fn prefetch(&self, offset: u64, length: u64) {
+    /// Beside W, factors are small, and kept from pass to pass if they are.
+    fn made_of(&self, offset: u64, length: u64, see: &mut dyn FnMut(&dyn InputFile, u64, u64)) -> bool {
         if let Some(Part { file, offset: start, float }) = &self.weight {
             let (shown, stored) = (self.float.width() as u64, float.width() as u64);
-            file.prefetch(start + offset / shown * stored, length / shown * stored);
+            stored_ranges(&**file, start + offset / shown * stored, length / shown * stored, see);
         }
+        true
     }
 }
 
@@ -455,5 +457,9 @@ impl InputFile for Constant {
         let bytes = self.value.to_le_bytes();
         buffer.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = bytes[(at % 4) as usize]);
         Ok(())
+    }
+
+    fn made_of(&self, _: u64, _: u64, _: &mut dyn FnMut(&dyn InputFile, u64, u64)) -> bool {
+        true
     }
 }

@@ -23,7 +23,7 @@ use super::adapter;
 use super::resolve::{self, Source};
 use super::{Checkpoint, CheckpointFile, Derived, TensorEntry, directory_of};
 use crate::error::{Error, Result, printable};
-use crate::storage::{Identity, InputFile, Storage};
+use crate::storage::{Identity, InputFile, Storage, stored_ranges};
 use chunk::content_bytes;
 
 /// Decoders that are kept for the next chunk.
@@ -344,15 +344,20 @@ impl InputFile for PackedFile {
         })
     }
 
-    fn prefetch(&self, offset: u64, length: u64) {
-        let announced = self.touched(offset, length, |place, number, whole, _, _| {
+    fn made_of(&self, offset: u64, length: u64, see: &mut dyn FnMut(&dyn InputFile, u64, u64)) -> bool {
+        let seen = self.touched(offset, length, |place, number, whole, from, _| {
+            // Chunks are read once, and kept for those who want the rest of them.
+            if from > 0 {
+                return Ok(());
+            }
             let chunk = place.first_chunk + number;
-            self.file.prefetch(self.offsets[chunk], u64::from(self.entries[chunk].length));
+            see(&*self.file, self.offsets[chunk], u64::from(self.entries[chunk].length));
             if let Some((base, offset)) = &place.base {
-                base.prefetch(offset + number as u64 * (CHUNK * place.width) as u64, whole as u64);
+                stored_ranges(&**base, offset + number as u64 * (CHUNK * place.width) as u64, whole as u64, see);
             }
             Ok(())
         });
-        debug_assert!(announced.is_ok(), "announcing never fails");
+        debug_assert!(seen.is_ok(), "nothing is read");
+        true
     }
 }
