@@ -18,9 +18,12 @@ pub fn run(args: &RunPartArgs) -> Result<u8> {
     let Planned { args: planned, plan, job, storage } = job::load(&args.job, args.io, &progress)?;
     // Where nothing is that all parts share, a part would do everything by itself, and in vain.
     if let Some(dir) = job.out.parent().filter(|dir| *dir != Path::new("") && !storage.is_dir(dir)) {
-        return Err(Error::input(format!("there is no directory {} on this machine", printable(&dir.to_string_lossy())))
-            .at(&job.out)
-            .help("parts share it: mount it here, or create it before the first part runs"));
+        return Err(Error::input(format!(
+            "there is no directory {} on this machine",
+            printable(&dir.to_string_lossy())
+        ))
+        .at(&job.out)
+        .help("parts share it: mount it here, or create it before the first part runs"));
     }
     let run = job::run(&planned, &args.resources);
     let report = tiesmith::run_part(&plan, &job, part, args.stage, run, &storage, &progress)?;
