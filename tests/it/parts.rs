@@ -610,6 +610,13 @@ fn plan_files_are_checked() {
     }
     let outcome = saved.run("plan", &Recipe::default(), &["--save", &text(&job.file)]);
     says(outcome.refusal(), &["no output directory is given", "all parts write there"]);
+    // Where the directory that parts share is not mounted.
+    let (out, file) = (text(&saved.path("share/merged")), text(&saved.path("shared.plan")));
+    saved.run("plan", &Recipe::default(), &["--out", &out, "--save", &file]).succeeded();
+    says(tiesmith(args(&file)).refusal(), &["merged: there is no directory", "share on this machine", "mount it here"]);
+    assert!(!saved.path("share").exists());
+    fs::create_dir(saved.path("share")).unwrap();
+    tiesmith(args(&file)).succeeded();
     let nowhere = text(&saved.path("no/such/folder/job.plan"));
     saved.run("plan", &Recipe::default(), &["--out=x", "--save", &nowhere]).refusal();
 }
