@@ -33,7 +33,7 @@ struct Work {
 
 /// Where inputs are, and one in how many cases is tried there: what changes is how they are read.
 fn places() -> [(&'static str, Place, Memory, usize); 2] {
-    [("files", |recipe| recipe, large_inputs(), 2), ("a store", far, large_inputs().moved(DISK, STORE), 8)]
+    [("files", |recipe| recipe, large_inputs(), 3), ("a store", far, large_inputs().moved(DISK, STORE), 10)]
 }
 
 /// With so many MiB of memory, or where inputs are in a store so many: connections, and what is kept of what is downloaded, take
