@@ -252,7 +252,10 @@ impl Storage for Disk {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
-        std::fs::rename(from, to).map_err(|e| Error::io(&format!("rename to {}", to.display()), from, &e))
+        std::fs::rename(from, to).map_err(|e| match to.is_dir() && !from.is_dir() {
+            true => in_the_way(to).as_failed(),
+            false => Error::io(&format!("rename to {}", to.display()), from, &e),
+        })
     }
 
     fn sync_dir(&self, path: &Path) -> Result<()> {
@@ -583,6 +586,18 @@ mod tests {
         assert_eq!(disk.read_small(&path, 6).unwrap(), b"aXcd\0\0");
         assert!(disk.read_small(&path, 5).is_err());
         assert!(disk.reopen(&dir.path().join("none"), 1).is_err());
+    }
+
+    #[test]
+    fn a_directory_in_the_place_of_a_file_is_named() {
+        let (dir, disk) = disk(IoMode::Auto);
+        let (from, to) = (dir.path().join("README.md.partial"), dir.path().join("README.md"));
+        std::fs::write(&from, b"").unwrap();
+        std::fs::create_dir(&to).unwrap();
+        for error in [disk.rename(&from, &to).unwrap_err(), disk.remove_file(&to).unwrap_err()] {
+            assert!(error.to_string().contains("README.md: a directory, where this program keeps"), "{error}");
+            assert_eq!(error.exit_code(), 1);
+        }
     }
 
     #[test]
