@@ -330,9 +330,13 @@ fn packing_sweeping_and_looking_stay_within_the_budget() {
     }
     let [base, one, two, packed] = ["base", "one", "two", "one.tvz"].map(place);
     let models = ["--base", &base, "--model", &one, "--model", &two];
+    let server = hub::Hub::start();
+    ["base", "one", "two"].iter().for_each(|name| server.add(&format!("org/{name}"), &dir.path().join(name)));
+    let far = ["--base", "hf://org/base", "--model", "hf://org/one", "--model", "hf://org/two"];
     let run = |verb: &[&str], flags: &[&str], out: &str| {
         let limit = LIMIT.to_string();
         let mut command = Command::new(env!("CARGO_BIN_EXE_tiesmith"));
+        command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", &server.endpoint).env("HF_HOME", place("home"));
         command.args(verb).args(flags).args(["--memory", &limit, "--progress=none", "--json", "--out", out]);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let peak = watch(&mut child);
@@ -355,6 +359,13 @@ fn packing_sweeping_and_looking_stay_within_the_budget() {
     let look = [&["analyze"][..], &models].concat();
     run(&look, &["--threads=2"], &out);
     run(&look, &["--threads=3", "--scope=tensor", "--io=mmap", "--densities=0.1,0.4"], &out);
+    run(
+        &["pack", "hf://org/one", "--base", "hf://org/base"],
+        &["--threads=2", "--trim-ties=lowest", "--force"],
+        &packed,
+    );
+    run(&[&["sweep"][..], &far].concat(), &["--threads=2", "--lambda=0.5,1", "--density=0.2"], &out);
+    run(&[&["analyze"][..], &far].concat(), &["--threads=2", "--scope=tensor"], &out);
 }
 
 /// Vocabularies are read before anything is planned; what that takes is in the sum too.
