@@ -73,6 +73,10 @@ pub fn save(
     let file_content = PlanFile { tiesmith_plan: VERSION, directory, arguments, job };
     let json = serde_json::to_string_pretty(&file_content)
         .map_err(|e| Error::failed(format!("cannot write the plan as JSON: {e}")))?;
+    // A part where this is not mounted is to notice.
+    if let Some(shared) = output.dir.parent().filter(|dir| !storage.is_dir(dir)) {
+        storage.create_dir_all(shared).map_err(Error::as_input)?;
+    }
     let scratch = file.parent().filter(|dir| *dir != Path::new("")).unwrap_or(Path::new("."));
     storage.write_small(file, (json + "\n").as_bytes(), scratch).map_err(Error::as_input)?;
     Ok(in_parts)

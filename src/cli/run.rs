@@ -23,7 +23,7 @@ pub fn run(args: &RunPartArgs) -> Result<u8> {
             printable(&dir.to_string_lossy())
         ))
         .at(&job.out)
-        .help("parts share it: mount it here, or create it before the first part runs"));
+        .help("parts share it, as 'tiesmith plan --save' made it: mount it here"));
     }
     let run = job::run(&planned, &args.resources);
     let report = tiesmith::run_part(&plan, &job, part, args.stage, run, &storage, &progress)?;

@@ -327,7 +327,8 @@ fn admit(url: &str) -> Result<()> {
     if url.starts_with("https://") || loopback || url.starts_with("http://") && own {
         return Ok(());
     }
-    Err(Error::input("not encrypted").at(shown(url)).help("use https://"))
+    let help = if own { "HF_ENDPOINT must begin with https://" } else { "use https://" };
+    Err(Error::input("not encrypted").at(shown(url)).help(help))
 }
 
 /// An address as messages show it: what may be a signature or a password is left out.

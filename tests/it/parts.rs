@@ -613,6 +613,7 @@ fn plan_files_are_checked() {
     // Where the directory that parts share is not mounted.
     let (out, file) = (text(&saved.path("share/merged")), text(&saved.path("shared.plan")));
     saved.run("plan", &Recipe::default(), &["--out", &out, "--save", &file]).succeeded();
+    fs::remove_dir(saved.path("share")).unwrap();
     says(tiesmith(args(&file)).refusal(), &["merged: there is no directory", "share on this machine", "mount it here"]);
     assert!(!saved.path("share").exists());
     fs::create_dir(saved.path("share")).unwrap();
