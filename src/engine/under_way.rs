@@ -6,7 +6,7 @@
 //! - Counts add up, so a run that goes on may cut what is left differently.
 //! - A step says what it is a step of, where the journal it is in does not.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::iter::Peekable;
 use std::time::{Duration, Instant};
 
@@ -337,8 +337,9 @@ impl<'a> Notes<'a> {
     /// many tensor bytes read that is.
     pub(super) fn ties(&self, unit: &Unit, cuts: usize) -> Option<(u64, u64, BTreeMap<u32, Vec<u64>>)> {
         let done = self.votes(unit)?;
+        let own: HashSet<u32> = unit.tensors.iter().copied().collect();
         let of_tensor = |counted: &Votes| {
-            let tensor = *unit.tensors.iter().find(|&&tensor| tensor_digest(tensor) == counted.of)?;
+            let tensor = u32::try_from(u128::from_le_bytes(counted.of)).ok().filter(|tensor| own.contains(tensor))?;
             let sound = counted.ties.len() == cuts && counted.ties.iter().all(|&ties| ties <= done.elements);
             sound.then(|| (tensor, counted.ties.clone()))
         };

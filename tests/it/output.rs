@@ -132,26 +132,23 @@ fn the_configuration_says_the_output_type() {
     }
 }
 
-#[test]
-fn what_python_writes_for_infinity_stays_in_the_configuration() {
+/// A configuration with these lines keeps them, while its type is brought in line.
+fn stays_in_the_configuration(lines: &str) {
     let saved = Spec::default().family().save();
-    let config = |dtype: &str| {
-        format!("{{\n  \"dtype\": \"{dtype}\",\n  \"time_step_limit\": [\n    0.0,\n    Infinity\n  ]\n}}\n")
-    };
+    let config = |dtype: &str| format!("{{\n  \"dtype\": \"{dtype}\",\n{lines}\n}}\n");
     fs::write(saved.base.join("config.json"), config("float32")).unwrap();
     let output = saved.merge(&Recipe { dtype: Some(Dtype::BF16), ..Recipe::default() }, &[]);
     assert_eq!(fs::read_to_string(output.path.join("config.json")).unwrap(), config("bfloat16"));
 }
 
 #[test]
+fn what_python_writes_for_infinity_stays_in_the_configuration() {
+    stays_in_the_configuration("  \"time_step_limit\": [\n    0.0,\n    Infinity\n  ]");
+}
+
+#[test]
 fn numbers_of_the_configuration_come_out_as_they_went_in() {
-    let saved = Spec::default().family().save();
-    let config = |dtype: &str| {
-        format!("{{\n  \"dtype\": \"{dtype}\",\n  \"rms_norm_eps\": 1e-05,\n  \"a\": 1E400,\n  \"b\": -1e999\n}}\n")
-    };
-    fs::write(saved.base.join("config.json"), config("float32")).unwrap();
-    let output = saved.merge(&Recipe { dtype: Some(Dtype::BF16), ..Recipe::default() }, &[]);
-    assert_eq!(fs::read_to_string(output.path.join("config.json")).unwrap(), config("bfloat16"));
+    stays_in_the_configuration("  \"rms_norm_eps\": 1e-05,\n  \"a\": 1E400,\n  \"b\": -1e999");
 }
 
 #[test]
